@@ -39,8 +39,9 @@ def _refuse_flattened_links() -> None:
     if flattened:
         message = (
             f"sidestep/{flattened[0]} is a plain file, not a link to the folder {flattened[0]}/: this checkout was "
-            "made without symbolic links. Cure: `git config core.symlinks true`, then `git checkout HEAD -- src/sidestep` "
-            "(on Windows first switch the developer mode on), or install the wheel, which holds no links."
+            "made without symbolic links. Cure: `git config core.symlinks true`, then remove src/sidestep and run "
+            "`git checkout -- src/sidestep` (Windows: switch the developer mode on first), or install the wheel, "
+            "which holds no links."
         )
         raise ImportError(message)
 
