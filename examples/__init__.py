@@ -1,0 +1,1 @@
+"""Trainings that show how Sidestep is used."""
