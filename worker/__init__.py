@@ -1,0 +1,1 @@
+"""What the signals of a training mean: intake, metrics, detectors, text, outbox and sinks, with no torch anywhere."""

@@ -1,0 +1,1 @@
+"""From the socket to whole steps: receiver, journal, assembler."""
