@@ -1,0 +1,282 @@
+"""One message, one ZeroMQ frame: a fixed prefix, a msgpack head, raw arrays. Large ones travel in chunks.
+
+::
+
+    0   "SST"  kind:u8  major:u8  minor:u8  reserved:u16  head_bytes:u32  body_bytes:u32      16 bytes, little-endian
+    16  head   msgpack map {"e": envelope, "a": accounts, "f": fields, "r": arrays}           padded to 8
+        body   the arrays' bytes, each padded to 8
+
+Peers a major version apart do not decode each other; a kind of a later minor version decodes to ``UnknownMessage``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import msgpack  # type: ignore[import-untyped]
+import numpy as np
+
+from sidestep.protocol import array_frame, codec
+from sidestep.protocol.errors import DecodeError, EncodeError, IncompatibleWireError, LimitExceededError
+from sidestep.protocol.limits import (
+    CHUNK_BYTES,
+    MAX_CHUNKS,
+    MAX_HEAD_BYTES,
+    MAX_MAP_ENTRIES,
+    MAX_MESSAGE_BYTES,
+    MAX_TEXT_BYTES,
+)
+from sidestep.protocol.messages import MESSAGE_TYPES, Kind, Message
+from sidestep.protocol.version import WIRE_MAJOR, WIRE_MINOR
+
+MAGIC = b"SST"
+_PREFIX = struct.Struct("<3sBBBHII")
+MAX_IDENTITY_CHARACTERS = 128
+
+Frame = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Envelope:
+    """Whose message this is, which one, and what became of those before it."""
+
+    run_id: str
+    incarnation: str
+    rank: int
+    sequence: int = 0
+    """1, 2, ... per (incarnation, rank); 0 for kinds in ``messages.UNSEQUENCED``."""
+    accounts: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+    """Kind's name to (produced, dropped, refused), cumulative when the message was first sent."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FramePrefix:
+    """What the first 16 bytes say; enough to tell versions and kinds apart."""
+
+    kind: int
+    major: int
+    minor: int
+    head_bytes: int
+    body_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnknownMessage:
+    """A kind that a later minor version added: kept raw, acked, never an error."""
+
+    kind: int
+
+
+def peek(frame: Frame) -> FramePrefix:
+    """Read the prefix of ``frame``.
+
+    Raises:
+        DecodeError: these bytes do not begin like a frame of this protocol.
+    """
+    if len(frame) < _PREFIX.size:
+        raise DecodeError(f"{len(frame)} bytes are too few for a frame")
+    magic, kind, major, minor, _, head_bytes, body_bytes = _PREFIX.unpack_from(frame)
+    if magic != MAGIC:
+        raise DecodeError("the frame does not begin with the protocol's magic bytes")
+    return FramePrefix(kind=kind, major=major, minor=minor, head_bytes=head_bytes, body_bytes=body_bytes)
+
+
+def _assemble(kind: int, head: Mapping[str, Any], buffers: list[bytes]) -> bytes:
+    packed = cast("bytes", msgpack.packb(head, use_bin_type=True))
+    if len(packed) > MAX_HEAD_BYTES:
+        raise EncodeError(
+            f"the head of a {Kind(kind).name} has {len(packed)} bytes, more than {MAX_HEAD_BYTES}; "
+            "shorten the configuration or the texts in it"
+        )
+    body_bytes = array_frame.total_bytes(buffers)
+    if _PREFIX.size + len(packed) + body_bytes > MAX_MESSAGE_BYTES:
+        raise EncodeError(f"a {Kind(kind).name} of {body_bytes} bytes is over the limit of {MAX_MESSAGE_BYTES}")
+    prefix = _PREFIX.pack(MAGIC, kind, WIRE_MAJOR, WIRE_MINOR, 0, len(packed), body_bytes)
+    return b"".join([prefix, packed, bytes(array_frame.padding(len(packed))), *buffers])
+
+
+def _identity(envelope: Envelope) -> list[Any]:
+    return [envelope.run_id, envelope.incarnation, envelope.rank, envelope.sequence]
+
+
+def encode(envelope: Envelope, message: Message) -> bytes:
+    """Return ``message`` as one frame.
+
+    Raises:
+        EncodeError: a field is not of its declared type, or the message is over a limit.
+    """
+    plain, arrays = codec.to_fields(message)
+    descriptions, buffers = array_frame.pack(arrays)
+    head = {"e": _identity(envelope), "f": plain, "r": descriptions}
+    if envelope.accounts:
+        head["a"] = {name: list(counts) for name, counts in envelope.accounts.items()}
+    return _assemble(message.kind, head, buffers)
+
+
+def _parts(frame: Frame) -> tuple[FramePrefix, dict[str, Any], memoryview]:
+    prefix = peek(frame)
+    if prefix.major != WIRE_MAJOR:
+        raise IncompatibleWireError(prefix.major, prefix.minor)
+    if prefix.head_bytes > MAX_HEAD_BYTES:
+        raise LimitExceededError(f"a head of {prefix.head_bytes} bytes, more than {MAX_HEAD_BYTES}")
+    body_at = _PREFIX.size + prefix.head_bytes + array_frame.padding(prefix.head_bytes)
+    if body_at + prefix.body_bytes != len(frame):
+        raise DecodeError(f"the frame declares {body_at + prefix.body_bytes} bytes, {len(frame)} arrived")
+    view = memoryview(frame)
+    try:
+        head = msgpack.unpackb(
+            view[_PREFIX.size : _PREFIX.size + prefix.head_bytes],
+            raw=False, strict_map_key=True, max_str_len=MAX_TEXT_BYTES, max_bin_len=MAX_TEXT_BYTES,
+            max_array_len=MAX_MAP_ENTRIES, max_map_len=MAX_MAP_ENTRIES, max_ext_len=0,
+        )  # fmt: skip
+    except (ValueError, msgpack.UnpackException, RecursionError) as error:
+        raise DecodeError(f"the head is not msgpack within limits: {error}") from error
+    if not isinstance(head, dict):
+        raise DecodeError("the head is not a map")
+    return prefix, head, view[body_at:]
+
+
+def _envelope(head: Mapping[str, Any]) -> Envelope:
+    entry = head.get("e")
+    if not isinstance(entry, list) or len(entry) < 4:
+        raise DecodeError("the head has no envelope")
+    run_id, incarnation, rank, sequence = entry[:4]
+    for text in (run_id, incarnation):
+        if not isinstance(text, str) or len(text) > MAX_IDENTITY_CHARACTERS:
+            raise DecodeError("a run or incarnation id is not a short text")
+    for number in (rank, sequence):
+        if type(number) is not int or not 0 <= number < 1 << 62:
+            raise DecodeError("a rank or sequence number is not a natural number")
+    return Envelope(
+        run_id=run_id, incarnation=incarnation, rank=rank, sequence=sequence, accounts=_accounts(head.get("a", {}))
+    )
+
+
+def _accounts(entry: object) -> dict[str, tuple[int, int, int]]:
+    if not isinstance(entry, dict):
+        raise DecodeError("the accounts are not a map")
+    accounts = {}
+    for name, counts in entry.items():
+        if (
+            not isinstance(name, str)
+            or not isinstance(counts, list)
+            or len(counts) != 3
+            or not all(type(count) is int for count in counts)
+        ):
+            raise DecodeError("an account is not three counts")
+        accounts[name] = (counts[0], counts[1], counts[2])
+    return accounts
+
+
+def decode(frame: Frame) -> tuple[Envelope, Message | UnknownMessage]:
+    """Return the envelope and the message of one whole frame (no chunk); arrays are read-only views of it.
+
+    Raises:
+        DecodeError: not a message; ``LimitExceededError`` where a declared size is over its limit.
+        IncompatibleWireError: another major version.
+    """
+    prefix, head, body = _parts(frame)
+    envelope = _envelope(head)
+    arrays = array_frame.unpack(head.get("r", []), body)
+    message_type = MESSAGE_TYPES.get(prefix.kind)
+    if message_type is None:
+        if prefix.kind == Kind.CHUNK:
+            raise DecodeError("a chunk is not a whole message")
+        return envelope, UnknownMessage(kind=prefix.kind)
+    fields = head.get("f", {})
+    if not isinstance(fields, dict):
+        raise DecodeError("the fields are not a map")
+    return envelope, codec.from_fields(message_type, fields, arrays)
+
+
+def split(envelope: Envelope, frame: bytes, chunk_bytes: int = CHUNK_BYTES) -> list[bytes]:
+    """Return ``frame`` as it is, or as chunk frames where it is larger than ``chunk_bytes``."""
+    if len(frame) <= chunk_bytes:
+        return [frame]
+    digest = hashlib.sha256(frame).hexdigest()
+    pieces = [frame[at : at + chunk_bytes] for at in range(0, len(frame), chunk_bytes)]
+    chunks = []
+    for index, piece in enumerate(pieces):
+        descriptions, buffers = array_frame.pack({"piece": np.frombuffer(piece, np.uint8)})
+        head = {"e": _identity(envelope), "c": [digest, index, len(pieces), len(frame)], "r": descriptions}
+        chunks.append(_assemble(Kind.CHUNK, head, buffers))
+    return chunks
+
+
+@dataclass(slots=True)
+class _Partial:
+    total_bytes: int
+    pieces: list[bytes | None]
+    missing: int
+
+
+class ChunkJoiner:
+    """Joins the chunks of one peer's messages; holds at most ``max_bytes`` of declared bytes, oldest given up first."""
+
+    def __init__(self, max_bytes: int = 2 * MAX_MESSAGE_BYTES) -> None:
+        """Start with nothing held."""
+        self._max_bytes = max_bytes
+        self._partials: OrderedDict[str, _Partial] = OrderedDict()
+        self.given_up = 0
+        """Messages whose first chunks were forgotten to stay within ``max_bytes``."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes declared by the messages that are not yet whole."""
+        return sum(partial.total_bytes for partial in self._partials.values())
+
+    def add(self, frame: Frame) -> tuple[Envelope, bytes | None]:
+        """Take one chunk; return its envelope, and the whole message's frame once every chunk is here.
+
+        Raises:
+            DecodeError: a chunk that is malformed, contradicts its siblings, or a joined message of another digest.
+        """
+        _, head, body = _parts(frame)
+        envelope = _envelope(head)
+        digest, index, count, total = self._placement(head.get("c"))
+        piece = array_frame.unpack(head.get("r", []), body).get("piece")
+        if piece is None or piece.dtype != np.uint8:
+            raise DecodeError("a chunk has no bytes")
+        partial = self._partials.setdefault(digest, _Partial(total, [None] * count, count))
+        if partial.total_bytes != total or len(partial.pieces) != count:
+            raise DecodeError("chunks of one message disagree on its size")
+        if partial.pieces[index] is None:
+            partial.pieces[index] = piece.tobytes()
+            partial.missing -= 1
+        if partial.missing:
+            self._keep_within_bounds()
+            return envelope, None
+        del self._partials[digest]
+        return envelope, self._joined(partial, digest)
+
+    @staticmethod
+    def _placement(entry: object) -> tuple[str, int, int, int]:
+        if not isinstance(entry, list) or len(entry) < 4:
+            raise DecodeError("a chunk does not say where it belongs")
+        digest, index, count, total = entry[:4]
+        if (
+            not isinstance(digest, str)
+            or len(digest) != 64
+            or not all(type(number) is int for number in (index, count, total))
+        ):
+            raise DecodeError("a chunk's place is malformed")
+        if not (0 <= index < count <= MAX_CHUNKS and 0 < total <= MAX_MESSAGE_BYTES):
+            raise LimitExceededError(f"chunk {index} of {count} of a message of {total} bytes is out of bounds")
+        return digest, index, count, total
+
+    def _keep_within_bounds(self) -> None:
+        while self.held_bytes > self._max_bytes:
+            self._partials.popitem(last=False)
+            self.given_up += 1
+
+    @staticmethod
+    def _joined(partial: _Partial, digest: str) -> bytes:
+        whole = b"".join(piece for piece in partial.pieces if piece is not None)
+        if len(whole) != partial.total_bytes or hashlib.sha256(whole).hexdigest() != digest:
+            raise DecodeError("the joined chunks are not the message that was split")
+        return whole
