@@ -46,17 +46,19 @@ def _refuse_flattened_links() -> None:
         raise ImportError(message)
 
 
-def __getattr__(name: str) -> object:
-    """Look up one of the lazy public names; raises AttributeError for any other."""
-    home = _HOMES.get(name)
-    if home is None:
-        message = f"module {__name__!r} has no attribute {name!r}"
-        raise AttributeError(message)
-    import importlib  # noqa: PLC0415  (nothing is imported until a name is asked for)
+if not TYPE_CHECKING:  # a type checker then knows the names above, and that there are no others
 
-    value: object = getattr(importlib.import_module(home), name)
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> object:
+        """Look up one of the lazy public names; raises AttributeError for any other."""
+        home = _HOMES.get(name)
+        if home is None:
+            message = f"module {__name__!r} has no attribute {name!r}"
+            raise AttributeError(message)
+        import importlib  # noqa: PLC0415  (nothing is imported until a name is asked for)
+
+        value: object = getattr(importlib.import_module(home), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
