@@ -1,0 +1,166 @@
+"""What the hooks do and how often: ``HooksConfig``, the trainer's side of docs/metrics.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+from sidestep.protocol import limits
+
+GRADIENT_DETAILS = ("param", "block", "module")
+COLLAPSE_VERDICTS = ("literal", "target_relative")
+
+_USER_INTERVALS = ("generation_eval_interval", "gradient_log_interval", "collapse_detection_interval")
+_INTERVALS = (*_USER_INTERVALS, "token_stats_interval", "loss_breakdown_interval", "answer_length_interval", "lr_interval")
+_RATIOS = ("single_token_dominance", "excessive_eos")
+_AT_LEAST_ONE = (
+    "low_diversity_unique_tokens", "low_diversity_min_tokens", "max_new_tokens", "generation_samples",
+    "loss_rows_per_microbatch", "window_bytes", "staging_bytes",
+)  # fmt: skip
+_SECONDS = ("close_timeout_seconds", "assembly_deadline_seconds")
+_OPTIONAL_IDS = ("eos_id", "pad_id", "image_token_id", "vocabulary_size")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HooksConfig:
+    """Intervals, thresholds and bounds; every field travels with the run, so that a replay has it.
+
+    Intervals count optimizer steps; a family is due when ``step % interval == 0`` and never when its interval is 0.
+
+    Raises:
+        ValueError: a value is out of its range; the text names the field.
+    """
+
+    generation_eval_interval: int = 50
+    """Steps between two generations for the samples table (docs/metrics.md, ``generation/``)."""
+    gradient_log_interval: int = 100
+    """Steps between two gradient statistics."""
+    collapse_detection_interval: int = 100
+    """Steps between two judgements of the collapse rules; generation runs then too."""
+    token_stats_interval: int = 25
+    """Steps between two token statistics."""
+    loss_breakdown_interval: int = 25
+    """Steps between two loss breakdowns."""
+    answer_length_interval: int = 50
+    """Steps between two rows of the epoch's answer lengths; the answers themselves are counted at every step."""
+    lr_interval: int = 25
+    """Steps between two rows of learning rates."""
+    log_wandb: bool = True
+    """False: the hooks do nothing and no worker starts."""
+    gradient_detail: str = "param"
+    """``param``, ``block`` or ``module``: how finely gradients are shown."""
+    collapse_verdict: str = "literal"
+    """``literal`` or ``target_relative`` (docs/metrics.md, ``collapse/``)."""
+    collapse_deadline: int = 500
+    """Step at which a verdict that has never been 0 is reported all the same."""
+    single_token_dominance: float = 0.70
+    """Share of the most common content token above which the rule of that name is true."""
+    low_diversity_unique_tokens: int = 10
+    """Fewer distinct content tokens than this are few."""
+    low_diversity_min_tokens: int = 50
+    """Content tokens that there must be for ``low_diversity`` to speak."""
+    excessive_eos: float = 0.80
+    """Share of EOS among content tokens and EOS above which the rule of that name is true."""
+    high_loss_sigmas: float = 2.0
+    """Standard deviations above the step's mean loss from which a token counts as high."""
+    max_new_tokens: int = 64
+    """Longest generation, in tokens."""
+    generation_samples: int = 16
+    """Samples that are generated from; further ones are left out."""
+    ignore_index: int = -100
+    """The label of a position without a target."""
+    shifted: bool | None = None
+    """True: ``labels[t]`` is the target of ``logits[t]`` (nanoVLM); False: of ``logits[t - 1]`` (Hugging Face).
+
+    None: told by the name of the forward's argument, ``targets`` or ``shift_labels`` (shifted) or ``labels`` (not).
+    """
+    eos_id: int | None = None
+    """Overrides the tokenizer's EOS."""
+    pad_id: int | None = None
+    """Overrides the tokenizer's padding id."""
+    image_token_id: int | None = None
+    """The image placeholder's id, where the tokenizer does not tell."""
+    vocabulary_size: int | None = None
+    """Overrides the tokenizer's length with added tokens."""
+    loss_rows_per_microbatch: int = 1024
+    """Positions that are looked at where the labels are known to the device alone and all would be too many."""
+    assembly_deadline_seconds: float = 30.0
+    """How long the worker waits for the parts of a step."""
+    close_timeout_seconds: float = 5.0
+    """How long ``close()`` waits at most for what is still to be sent."""
+    window_bytes: int = limits.WINDOW_BYTES
+    """Memory for what is not yet sent or not yet stored by the worker."""
+    staging_bytes: int = 64 << 20
+    """Pinned memory for copies that are on their way from the device."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            _check_type(field.name, str(field.type), getattr(self, field.name))
+        for name in (*_INTERVALS, "collapse_deadline"):
+            _require(getattr(self, name) >= 0, name, "must be 0 (never) or more steps", getattr(self, name))
+        for name in _AT_LEAST_ONE:
+            _require(getattr(self, name) >= 1, name, "must be at least 1", getattr(self, name))
+        for name in _RATIOS:
+            _require(0.0 <= getattr(self, name) <= 1.0, name, "must lie between 0 and 1", getattr(self, name))
+        for name in _SECONDS:
+            _require(0.0 <= getattr(self, name) < float("inf"), name, "must be a time in seconds", getattr(self, name))
+        for name in _OPTIONAL_IDS:
+            value = getattr(self, name)
+            _require(value is None or value >= 0, name, "must be None or at least 0", value)
+        _require(0 < self.high_loss_sigmas < float("inf"), "high_loss_sigmas", "must be positive", self.high_loss_sigmas)
+        for name, known in (("gradient_detail", GRADIENT_DETAILS), ("collapse_verdict", COLLAPSE_VERDICTS)):
+            _require(getattr(self, name) in known, name, f"must be one of {', '.join(known)}", getattr(self, name))
+
+    @classmethod
+    def from_train_config(cls, cfg: object, **overrides: Any) -> Self:
+        """Take what a trainer's own configuration says, and divide its intervals by the accumulation.
+
+        In the user's ``TrainConfig`` the three intervals count micro-batches, ``gradient_accumulation_steps * 50`` and so
+        on (docs/metrics.md, "Configuration names that are the user's"); here they count optimizer steps.
+
+        Args:
+            cfg: an object with attributes, or a mapping; what it does not have keeps its default.
+            **overrides: fields of this class, taken as they are.
+
+        Raises:
+            ValueError: a value is unusable; the text names the field.
+        """
+        accumulation = _read(cfg, "gradient_accumulation_steps", 1)
+        whole = isinstance(accumulation, int) and not isinstance(accumulation, bool)
+        _require(whole and accumulation >= 1, "gradient_accumulation_steps", "must be at least 1", accumulation)
+        taken: dict[str, Any] = {}
+        for name in _USER_INTERVALS:
+            value = _read(cfg, name, None)
+            if value is None:
+                continue
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            _require(whole and value >= 0, name, "must be 0 (never) or more micro-batches", value)
+            taken[name] = max(1, round(value / accumulation)) if value else 0
+        log_wandb = _read(cfg, "log_wandb", None)
+        if log_wandb is not None:
+            taken["log_wandb"] = log_wandb
+        return cls(**{**taken, **overrides})
+
+    def as_settings(self) -> dict[str, Any]:
+        """All fields by name, as they travel in ``Hello.settings``."""
+        return asdict(self)
+
+
+def _read(cfg: object, name: str, default: Any) -> Any:
+    return cfg.get(name, default) if isinstance(cfg, Mapping) else getattr(cfg, name, default)
+
+
+def _require(holds: object, name: str, rule: str, value: object) -> None:
+    if not holds:
+        raise ValueError(f"HooksConfig.{name} {rule}, not {value!r}")
+
+
+def _check_type(name: str, annotation: str, value: object) -> None:
+    """Hold a value against its field's annotation: bool is no number, and an int is a float."""
+    if value is None and annotation.endswith("| None"):
+        return
+    wanted = annotation.removesuffix(" | None")
+    kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+    right = isinstance(value, kinds[wanted]) and (wanted == "bool" or not isinstance(value, bool))
+    _require(right, name, f"must be of type {annotation}", value)
