@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 class Moments:
     """Count, mean and sum of squared deviations from the mean (M2) of some values, scaled.
 
-    The exponent keeps squares of very small and very large values inside float64: the values are ``mean * 2**exponent``,
-    their squared deviations ``m2 * 4**exponent``.
+    The exponent keeps squares of very small and very large values inside float64: the values' mean is
+    ``mean * 2**exponent``, the sum of their squared deviations ``m2 * 4**exponent``.
     """
 
     count: int = 0

@@ -1,0 +1,154 @@
+"""Every metric by name, in one table: what docs/metrics.md promises, the projection writes and the report groups.
+
+Placeholders stand in braces: ``{module}``, ``{param}``, ``{group}``, ``{epoch}``, ``{rule}``, ``{kind}``. A test
+compares this table with docs/metrics.md and with what a run really writes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricSpec:
+    """One metric."""
+
+    key: str
+    family: str
+    form: str
+    """``number``, ``count``, ``ratio``, ``flag``, ``text``, ``histogram`` or ``table``."""
+    unit: str
+    """``nats``, ``tokens``, ``steps``, ``seconds``, ... or empty."""
+    over_ranks: str
+    """How the ranks become one value: ``sum``, ``union``, ``merge`` (exact moments), ``rank 0`` or ``worker``."""
+    summary: str
+
+
+FAMILIES: Mapping[str, str] = {
+    "tokens": "token_stats_interval",
+    "loss": "loss_breakdown_interval",
+    "gradients": "gradient_log_interval",
+    "generation": "generation_eval_interval",
+    "collapse": "collapse_detection_interval",
+    "data": "answer_length_interval",
+    "lr": "lr_interval",
+}
+"""Family to the name of its interval in the configuration."""
+
+SECTIONS: Mapping[str, tuple[str, ...]] = {
+    "Generation Quality": ("generation",),
+    "Collapse Detection": ("collapse",),
+    "Loss Analysis": ("loss",),
+    "Token Statistics": ("tokens",),
+    "Gradient Health": ("gradients", "lr"),
+    "Data Quality": ("data",),
+}
+"""The six sections of the user's dashboard, to the families in each."""
+
+COLLAPSE_RULES = ("single_token_dominance", "low_diversity", "identical_sequences", "excessive_eos")
+"""The user's rules, in the order in which reasons are joined."""
+
+NO_TOKENS_GENERATED = "no_tokens_generated"
+"""The reason that stands alone where every sample is empty."""
+
+COLLAPSE_LINE = "⚠️ MODEL COLLAPSE DETECTED: {reason}"
+"""What both consoles show, exactly."""
+
+_ROWS = """
+tokens/total_tokens|count|tokens|sum|positions in the batch, padding included
+tokens/unique_tokens|count|tokens|union|distinct ids at real positions
+tokens/unique_token_ratio|ratio||union|unique_tokens / vocabulary size
+tokens/eos_count|count|tokens|sum|EOS ids at real positions
+tokens/pad_ratio|ratio||sum|padding positions / total_tokens
+tokens/image_token_ratio|ratio||sum|image placeholders / real positions
+tokens/answer_length|number|tokens|sum|mean content tokens per answer
+tokens/answer_diversity_ratio|ratio||sum|share of the most common id among the content tokens
+tokens/answer_most_common_token_text|text||sum|that token, decoded
+tokens/answers|count|answers|sum|runs of labelled positions
+tokens/answer_tokens|count|tokens|sum|labelled positions
+tokens/unique_answer_tokens|count|tokens|union|distinct ids at labelled positions
+tokens/answer_eos_count|count|tokens|sum|EOS ids at labelled positions
+loss/total|number|nats|sum|mean over the labelled tokens of the step
+loss/first_token|number|nats|sum|mean over answers of the loss at the first labelled position
+loss/later_tokens|number|nats|sum|mean over the other positions up to and with the answer's first EOS
+loss/std|number|nats|merge|standard deviation (n - 1) over the labelled tokens
+loss/max|number|nats|merge|largest loss of a token
+loss/min|number|nats|merge|smallest loss of a token
+loss/high_loss_token_ratio|ratio||merge|share of tokens with a loss over mean + 2 std
+loss/first_vs_later_ratio|ratio||sum|first_token / later_tokens
+loss/nonfinite_tokens|count|tokens|sum|labelled tokens whose loss is not finite
+loss/trainer|number|nats|sum|the trainer's own number, mean over micro-batches and ranks
+loss/sampled_tokens|count|tokens|sum|tokens that were sampled, where the loss is not exact
+loss/exact|flag||worker|1: every labelled token was kept; 0: merged from partials, or sampled
+loss/highest_tokens|table||worker|the tokens with the highest losses and their contexts
+gradients/{module}/{param}/norm|number||merge|L2 norm of the whole parameter's gradient
+gradients/{module}/{param}/mean|number||merge|mean of its elements
+gradients/{module}/{param}/std|number||merge|standard deviation (n - 1) of its elements
+gradients/{module}/{param}/max|number||merge|largest absolute value of its elements
+gradients/{module}/norm|number||merge|L2 norm over the module's parameters
+gradients/{module}/log10_histogram|histogram||sum|log10 of the absolute values of the module's elements
+gradients/global/total_norm|number||merge|L2 norm over all parameters
+gradients/global/avg_norm|number||merge|arithmetic mean of the parameters' norms
+gradients/global/nonfinite|count||sum|elements that are not finite
+gradients/global/zero_ratio|ratio||sum|share of elements that are exactly zero
+gradients/global/params_without_grad|count||union|trainable parameters without a gradient
+gradients/global/clipped|flag||worker|1: taken after clipping, for want of a call before it
+gradients/details|table||merge|the statistics that a run of more than 2,000 gradient keys moves into one table
+generation/samples|table||rank 0|step, image, question, generated, target, length
+generation/avg_length|number|tokens|rank 0|mean generated tokens per sample before the first EOS
+generation/min_length|count|tokens|rank 0|fewest of them
+generation/max_length|count|tokens|rank 0|most of them
+generation/empty_ratio|ratio||rank 0|share of samples without a token before EOS
+generation/hit_max_ratio|ratio||rank 0|share of samples that never ended
+generation/failed|count|samples|rank 0|samples whose generation raised
+generation/seconds|number|seconds|rank 0|wall time that the trainer waited
+collapse/is_collapsed|flag||worker|the verdict
+collapse/collapse_reason|text||worker|none, or the rules behind the verdict joined by +
+collapse/reason_code|count||worker|the reason as a number: a bit per rule
+collapse/most_common_token_text|text||worker|the most common content token, decoded
+collapse/most_common_token_id|count||worker|its id
+collapse/most_common_ratio|ratio||worker|its share of the content tokens
+collapse/unique_tokens|count|tokens|worker|distinct ids among the content tokens
+collapse/token_diversity|ratio||worker|unique_tokens / content tokens
+collapse/eos_ratio|ratio||worker|EOS tokens / all tokens, content and EOS
+collapse/total_tokens|count|tokens|worker|content tokens
+collapse/unique_sequences|count|samples|worker|distinct sequences
+collapse/rule/{rule}|flag||worker|each rule, literally
+data/answer_length_mean_epoch_{epoch}|number|tokens|sum|mean content tokens of the epoch's answers so far
+data/answer_length_std_epoch_{epoch}|number|tokens|sum|their standard deviation (n - 1)
+data/answer_length_min_epoch_{epoch}|count|tokens|sum|the shortest
+data/answer_length_max_epoch_{epoch}|count|tokens|sum|the longest
+data/single_token_answers_ratio_epoch_{epoch}|ratio||sum|answers of one content token / answers
+data/answer_length_histogram_epoch_{epoch}|histogram|tokens|sum|exact counts per length
+data/answer_length_mean|number|tokens|sum|the same, against the axis epoch
+data/answer_length_std|number|tokens|sum|the same, against the axis epoch
+data/answer_length_min|count|tokens|sum|the same, against the axis epoch
+data/answer_length_max|count|tokens|sum|the same, against the axis epoch
+data/single_token_answers_ratio|ratio||sum|the same, against the axis epoch
+data/answer_length_histogram|histogram|tokens|sum|the same, against the axis epoch
+data/batches_without_labels|count||sum|micro-batches so far without one labelled position
+lr/{group}|number||rank 0|the rate that the step was taken with
+"""
+
+
+def _row(line: str) -> MetricSpec:
+    key, form, unit, over_ranks, summary = line.split("|")
+    return MetricSpec(key=key, family=key.split("/")[0], form=form, unit=unit, over_ranks=over_ranks, summary=summary)
+
+
+METRICS: tuple[MetricSpec, ...] = tuple(map(_row, _ROWS.strip().splitlines()))
+"""The table, in the order of docs/metrics.md."""
+
+
+@lru_cache(maxsize=1)
+def _patterns() -> tuple[tuple[re.Pattern[str], MetricSpec], ...]:
+    literal_first = sorted(METRICS, key=lambda spec: spec.key.count("{"))
+    return tuple((re.compile(re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(spec.key))), spec) for spec in literal_first)
+
+
+def spec_of(key: str) -> MetricSpec | None:
+    """Return the table's row for a key as a run writes it, or None for a user's own scalar."""
+    return next((spec for pattern, spec in _patterns() if pattern.fullmatch(key)), None)
