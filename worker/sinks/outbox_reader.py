@@ -1,0 +1,91 @@
+"""Reads a run's outbox beside the process that writes it.
+
+The connection is read-only, so a reader can neither lock the journal's writer out nor change a published row; SQLite's
+write-ahead log lets both go on at once (docs/delivery.md, section 3).
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Final, get_args
+from urllib.parse import quote
+
+from sidestep.worker.outbox import EntryKind, StoredEntry
+
+INDEX_NAME: Final = "index.sqlite"
+"""The file of a journal's folder that holds the table ``outbox``."""
+
+_BUSY_SECONDS: Final = 5.0
+_KINDS: Final[tuple[str, ...]] = get_args(EntryKind)
+
+
+class OutboxReader:
+    """Entries of one run, by position.
+
+    A journal that has no index yet is an empty outbox. A reader belongs to the thread that made it.
+    """
+
+    def __init__(self, journal: Path, run_id: str) -> None:
+        self.run_id = run_id
+        self._index = Path(journal).resolve() / INDEX_NAME
+        self._connection: sqlite3.Connection | None = None
+
+    def after(self, position: int, limit: int) -> list[StoredEntry]:
+        """Return up to ``limit`` entries whose position is greater than ``position`` (-1: from the start), ascending.
+
+        Entries of a kind that a newer version wrote are left out. Raises sqlite3.Error where the index is broken.
+        """
+        connection = self._connected()
+        if connection is None:
+            return []
+        query = (
+            "SELECT position, kind, row_number, payload FROM outbox WHERE run_id = ? AND position > ? "
+            "ORDER BY position LIMIT ?"
+        )
+        with closing(connection.execute(query, (self.run_id, position, limit))) as rows:
+            return [
+                StoredEntry(run_id=self.run_id, position=at, kind=kind, row_number=number, payload=bytes(payload))
+                for at, kind, number, payload in rows
+                if kind in _KINDS
+            ]
+
+    def newest_position(self) -> int:
+        """Return the position of the newest entry, -1 where there is none."""
+        return self._number("SELECT MAX(position) FROM outbox WHERE run_id = ?", -1)
+
+    def num_rows(self) -> int:
+        """Return how many rows and tables the run has, which is the ``row_number`` of the next one."""
+        return self._number("SELECT MAX(row_number) + 1 FROM outbox WHERE run_id = ?", 0)
+
+    def close(self) -> None:
+        """Close the connection; a later call opens it again."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _number(self, query: str, absent: int) -> int:
+        connection = self._connected()
+        if connection is None:
+            return absent
+        with closing(connection.execute(query, (self.run_id,))) as rows:
+            value: int | None = rows.fetchone()[0]
+        return absent if value is None else value
+
+    def _connected(self) -> sqlite3.Connection | None:
+        if self._connection is not None:
+            return self._connection
+        if not self._index.is_file():
+            return None
+        connection = sqlite3.connect(f"file:{quote(str(self._index))}?mode=ro", uri=True, timeout=_BUSY_SECONDS)
+        try:
+            known = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'outbox'").fetchone()
+        except sqlite3.Error:
+            connection.close()
+            raise
+        if known is None:
+            connection.close()  # the writer is still making its tables
+            return None
+        self._connection = connection
+        return connection
