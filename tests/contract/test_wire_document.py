@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from sidestep.protocol import limits
 from sidestep.protocol.array_frame import WIRE_DTYPES
 from sidestep.protocol.codec import schema

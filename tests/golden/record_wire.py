@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
 from sidestep.protocol import messages as m
 from sidestep.protocol.frames import Envelope, encode
 from sidestep.protocol.tables import digest
@@ -37,49 +38,102 @@ def every_kind() -> list[m.Message]:
     """One message of each kind with every field set to something other than its default."""
     return [
         m.Hello(
-            project="p", entity="e", name="n", tags=("a", "b"), start_step=7, world_size=4,
-            topology={"local_rank": 1, "host": "h"}, settings={"lr_interval": 25}, run_config={"lr": 1e-3, "x": [1, None]},
-            environment={"python": "3.11"}, tables={"groups": digest(b"t")}, capabilities={"loss": "exact"},
+            project="p",
+            entity="e",
+            name="n",
+            tags=("a", "b"),
+            start_step=7,
+            world_size=4,
+            topology={"local_rank": 1, "host": "h"},
+            settings={"lr_interval": 25},
+            run_config={"lr": 1e-3, "x": [1, None]},
+            environment={"python": "3.11"},
+            tables={"groups": digest(b"t")},
+            capabilities={"loss": "exact"},
         ),
         m.Blob(digest=digest(b"table"), content=b"table"),
         m.Tokens(
-            step=7, microstep=1, positions=10, padding=2, answers=2, real_ids=i32(1, 5), real_counts=i64(3, 5),
-            labelled_ids=i32(5), labelled_counts=i64(4), content_counts=i64(2),
+            step=7,
+            microstep=1,
+            positions=10,
+            padding=2,
+            answers=2,
+            real_ids=i32(1, 5),
+            real_counts=i64(3, 5),
+            labelled_ids=i32(5),
+            labelled_counts=i64(4),
+            content_counts=i64(2),
         ),
         m.Losses(
-            step=7, microstep=1, labelled=3, sampled=True, losses=f32(0.5, np.inf, 2.0), target_ids=i32(1, 2, 3),
-            roles=np.array([5, 6, 0], np.uint8), highest=i32(2), highest_losses=f32(2.0), highest_targets=i32(3),
-            contexts=np.array([[-1, 4]], np.int32), trainer_loss=f32(1.25), histogram=i64(0, 3), partials=f64(*range(10)),
+            step=7,
+            microstep=1,
+            labelled=3,
+            sampled=True,
+            losses=f32(0.5, np.inf, 2.0),
+            target_ids=i32(1, 2, 3),
+            roles=np.array([5, 6, 0], np.uint8),
+            highest=i32(2),
+            highest_losses=f32(2.0),
+            highest_targets=i32(3),
+            contexts=np.array([[-1, 4]], np.int32),
+            trainer_loss=f32(1.25),
+            histogram=i64(0, 3),
+            partials=f64(*range(10)),
             reason="why",
         ),
         m.Gradients(
-            step=7, parameters=i32(0, 2), counts=i64(6, 1), nonfinite=i64(1, 0), zeros=i64(2, 0), exponents=i32(-3, 4),
-            means=f64(0.25, -1.0), m2=f64(1.5, 0.0), absmax=f64(0.125, 16.0), without_gradient=i32(1),
-            histogram_modules=i32(0), histograms=np.arange(64, dtype=np.int64)[None], scale=1024.0, clipped=True,
+            step=7,
+            parameters=i32(0, 2),
+            counts=i64(6, 1),
+            nonfinite=i64(1, 0),
+            zeros=i64(2, 0),
+            exponents=i32(-3, 4),
+            means=f64(0.25, -1.0),
+            m2=f64(1.5, 0.0),
+            absmax=f64(0.125, 16.0),
+            without_gradient=i32(1),
+            histogram_modules=i32(0),
+            histograms=np.arange(64, dtype=np.int64)[None],
+            scale=1024.0,
+            clipped=True,
         ),
         m.Answers(
             step=7, epoch=1, lengths=i32(1, 4), counts=i64(2, 3), labelled=30, batches=2, batches_without_labels=1
         ),
         m.Generation(
-            step=7, samples=i32(0, 2), offsets=i64(0, 2, 3), ids=i32(8, 9, 2), failed=i32(1), failures=("ValueError: x",),
-            max_new_tokens=32, seconds=0.5,
+            step=7,
+            samples=i32(0, 2),
+            offsets=i64(0, 2, 3),
+            ids=i32(8, 9, 2),
+            failed=i32(1),
+            failures=("ValueError: x",),
+            max_new_tokens=32,
+            seconds=0.5,
         ),
         m.LearningRates(step=7, rates=f64(1e-3, 2e-4)),
         m.Scalars(step=7, values={"val_loss": 1.5, "note": "ok"}, step_key="eval_step", key_step=3),
         m.StepEnd(
-            step=7, unix_time=1.75e9, applied=False, epoch=1, sent={"losses": 2}, dropped={"tokens": 1},
-            due=("tokens", "loss"), hook_seconds=0.001,
+            step=7,
+            unix_time=1.75e9,
+            applied=False,
+            epoch=1,
+            sent={"losses": 2},
+            dropped={"tokens": 1},
+            due=("tokens", "loss"),
+            hook_seconds=0.001,
         ),
         m.Heartbeat(newest_step=7),
         m.Goodbye(newest_step=7, exit_code=1, reason="an exception"),
         m.Notice(text="Averages are fine", code="fine", level="info", step=7),
-        m.Welcome(instance="w", committed=np.array([[1, 4], [6, 6]], np.int64), hello_known=True, wanted=(digest(b"t"),)),
+        m.Welcome(
+            instance="w", committed=np.array([[1, 4], [6, 6]], np.int64), hello_known=True, wanted=(digest(b"t"),)
+        ),
         m.Ack(committed=np.array([[1, 9]], np.int64), wanted=(digest(b"t"),)),
         m.NoAck(reason="disk full"),
         m.Refuse(sequence=5, reason="not decodable"),
         m.Reject(reason="wire version 2"),
         m.Command(action="stop", command_id="c1", reason="asked", at_step=20),
-    ]  # fmt: skip
+    ]
 
 
 def envelope_of(message: m.Message) -> Envelope:

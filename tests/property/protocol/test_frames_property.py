@@ -6,6 +6,7 @@ import contextlib
 
 from hypothesis import example, given
 from hypothesis import strategies as st
+
 from sidestep.protocol.errors import ProtocolError
 from sidestep.protocol.frames import MAGIC, ChunkJoiner, Envelope, decode, encode
 from sidestep.protocol.messages import Notice, Scalars

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+
 from sidestep.protocol.merge import Moments, merge_counts, merge_moments, root_sum_of_squares
 
 VALUES = arrays(np.float64, st.integers(0, 40), elements=st.floats(-1e3, 1e3, width=64))
@@ -56,6 +57,7 @@ def test_parts_of_different_scale_merge_exactly() -> None:
     ]
     merged = merge_moments(parts)
     assert merged.norm == pytest.approx(np.linalg.norm(np.concatenate([one, two])), rel=1e-12)
+    assert merged.norm is not None
     assert merged.scaled_by(0.5).norm == pytest.approx(0.5 * merged.norm, rel=1e-12)
 
 

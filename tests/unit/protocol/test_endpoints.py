@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from sidestep.protocol.endpoints import Endpoint, default_endpoint, runtime_folder
 from sidestep.protocol.errors import EndpointError
 

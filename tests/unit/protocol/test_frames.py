@@ -8,6 +8,7 @@ from typing import Any
 import msgpack  # type: ignore[import-untyped]
 import numpy as np
 import pytest
+
 from sidestep.protocol import limits
 from sidestep.protocol.errors import DecodeError, EncodeError, IncompatibleWireError, LimitExceededError, ProtocolError
 from sidestep.protocol.frames import MAGIC, ChunkJoiner, Envelope, UnknownMessage, decode, encode, peek, split
@@ -80,7 +81,7 @@ def test_numbers_that_are_not_finite_may_travel() -> None:
     _, back = decode(encode(ENVELOPE, Scalars(step=1, values={"a": float("nan"), "b": float("-inf")})))
     assert isinstance(back, Scalars)
     assert back.values["b"] == float("-inf")
-    assert back.values["a"] != back.values["a"]  # noqa: PLR0124  # only NaN differs from itself
+    assert back.values["a"] != back.values["a"]  # only NaN differs from itself
 
 
 def test_a_head_that_is_too_large_says_what_to_shorten() -> None:

@@ -6,24 +6,54 @@ import re
 from pathlib import Path
 
 import pytest
+
 from sidestep.protocol.metric_names import COLLAPSE_LINE, COLLAPSE_RULES, FAMILIES, METRICS, SECTIONS, spec_of
 
 DOCUMENT = (Path(__file__).resolve().parents[3] / "docs" / "metrics.md").read_text(encoding="utf-8")
 
-USERS_OWN = """
-generation/samples generation/avg_length generation/min_length generation/max_length
-collapse/is_collapsed collapse/collapse_reason collapse/most_common_token_text collapse/most_common_ratio
-collapse/unique_tokens collapse/token_diversity collapse/eos_ratio
-tokens/total_tokens tokens/unique_tokens tokens/unique_token_ratio tokens/eos_count tokens/pad_ratio
-tokens/answer_length tokens/answer_diversity_ratio
-loss/total loss/first_token loss/later_tokens loss/std loss/max loss/min loss/high_loss_token_ratio
-loss/first_vs_later_ratio
-gradients/decoder/head_weight/norm gradients/decoder/head_weight/mean gradients/decoder/head_weight/std
-gradients/decoder/head_weight/max gradients/global/total_norm gradients/global/avg_norm
-data/answer_length_mean_epoch_0 data/answer_length_std_epoch_0 data/answer_length_min_epoch_0
-data/answer_length_max_epoch_0 data/single_token_answers_ratio_epoch_0 data/answer_length_histogram_epoch_0
-lr/modality_projector lr/vision_encoder lr/language_model
-""".split()
+USERS_OWN = [
+    "generation/samples",
+    "generation/avg_length",
+    "generation/min_length",
+    "generation/max_length",
+    "collapse/is_collapsed",
+    "collapse/collapse_reason",
+    "collapse/most_common_token_text",
+    "collapse/most_common_ratio",
+    "collapse/unique_tokens",
+    "collapse/token_diversity",
+    "collapse/eos_ratio",
+    "tokens/total_tokens",
+    "tokens/unique_tokens",
+    "tokens/unique_token_ratio",
+    "tokens/eos_count",
+    "tokens/pad_ratio",
+    "tokens/answer_length",
+    "tokens/answer_diversity_ratio",
+    "loss/total",
+    "loss/first_token",
+    "loss/later_tokens",
+    "loss/std",
+    "loss/max",
+    "loss/min",
+    "loss/high_loss_token_ratio",
+    "loss/first_vs_later_ratio",
+    "gradients/decoder/head_weight/norm",
+    "gradients/decoder/head_weight/mean",
+    "gradients/decoder/head_weight/std",
+    "gradients/decoder/head_weight/max",
+    "gradients/global/total_norm",
+    "gradients/global/avg_norm",
+    "data/answer_length_mean_epoch_0",
+    "data/answer_length_std_epoch_0",
+    "data/answer_length_min_epoch_0",
+    "data/answer_length_max_epoch_0",
+    "data/single_token_answers_ratio_epoch_0",
+    "data/answer_length_histogram_epoch_0",
+    "lr/modality_projector",
+    "lr/vision_encoder",
+    "lr/language_model",
+]
 
 
 @pytest.mark.parametrize("key", USERS_OWN)
