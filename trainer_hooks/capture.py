@@ -1,0 +1,154 @@
+"""What a training forward shows: ids, labels, mask, logits and loss, found in its arguments and its output."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from sidestep.trainer_hooks.heads import find_head, head_sizes, parameter_names
+from sidestep.trainer_hooks.topology import unwrapped
+
+_IDS = ("input_ids", "tokens", "idx", "input")
+_SHIFTED_LABELS = ("shift_labels", "targets", "target")
+_PLAIN_LABELS = ("labels",)
+_MASKS = ("attention_mask", "padding_mask")
+_DOCUMENTS = ("document_ids", "documents", "seq_idx")
+_POSITIONS = ("position_ids",)
+_PADDED_VOCABULARY_SHARE = 1.1
+_PADDED_VOCABULARY_ROWS = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One micro-batch as far as it is known; nothing here outlives the call that made it."""
+
+    input_ids: torch.Tensor | None = None
+    """[b, t]"""
+    labels: torch.Tensor | None = None
+    """[b, t]"""
+    attention_mask: torch.Tensor | None = None
+    """[b, t]; masks of other shapes are left out (docs/metrics.md, "Real")."""
+    position_ids: torch.Tensor | None = None
+    """[b, t] or [t]"""
+    documents: torch.Tensor | None = None
+    """Document number of each position [b, t]."""
+    logits: torch.Tensor | None = None
+    """[b, t, v]"""
+    loss: torch.Tensor | float | None = None
+    """The trainer's own number."""
+    token_losses: torch.Tensor | None = None
+    """The trainer's own losses per position [b, t], unreduced."""
+    shifted: bool | None = None
+    """Whether ``labels[t]`` is the target of ``logits[t]``; None: not told."""
+    epoch: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """Weak references to what the newest forward gave, for an explicit call that does not pass it."""
+
+    logits: weakref.ref[torch.Tensor] | None
+    loss: weakref.ref[torch.Tensor] | None
+
+
+class ForwardReader:
+    """Reads batches off the outermost module's forward, by the names of the innermost one's arguments.
+
+    The names are looked up once. Hidden states are never taken for logits: the last axis must be as wide as the model's
+    head, or else as the tokenizer's vocabulary (docs/trainer.md, "What attach() sees").
+    """
+
+    def __init__(self, model: nn.Module, vocabulary_size: int) -> None:
+        inner = unwrapped(model)
+        self._names = parameter_names(inner.forward)
+        sizes = head_sizes(find_head(inner))
+        self._head_size = sizes[0] if sizes is not None else 0
+        self._vocabulary_size = vocabulary_size
+
+    @property
+    def shifted(self) -> bool | None:
+        """What the name of the label argument says; None where there is none or both."""
+        already = any(name in self._names for name in _SHIFTED_LABELS)
+        plain = any(name in self._names for name in _PLAIN_LABELS)
+        return None if already == plain else already
+
+    @property
+    def label_argument(self) -> str:
+        """The forward's argument that holds the labels, or empty."""
+        return next((name for name in (*_SHIFTED_LABELS, *_PLAIN_LABELS) if name in self._names), "")
+
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Batch | None:
+        """The batch of one forward; None where its token ids cannot be found."""
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        ids = _integers(given, _IDS) if any(name in given for name in _IDS) else _first_ids(given)
+        shifted_labels = _integers(given, _SHIFTED_LABELS)
+        labels = shifted_labels if shifted_labels is not None else _integers(given, _PLAIN_LABELS)
+        if ids is None and labels is None:
+            return None
+        shape = (ids if ids is not None else labels).shape  # type: ignore[union-attr]
+        logits, loss = self.outputs(output, shape)
+        positions = given.get(_POSITIONS[0])
+        return Batch(
+            input_ids=ids,
+            labels=labels if labels is not None and labels.shape == shape else None,
+            attention_mask=_of_shape(given, _MASKS, shape),
+            position_ids=positions if isinstance(positions, torch.Tensor) and positions.dim() <= 2 else None,
+            documents=_of_shape(given, _DOCUMENTS, shape),
+            logits=logits,
+            loss=loss,
+            shifted=None if labels is None else shifted_labels is not None,
+        )
+
+    def outputs(self, output: Any, shape: torch.Size | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Logits [b, t, v] and scalar loss of a forward's output: by name, else by shape in a tuple or alone."""
+        named = isinstance(output, Mapping) or hasattr(output, "logits") or hasattr(output, "loss")
+        if named:
+            ask = output.get if isinstance(output, Mapping) else lambda name: getattr(output, name, None)
+            candidates: list[Any] = [ask("logits"), ask("loss")]
+        else:
+            candidates = list(output) if isinstance(output, tuple | list) else [output]
+        tensors = [value for value in candidates if isinstance(value, torch.Tensor) and value.is_floating_point()]
+        logits = next((value for value in tensors if self._is_logits(value, shape, named=named)), None)
+        loss = next((value for value in tensors if value.numel() == 1 and value is not logits), None)
+        return logits, loss
+
+    def _is_logits(self, value: torch.Tensor, shape: torch.Size | None, *, named: bool) -> bool:
+        if value.dim() != 3 or (shape is not None and value.shape[:2] != shape):
+            return False
+        width = value.shape[-1]
+        if self._head_size:
+            return width == self._head_size
+        if self._vocabulary_size:
+            most = max(self._vocabulary_size * _PADDED_VOCABULARY_SHARE, self._vocabulary_size + _PADDED_VOCABULARY_ROWS)
+            return self._vocabulary_size <= width <= most
+        return named
+
+
+def _integers(given: Mapping[str, Any], names: tuple[str, ...]) -> torch.Tensor | None:
+    for name in names:
+        value = given.get(name)
+        if isinstance(value, torch.Tensor) and value.dim() == 2 and _is_integer(value):
+            return value
+    return None
+
+
+def _first_ids(given: Mapping[str, Any]) -> torch.Tensor | None:
+    known = {*_SHIFTED_LABELS, *_PLAIN_LABELS, *_MASKS, *_DOCUMENTS, *_POSITIONS}
+    for name, value in given.items():
+        if name not in known and isinstance(value, torch.Tensor) and value.dim() == 2 and _is_integer(value):
+            return value
+    return None
+
+
+def _of_shape(given: Mapping[str, Any], names: tuple[str, ...], shape: torch.Size) -> torch.Tensor | None:
+    values = (given.get(name) for name in names)
+    return next((value for value in values if isinstance(value, torch.Tensor) and value.shape == shape), None)
+
+
+def _is_integer(value: torch.Tensor) -> bool:
+    return not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool
