@@ -1,0 +1,166 @@
+"""The user's four rules of model collapse, and when they are said aloud (docs/metrics.md, ``collapse/``)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sidestep.protocol.messages import Json
+from sidestep.protocol.metric_names import COLLAPSE_LINE, COLLAPSE_RULES, NO_TOKENS_GENERATED
+from sidestep.worker.detectors.base import Finding, Observation, Verdict
+from sidestep.worker.metrics.measurement import Measurement, most_common
+from sidestep.worker.metrics.sequences import TokenSequence, target_sequences
+from sidestep.worker.records import TokenText
+from sidestep.worker.settings import RunSettings
+
+REASON_BITS: Final[Mapping[str, int]] = {
+    "single_token_dominance": 1,
+    "low_diversity": 2,
+    "identical_sequences": 4,
+    "excessive_eos": 8,
+    NO_TOKENS_GENERATED: 16,
+}
+"""``collapse/reason_code`` is the sum of these over the reason's rules; 0 is ``none``. Numbers are never used again."""
+
+MAX_EPISODES: Final = 64
+"""Changes of the armed state that are remembered for a rollback."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceCounts:
+    """What the rules are made of, counted over some sequences."""
+
+    num_sequences: int
+    num_distinct: int
+    num_content: int
+    num_eos: int
+    unique_tokens: int
+    common: tuple[int, int] | None
+    """Id and count of the most common content token, the smallest id among equals."""
+
+    @classmethod
+    def of(cls, sequences: Sequence[TokenSequence]) -> SequenceCounts:
+        """Count ``sequences``."""
+        content = Counter(token for sequence in sequences for token in sequence.content)
+        return cls(
+            num_sequences=len(sequences),
+            num_distinct=len({sequence.content for sequence in sequences}),
+            num_content=content.total(),
+            num_eos=sum(sequence.has_ended for sequence in sequences),
+            unique_tokens=len(content),
+            common=most_common(content.keys(), content.values()),
+        )
+
+    @property
+    def common_ratio(self) -> float | None:
+        """Share of the most common token among the content; None without content."""
+        return self.common[1] / self.num_content if self.common is not None else None
+
+    @property
+    def eos_ratio(self) -> float | None:
+        """Share of EOS among content and EOS; None without either."""
+        total = self.num_content + self.num_eos
+        return self.num_eos / total if total else None
+
+
+def rules_of(counts: SequenceCounts, settings: RunSettings) -> dict[str, bool]:
+    """Return each rule, literally; ``no_tokens_generated`` last."""
+    return {
+        "single_token_dominance": (counts.common_ratio or 0.0) > settings.single_token_dominance,
+        "low_diversity": (
+            counts.num_content >= settings.low_diversity_min_tokens
+            and counts.unique_tokens < settings.low_diversity_unique_tokens
+        ),
+        "identical_sequences": counts.num_sequences >= 2 and counts.num_distinct == 1,
+        "excessive_eos": (counts.eos_ratio or 0.0) > settings.excessive_eos,
+        NO_TOKENS_GENERATED: counts.num_sequences > 0 and counts.num_content == 0,
+    }
+
+
+def reason_of(rules: Mapping[str, bool], target_rules: Mapping[str, bool], verdict: str) -> str:
+    """Return ``none``, or the rules behind the verdict joined by ``+`` in the user's order.
+
+    ``target_relative`` leaves out a rule that is true on the targets of the same prompts as well. Where every sample is
+    empty that is the whole reason: the other rules speak of tokens.
+    """
+    is_relative = verdict == "target_relative"
+    if rules[NO_TOKENS_GENERATED]:
+        return "none" if is_relative and target_rules[NO_TOKENS_GENERATED] else NO_TOKENS_GENERATED
+    standing = [name for name in COLLAPSE_RULES if rules[name] and not (is_relative and target_rules[name])]
+    return "+".join(standing) or "none"
+
+
+class UserRules:
+    """The rules at each due generation, armed by the first healthy one, said once per episode."""
+
+    name = "user_rules"
+
+    def __init__(self) -> None:
+        # step, whether a verdict was ever 0, whether the present episode was said; one entry a change
+        self._history: list[tuple[int, bool, bool]] = []
+
+    def observe(self, observation: Observation) -> Verdict:
+        """Judge the samples of a step that is due; a step without one sample has no verdict."""
+        settings, generated = observation.settings, observation.generated
+        is_due = settings.is_due(settings.collapse_detection_interval, observation.step)
+        if not is_due or generated is None or not generated.sequences:
+            return Verdict()
+        context = observation.context
+        targets = target_sequences(context.samples, generated.samples, context.eos_id)
+        counts = SequenceCounts.of(generated.sequences)
+        rules = rules_of(counts, settings)
+        reason = reason_of(rules, rules_of(SequenceCounts.of(targets), settings), settings.collapse_verdict)
+        is_loud = self._advance(observation.step, is_collapsed=reason != "none", deadline=settings.collapse_deadline)
+        values = _values(counts, rules, reason, context.text)
+        if context.eos_id is None:
+            values.values.pop("collapse/eos_ratio", None)
+        return Verdict(values=values.values, findings=(_finding(reason, counts, context.text),) if is_loud else ())
+
+    def _advance(self, step: int, *, is_collapsed: bool, deadline: int) -> bool:
+        """Take a verdict in; returns whether it is to be said now."""
+        armed, said = self._history[-1][1:] if self._history else (False, False)
+        is_loud = is_collapsed and not said and (armed or step >= deadline)
+        changed = (armed or not is_collapsed, is_collapsed and (said or is_loud))
+        if changed != (armed, said):
+            self._history = [*self._history, (step, *changed)][-MAX_EPISODES:]
+        return is_loud
+
+    def begin(self, attempt: int, step: int) -> None:  # noqa: ARG002  (the step says it all)
+        """Return to the armed state before ``step``."""
+        self._history = [entry for entry in self._history if entry[0] < step]
+
+    def state(self) -> Json:
+        """Return the armed state and its changes."""
+        return {"history": [list(entry) for entry in self._history]}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over a state; raises KeyError, TypeError or ValueError where it is none."""
+        self._history = [(int(step), bool(armed), bool(said)) for step, armed, said in state["history"]]
+
+
+def _values(counts: SequenceCounts, rules: Mapping[str, bool], reason: str, text: TokenText) -> Measurement:
+    found = Measurement()
+    found.put("collapse/is_collapsed", int(reason != "none"))
+    found.values["collapse/collapse_reason"] = reason
+    found.put("collapse/reason_code", sum(REASON_BITS.get(name, 0) for name in reason.split("+")))
+    if counts.common is not None:
+        found.values["collapse/most_common_token_text"] = text.token(counts.common[0])
+        found.put("collapse/most_common_token_id", counts.common[0])
+        found.put("collapse/most_common_ratio", counts.common_ratio)
+    found.put("collapse/unique_tokens", counts.unique_tokens)
+    found.put_ratio("collapse/token_diversity", counts.unique_tokens, counts.num_content)
+    found.put("collapse/eos_ratio", counts.eos_ratio)
+    found.put("collapse/total_tokens", counts.num_content)
+    found.put("collapse/unique_sequences", counts.num_distinct)
+    for name, is_true in rules.items():
+        found.put(f"collapse/rule/{name}", int(is_true))
+    return found
+
+
+def _finding(reason: str, counts: SequenceCounts, text: TokenText) -> Finding:
+    detail = f"{counts.num_sequences} samples, {counts.num_content} content tokens, {counts.unique_tokens} distinct"
+    if counts.common is not None and counts.common_ratio is not None:
+        detail += f"; most common: {text.token(counts.common[0])!r} with {counts.common_ratio:.0%}"
+    return Finding(code="collapse", title="Model collapse", line=COLLAPSE_LINE.format(reason=reason), detail=detail)
