@@ -1,0 +1,196 @@
+"""Decides when a step is whole (docs/delivery.md, section 2). Time is passed in; nothing is read or written here.
+
+A step closes when every rank has ended it and all that they announced is here; or its incarnation ended; or the
+deadline passed. Steps close in order. A stream whose sequence numbers have a hole is waited for: what fills it may
+belong to an earlier step (a worker that was killed gets the newer messages first and the lost ones after).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+from sidestep.protocol.frames import UnknownMessage
+from sidestep.protocol.messages import STEP_KINDS, Goodbye, Kind, Message, Notice, StepEnd
+from sidestep.protocol.ranges import RangeSet
+from sidestep.worker.intake.assembly import Journaled, Key, assemble, step_of
+from sidestep.worker.intake.decisions import Incarnation
+from sidestep.worker.records import AssembledStep, ClosingReason, StepClosing
+
+_KIND_OF_NAME = {kind.name.lower(): kind for kind in STEP_KINDS}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClosedStep:
+    """A decision with the step that it makes, and what it says of the journal."""
+
+    closing: StepClosing
+    step: AssembledStep
+    pending_arrival: int
+    """Messages of the run that arrived before it are accounted for; 0 where a later closing of the batch says it."""
+    last_arrival: int
+    """The newest message that was used."""
+
+
+@dataclass(slots=True)
+class _OpenStep:
+    first_part_at: float
+    messages: dict[Key, Journaled] = field(default_factory=dict)
+    ends: dict[int, Journaled] = field(default_factory=dict)
+    counts: Counter[tuple[int, Kind]] = field(default_factory=Counter)
+
+
+class Assembler:
+    """Joins the ranks' parts of the steps of one incarnation of a run."""
+
+    def __init__(self, incarnation: Incarnation, *, deadline_seconds: float, last_closed: int = -1) -> None:
+        """Start after step ``last_closed``, -1 where none has closed."""
+        self.incarnation = incarnation
+        self.last_closed = last_closed
+        self._any_closed = last_closed >= 0
+        self._deadline_seconds = deadline_seconds
+        self._open: dict[int, _OpenStep] = {}
+        self._late: dict[Key, Journaled] = {}
+        self._notices: dict[Key, Journaled] = {}
+        self._seen: dict[int, RangeSet] = {}
+        self._floors: dict[int, int] = {}
+        self.goodbyes: dict[int, Journaled] = {}
+        self._first_goodbye_at: float | None = None
+        self.late_parts = 0
+        """Parts that came after their step had closed."""
+
+    # ------------------------------------------------------------------------------------------------ taking in
+
+    def restore_stream(self, rank: int, held: RangeSet, floor: int) -> None:
+        """Continue a stream after a restart: what the journal holds, and the newest ``StepEnd`` that was used."""
+        self._seen[rank] = held
+        self._floors[rank] = floor
+
+    def pass_over(self, rank: int, sequence: int) -> None:
+        """Count a sequence number as arrived that brings nothing: a refused message, or one of an unknown kind."""
+        self._seen.setdefault(rank, RangeSet()).add(sequence)
+
+    def add(self, each: Journaled, now: float) -> None:
+        """Take one journaled message in; ``now`` is when, in seconds of the clock that ``close_ready`` is asked by."""
+        self.pass_over(*each.key)
+        message = each.message
+        if isinstance(message, Goodbye):
+            self.goodbyes[each.envelope.rank] = each
+            self._first_goodbye_at = now if self._first_goodbye_at is None else self._first_goodbye_at
+        elif isinstance(message, Notice):
+            self._notices[each.key] = each
+        elif not isinstance(message, UnknownMessage):
+            self._add_part(each, message, now)
+
+    def _add_part(self, each: Journaled, message: Message, now: float) -> None:
+        step = step_of(message)
+        if self._any_closed and step <= self.last_closed:
+            if not isinstance(message, StepEnd):
+                self._late[each.key] = each
+                self.late_parts += 1
+            return
+        held = self._open.setdefault(step, _OpenStep(first_part_at=now))
+        held.messages[each.key] = each
+        rank = each.envelope.rank
+        if isinstance(message, StepEnd):
+            before = held.ends.get(rank)
+            if before is None or before.envelope.sequence < each.envelope.sequence:
+                held.ends[rank] = each
+        else:
+            held.counts[rank, message.kind] += 1
+
+    # ------------------------------------------------------------------------------------------------ deciding
+
+    @property
+    def open_steps(self) -> int:
+        """Steps of which something is here and that have not closed."""
+        return len(self._open)
+
+    @property
+    def newest_step(self) -> int:
+        """The newest step of which anything has come, -1 for none."""
+        return max([self.last_closed, *self._open])
+
+    def has_ended(self, now: float) -> bool:
+        """Return whether every rank has said goodbye, and all that they had sent is here (or was waited for)."""
+        ranks = range(self.incarnation.world_size)
+        if not all(rank in self.goodbyes for rank in ranks):
+            return False
+        if all(self._is_whole(rank, self.goodbyes[rank].envelope.sequence) for rank in ranks):
+            return True
+        return now - (self._first_goodbye_at or now) >= self._deadline_seconds
+
+    def has_leftovers(self) -> bool:
+        """Return whether something waits for a closing to be counted in."""
+        return bool(self._open or self._late or self._notices)
+
+    def close_ready(self, now: float, *, ended: bool = False, limit: int = 256) -> list[ClosedStep]:
+        """Close what can be closed, in order, ``limit`` steps at most; with ``ended`` everything can be.
+
+        They are written together: only the last one says what is accounted for.
+        """
+        closed: list[ClosedStep] = []
+        for step in sorted(self._open):
+            reason = self._reason(self._open[step], now, ended=ended)
+            if reason is None or len(closed) >= limit:
+                break
+            closed.append(self._close(step, reason))
+        if ended and not self._open and (self._late or self._notices) and len(closed) < limit:
+            closed.append(self._close(self.last_closed + 1, "tail"))
+        if closed:
+            newest = max(each.last_arrival for each in closed)
+            closed[-1] = replace(closed[-1], pending_arrival=self._pending_arrival(newest + 1))
+        return closed
+
+    def _reason(self, held: _OpenStep, now: float, *, ended: bool) -> ClosingReason | None:
+        if self._is_complete(held):
+            return "complete"
+        if ended:
+            return "ended"
+        return "deadline" if now - held.first_part_at >= self._deadline_seconds else None
+
+    def _is_whole(self, rank: int, sequence: int) -> bool:
+        return self._seen.get(rank, RangeSet()).covers(self._floors.get(rank, 0) + 1, sequence)
+
+    def _is_complete(self, held: _OpenStep) -> bool:
+        for rank in range(self.incarnation.world_size):
+            end = held.ends.get(rank)
+            if end is None or not isinstance(end.message, StepEnd):
+                return False
+            for name, announced in end.message.sent.items():
+                if name in _KIND_OF_NAME and held.counts[rank, _KIND_OF_NAME[name]] < announced:
+                    return False
+            if not self._is_whole(rank, end.envelope.sequence):
+                return False
+        return True
+
+    def _close(self, step: int, reason: ClosingReason) -> ClosedStep:
+        held = self._open.pop(step, None) or _OpenStep(first_part_at=0.0)
+        own = {**held.messages, **self._notices}
+        late, self._late, self._notices = self._late, {}, {}
+        closing = StepClosing(
+            run_id=self.incarnation.run_id,
+            attempt=self.incarnation.attempt,
+            step=step,
+            reason=reason,
+            incarnation=self.incarnation.incarnation,
+            parts=tuple(sorted(own)),
+            late_parts=tuple(sorted(late)),
+            ranks_expected=self.incarnation.world_size,
+        )
+        used = {**own, **late}
+        for rank, end in held.ends.items():
+            self._floors[rank] = max(self._floors.get(rank, 0), end.envelope.sequence)
+        self.last_closed, self._any_closed = step, True
+        last_arrival = max((each.arrival for each in used.values()), default=-1)
+        return ClosedStep(
+            closing=closing,
+            step=assemble(closing, used),
+            pending_arrival=0,
+            last_arrival=last_arrival,
+        )
+
+    def _pending_arrival(self, otherwise: int) -> int:
+        waiting = [each.arrival for held in self._open.values() for each in held.messages.values()]
+        waiting += [each.arrival for each in self.goodbyes.values()]
+        return min(waiting, default=otherwise)

@@ -1,0 +1,108 @@
+"""What the index records beside messages: incarnations, and every decision that a replay must obey."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from sidestep.worker.intake.schema import unpack_pairs
+from sidestep.worker.outbox import OutboxEntry
+from sidestep.worker.records import StepClosing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Incarnation:
+    """One start of a trainer, all its ranks together."""
+
+    incarnation: str
+    run_id: str
+    attempt: int
+    """0, 1, 2, ... in the order of the first Hello of each of the run's incarnations."""
+    first_seen: float
+    world_size: int
+    start_step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """The recorded end of an attempt."""
+
+    run_id: str
+    attempt: int
+    exit_code: int
+    reason: str
+    tail_unknown: bool
+    """True where the trainer went without a Goodbye: what it had not sent is not known."""
+    unix_time: float
+    newest_step: int
+    closed_number: int = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextRecord:
+    """Which ranks' tables a projection was made with, from which closing on."""
+
+    run_id: str
+    attempt: int
+    revision: int
+    incarnation: str
+    ranks: tuple[int, ...]
+    """Ranks whose Hello was there."""
+    missing: tuple[str, ...] = ()
+    """Digests of tables that were not."""
+    closed_number: int = -1
+
+
+Decision: TypeAlias = StepClosing | Ending | ContextRecord
+"""What is recorded in the order it was decided, and obeyed by a replay."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Closure:
+    """One closing (or ending, or context) with all that it makes the run's outbox say."""
+
+    closing: Decision
+    entries: tuple[OutboxEntry, ...] = ()
+    snapshot: bytes | None = None
+    """The projection's state after it, kept for good."""
+    pending_arrival: int = 0
+    """Messages that arrived before it are all accounted for."""
+    last_arrival: int = -1
+    """The latest message that this closing used."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """A projection's state as it was stored."""
+
+    closed_number: int
+    attempt: int
+    step: int
+    body: bytes
+
+
+def step_closing_of_row(row: tuple[Any, ...]) -> StepClosing:
+    """Return a row of ``step_closed``."""
+    run_id, attempt, step, reason, incarnation, parts, late, expected, number, *_ = row
+    return StepClosing(
+        run_id=run_id, attempt=attempt, step=step, reason=reason, incarnation=incarnation, parts=unpack_pairs(parts),
+        late_parts=unpack_pairs(late), ranks_expected=expected, closed_number=number,
+    )  # fmt: skip
+
+
+def ending_of_row(row: tuple[Any, ...]) -> Ending:
+    """Return a row of ``ending``."""
+    run_id, attempt, number, exit_code, reason, tail_unknown, unix_time, newest_step = row
+    return Ending(
+        run_id=run_id, attempt=attempt, closed_number=number, exit_code=exit_code, reason=reason,
+        tail_unknown=bool(tail_unknown), unix_time=unix_time, newest_step=newest_step,
+    )  # fmt: skip
+
+
+def context_of_row(row: tuple[Any, ...]) -> ContextRecord:
+    """Return a row of ``context``."""
+    run_id, attempt, revision, number, incarnation, ranks, missing = row
+    return ContextRecord(
+        run_id=run_id, attempt=attempt, revision=revision, closed_number=number, incarnation=incarnation,
+        ranks=tuple(rank for rank, _ in unpack_pairs(ranks)), missing=tuple(str(missing).split()),
+    )  # fmt: skip
