@@ -1,0 +1,127 @@
+"""Starts a worker where nobody named one: in a session of its own, never waited for."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from sidestep.protocol.endpoints import Endpoint, default_endpoint
+from sidestep.trainer_hooks.console import Console
+from sidestep.trainer_hooks.errors import LaunchError
+
+_DEFAULT_WANDB_HOST = "api.wandb.ai"
+_started: list[subprocess.Popen[bytes]] = []
+"""Workers that this process started; kept so that nobody waits for them when they are forgotten."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launched:
+    """Where the worker of this trainer is."""
+
+    endpoint: str
+    """What the publisher connects to."""
+    pid: int | None = None
+    """The worker's process, where this one started it."""
+    journal: Path | None = None
+    """Its journal, where this process chose it; another worker may already serve the endpoint and keep its own."""
+
+
+def wandb_mode(environment: Mapping[str, str], home: Path | None = None) -> str:
+    """Return ``WANDB_MODE``, else ``online`` where a key is at hand, else ``offline``; nobody is asked to log in."""
+    chosen = environment.get("WANDB_MODE", "").strip()
+    if chosen:
+        return chosen
+    has_key = bool(environment.get("WANDB_API_KEY", "").strip()) or _netrc_has_key(environment, home or Path.home())
+    return "online" if has_key else "offline"
+
+
+def _netrc_has_key(environment: Mapping[str, str], home: Path) -> bool:
+    chosen = environment.get("NETRC")
+    places = [Path(chosen).expanduser()] if chosen else [home / ".netrc", home / "_netrc"]
+    base_url = environment.get("WANDB_BASE_URL", "")
+    host = urlsplit(base_url).hostname or _DEFAULT_WANDB_HOST
+    for place in places:
+        try:
+            words = place.read_text("utf-8").split()
+        except (OSError, UnicodeDecodeError):
+            continue  # an unreadable netrc holds no key for us
+        if any(word == "machine" and name == host for word, name in pairwise(words)):
+            return True
+    return False
+
+
+def state_home(environment: Mapping[str, str]) -> Path:
+    """Return ``SIDESTEP_HOME``, else ``sidestep`` in ``XDG_STATE_HOME``, else in ``~/.local/state``."""
+    if chosen := environment.get("SIDESTEP_HOME"):
+        return Path(chosen)
+    state = environment.get("XDG_STATE_HOME")
+    return (Path(state) if state else Path.home() / ".local" / "state") / "sidestep"
+
+
+def ensure_worker(
+    endpoint: str | None = None,
+    *,
+    rank: int = 0,
+    environment: Mapping[str, str] | None = None,
+    console: Console | None = None,
+) -> Launched:
+    """Return where to connect: ``endpoint``, else ``SIDESTEP_ENDPOINT``, else a worker that rank 0 starts.
+
+    The worker's own lock keeps it single: a second one at the same endpoint ends at once, and the first serves both
+    trainers. One line says where it is. It ends by itself when this process is gone and all is written.
+
+    Raises:
+        EndpointError: the endpoint is malformed.
+        LaunchError: the worker's process could not be started.
+    """
+    environment = os.environ if environment is None else environment
+    named = endpoint or environment.get("SIDESTEP_ENDPOINT")
+    if named:
+        return Launched(endpoint=Endpoint.parse(named).address)
+    address = default_endpoint(environment).address
+    if rank != 0:
+        return Launched(endpoint=address)
+    folder = state_home(environment) / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    process = _start(address, folder, environment)
+    _started.append(process)
+    (console or Console()).line(
+        f"sidestep: started a worker (process {process.pid}, W&B {wandb_mode(environment)}); "
+        f"its journal and log are in {folder}"
+    )
+    return Launched(endpoint=address, pid=process.pid, journal=folder / "journal")
+
+
+def _start(address: str, folder: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    command = [
+        sys.executable, "-m", "sidestep.worker.cli", "worker",
+        "--endpoint", address, "--owner-pid", str(os.getpid()), "--journal", str(folder / "journal"),
+    ]  # fmt: skip
+    inherited = {name: value for name, value in environment.items() if name not in _NOT_INHERITED}
+    try:
+        folder.mkdir(parents=True, mode=0o700)
+        with (folder / "worker.log").open("ab") as log:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=inherited | {"WANDB_MODE": wandb_mode(environment)},
+                start_new_session=True,  # a signal to the trainer's group is not for the worker
+            )
+    except OSError as error:
+        raise LaunchError(
+            f"no worker could be started ({error}); training goes on without one. Start it by hand with "
+            f"`sidestep worker --endpoint {address}`, or set SIDESTEP_HOME to a folder that can be written."
+        ) from error
+
+
+_NOT_INHERITED = frozenset({"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"})
+"""Settings of a training process that mean nothing to a worker, or would make it one of the ranks."""
