@@ -12,7 +12,7 @@ from sidestep.examples.digits_vqa.decoder import LanguageModel
 from sidestep.examples.digits_vqa.packing import IGNORE_INDEX
 from sidestep.examples.digits_vqa.vision import ModalityProjector, VisionEncoder
 
-_INITIAL_STD = 0.02
+_POSITION_STD = 0.02
 
 
 class VisionLanguageModel(nn.Module):
@@ -112,9 +112,12 @@ def sample(logits: torch.Tensor, top_k: int, top_p: float, temperature: float) -
 
 
 def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
-        nn.init.normal_(module.weight, std=_INITIAL_STD)
-        if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+    """Scale what torch's defaults leave too large; linear layers keep theirs.
+
+    Embedding rows of length one let image and words meet at one scale: with rows of 0.2 the model learns to name digits
+    but not, within this run, to compare a picture with a word.
+    """
+    if isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
     if isinstance(module, VisionEncoder):
-        nn.init.normal_(module.position_embedding, std=_INITIAL_STD)
+        nn.init.normal_(module.position_embedding, std=_POSITION_STD)

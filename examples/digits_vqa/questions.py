@@ -24,8 +24,9 @@ STROKES = (
     "two closed loops, one above the other",
     "a loop, then a line down",
 )
-_SHARE_OF_PAIRS = 0.3
-_MAX_TURNS = 4
+_SHARE_OF_PAIRS = 0.25
+_MAX_TURNS = 3
+_NUM_IS_IT_DRAWN = 5
 
 
 class Kind(StrEnum):
@@ -78,7 +79,7 @@ def single_turn(kind: Kind, name: int, ink_level: int, asked: int) -> Turn:
         case Kind.NAME:
             return Turn(kind=kind, question="Which digit is this?", answer=WORDS[name])
         case Kind.IS_IT:
-            return Turn(kind=kind, question=f"Is this a {WORDS[asked]}?", answer="yes" if asked == name else "no")
+            return Turn(kind=kind, question=f'Is this "{WORDS[asked]}"?', answer="yes" if asked == name else "no")
         case Kind.EVEN:
             return Turn(kind=kind, question="Is this digit even?", answer="no" if name % 2 else "yes")
         case Kind.COUNT:
@@ -135,8 +136,10 @@ def converse(images: DigitImages, index: int, rng: np.random.Generator) -> Conve
         kinds = [PAIR_KINDS[position] for position in rng.permutation(len(PAIR_KINDS))]
         turns = tuple(pair_turn(kind, first, second) for kind in kinds[: int(rng.integers(1, len(kinds) + 1))])
         return Conversation(image_indices=(index, other), turns=turns)
+    # To match an image with a word is the hardest to learn here, so it is asked more often, also twice in a row.
+    pool = [*SINGLE_KINDS, *[Kind.IS_IT] * (_NUM_IS_IT_DRAWN - 1)]
     num_turns = int(rng.integers(1, _MAX_TURNS + 1))
-    chosen = [SINGLE_KINDS[position] for position in rng.permutation(len(SINGLE_KINDS))[:num_turns]]
+    chosen = [pool[position] for position in rng.permutation(len(pool))[:num_turns]]
     turns = tuple(_drawn_single_turn(kind, images, index, rng) for kind in chosen)
     return Conversation(image_indices=(index,), turns=turns)
 
