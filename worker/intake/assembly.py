@@ -26,8 +26,10 @@ class Journaled:
 
     envelope: Envelope
     message: Message | UnknownMessage
-    arrival: int
-    received_at: float
+    arrival: int = -1
+    """Number over all messages of the journal, in the order they were committed; -1 until it is on disk."""
+    received_at: float = 0.0
+    """The worker's clock when it came, unix seconds."""
 
     @property
     def key(self) -> Key:

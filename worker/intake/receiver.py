@@ -1,0 +1,139 @@
+"""The worker's socket: one thread that reads frames, lets ``Reception`` judge them, and says what it answers."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+import zmq
+
+from sidestep.protocol.endpoints import Endpoint
+from sidestep.protocol.errors import EncodeError
+from sidestep.protocol.frames import encode, split
+from sidestep.protocol.limits import MAX_FRAME_BYTES, RECEIVE_HIGH_WATER_MARK_MESSAGES
+from sidestep.worker.errors import ListenError
+from sidestep.worker.intake.reception import Reception, Reply
+
+_LOG: Final = logging.getLogger(__name__)
+_IDLE_POLL_MILLISECONDS: Final = 50
+_BUSY_POLL_MILLISECONDS: Final = 5
+_FRAMES_PER_TURN: Final = 256
+_QUIET_SECONDS: Final = 0.3
+
+
+class Receiver:
+    """Owns the ROUTER socket; the socket is made, used and closed by its thread alone."""
+
+    def __init__(self, endpoint: Endpoint, reception: Reception) -> None:
+        """Prepare to listen at ``endpoint``."""
+        self._endpoint = endpoint
+        self._reception = reception
+        self._thread = threading.Thread(target=self._run, name="sidestep-receiver", daemon=True)
+        self._stop = threading.Event()
+        self._bound = threading.Event()
+        self._drain_until = 0.0
+        self._error: Exception | None = None
+        self._counts: Counter[str] = Counter()
+        self.address = endpoint.address
+        """Where it listens; with the real port once it has been started."""
+        self.last_turn = 0.0
+        """When the thread last went round, on the monotonic clock."""
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread is at work."""
+        return self._thread.is_alive() and self._error is None
+
+    def start(self, timeout_seconds: float = 10.0) -> None:
+        """Listen.
+
+        Raises:
+            ListenError: the address cannot be bound.
+        """
+        self._thread.start()
+        if not self._bound.wait(timeout_seconds) or self._error is not None:
+            raise ListenError(f"{self._endpoint.address} cannot be listened on: {self._error or 'timed out'}")
+
+    def stop(self, drain_seconds: float = 2.0) -> None:
+        """Take what is still on its way (until it has been quiet a moment), commit it, ack it, close the socket."""
+        self._drain_until = time.monotonic() + drain_seconds
+        self._stop.set()
+        self._thread.join(drain_seconds + 15.0)
+        if self._thread.is_alive():
+            _LOG.error("the receiver does not end")
+
+    def statistics(self) -> Mapping[str, int]:
+        """Return exact counts since the start."""
+        return {**self._reception.statistics(), **self._counts}
+
+    # ------------------------------------------------------------------------------------------------ the thread
+
+    def _run(self) -> None:
+        context = zmq.Context()
+        socket = context.socket(zmq.ROUTER)
+        try:
+            socket.set(zmq.LINGER, 200)
+            socket.set(zmq.RCVHWM, RECEIVE_HIGH_WATER_MARK_MESSAGES)
+            socket.set(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+            socket.set(zmq.ROUTER_MANDATORY, 1)
+            socket.bind(self._endpoint.address)
+            self.address = socket.get_string(zmq.LAST_ENDPOINT)
+            self._bound.set()
+            self._serve(socket)
+        except Exception as error:  # noqa: BLE001  (the thread must not end unseen: health says so, and the service stops)
+            self._error = error
+            _LOG.exception("the receiver has stopped")
+        finally:
+            self._bound.set()
+            socket.close()
+            context.term()
+
+    def _serve(self, socket: zmq.Socket[bytes]) -> None:
+        quiet_since = time.monotonic()
+        while True:
+            now = self.last_turn = time.monotonic()
+            if self._reception.is_full:
+                time.sleep(_IDLE_POLL_MILLISECONDS / 1_000)
+            elif socket.poll(_BUSY_POLL_MILLISECONDS if self._reception.waits else _IDLE_POLL_MILLISECONDS, zmq.POLLIN):
+                quiet_since = now
+                self._read(socket)
+            now = time.monotonic()
+            if self._reception.commit_due(now):
+                self._say(socket, self._reception.commit(now))
+            self._say(socket, self._reception.outgoing())
+            if self._stop.is_set() and (now - quiet_since > _QUIET_SECONDS or now > self._drain_until):
+                self._say(socket, self._reception.commit(now))
+                return
+
+    def _read(self, socket: zmq.Socket[bytes]) -> None:
+        for _ in range(_FRAMES_PER_TURN):
+            try:
+                frames = socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            if len(frames) != 2:
+                self._counts["malformed"] += 1
+                continue
+            now = time.monotonic()
+            self._say(socket, self._reception.take(frames[0], frames[1], now))
+            if self._reception.is_full or self._reception.commit_due(now):
+                return
+
+    def _say(self, socket: zmq.Socket[bytes], replies: Iterable[Reply]) -> None:
+        for routing_id, envelope, message in replies:
+            try:
+                for frame in split(envelope, encode(envelope, message)):
+                    socket.send_multipart([routing_id, frame], zmq.NOBLOCK)
+            except zmq.Again:
+                self._counts["unsent"] += 1  # the peer reads slowly; the next ack says all of this again
+            except EncodeError:
+                self._counts["unsent"] += 1
+                _LOG.exception("an answer cannot be encoded")
+            except zmq.ZMQError as error:
+                if error.errno != zmq.EHOSTUNREACH:
+                    raise
+                self._reception.gone(routing_id)
