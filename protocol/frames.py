@@ -173,6 +173,17 @@ def _accounts(entry: object) -> dict[str, tuple[int, int, int]]:
     return accounts
 
 
+def identify(frame: Frame) -> Envelope:
+    """Return whose message this is, and which one, chunks included; its fields and arrays are not looked at.
+
+    Raises:
+        DecodeError: not even that can be read.
+        IncompatibleWireError: another major version.
+    """
+    _, head, _ = _parts(frame)
+    return _envelope(head)
+
+
 def decode(frame: Frame) -> tuple[Envelope, Message | UnknownMessage]:
     """Return the envelope and the message of one whole frame (no chunk); arrays are read-only views of it.
 
