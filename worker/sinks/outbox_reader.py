@@ -9,16 +9,16 @@ from __future__ import annotations
 import sqlite3
 from contextlib import closing
 from pathlib import Path
-from typing import Final, get_args
+from typing import Final
 from urllib.parse import quote
 
-from sidestep.worker.outbox import EntryKind, StoredEntry
+from sidestep.worker.home import INDEX_FILE
+from sidestep.worker.outbox import ENTRY_KINDS, NUMBERED_KINDS, StoredEntry
 
-INDEX_NAME: Final = "index.sqlite"
-"""The file of a journal's folder that holds the table ``outbox``."""
+
 
 _BUSY_SECONDS: Final = 5.0
-_KINDS: Final[tuple[str, ...]] = get_args(EntryKind)
+_UNNUMBERED: Final = ", ".join(f"'{kind}'" for kind in ENTRY_KINDS if kind not in NUMBERED_KINDS)
 
 
 class OutboxReader:
@@ -29,26 +29,26 @@ class OutboxReader:
 
     def __init__(self, journal: Path, run_id: str) -> None:
         self.run_id = run_id
-        self._index = Path(journal).resolve() / INDEX_NAME
+        self._index = Path(journal).resolve() / INDEX_FILE
         self._connection: sqlite3.Connection | None = None
 
-    def after(self, position: int, limit: int) -> list[StoredEntry]:
+    def after(self, position: int, limit: int, *, from_row: int = 0) -> list[StoredEntry]:
         """Return up to ``limit`` entries whose position is greater than ``position`` (-1: from the start), ascending.
 
-        Entries of a kind that a newer version wrote are left out. Raises sqlite3.Error where the index is broken.
+        Rows and tables below row number ``from_row`` are left out, as are entries of a kind that a newer version wrote
+        and that is no row. Raises sqlite3.Error where the index is broken.
         """
         connection = self._connected()
         if connection is None:
             return []
         query = (
             "SELECT position, kind, row_number, payload FROM outbox WHERE run_id = ? AND position > ? "
-            "ORDER BY position LIMIT ?"
+            f"AND (row_number >= ? OR (row_number IS NULL AND kind IN ({_UNNUMBERED}))) ORDER BY position LIMIT ?"
         )
-        with closing(connection.execute(query, (self.run_id, position, limit))) as rows:
+        with closing(connection.execute(query, (self.run_id, position, from_row, limit))) as rows:
             return [
                 StoredEntry(run_id=self.run_id, position=at, kind=kind, row_number=number, payload=bytes(payload))
                 for at, kind, number, payload in rows
-                if kind in _KINDS
             ]
 
     def newest_position(self) -> int:

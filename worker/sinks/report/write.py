@@ -9,8 +9,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 from sidestep.worker.errors import JournalError
+from sidestep.worker.home import INDEX_FILE
 from sidestep.worker.outbox import StoredEntry
-from sidestep.worker.sinks.outbox_reader import INDEX_NAME, OutboxReader
+from sidestep.worker.sinks.outbox_reader import OutboxReader
 from sidestep.worker.sinks.report.history import read_history
 from sidestep.worker.sinks.report.page import render_page
 from sidestep.worker.sinks.report.sections import build_sections
@@ -52,9 +53,9 @@ def newest_run(journal: Path) -> str:
     Raises:
         JournalError: the folder is no journal, or has no run.
     """
-    index = journal.resolve() / INDEX_NAME
+    index = journal.resolve() / INDEX_FILE
     if not index.is_file():
-        raise JournalError(f"{journal} is not a journal: it holds no {INDEX_NAME}")
+        raise JournalError(f"{journal} is not a journal: it holds no {INDEX_FILE}")
     try:
         with closing(sqlite3.connect(f"file:{quote(str(index))}?mode=ro", uri=True, timeout=5.0)) as connection:
             row = connection.execute("SELECT run_id FROM run ORDER BY created_at DESC, rowid DESC LIMIT 1").fetchone()

@@ -1,0 +1,1 @@
+"""What several areas' tests stand on: a W&B backend on loopback, a reader of offline runs, journals with an outbox."""

@@ -1,0 +1,70 @@
+"""What the W&B sink must remember over a kill and cannot read back from W&B: one small JSON file in its output folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+_MAX_ALERT_ATTEMPTS: Final = 3
+
+
+@dataclass(slots=True, kw_only=True)
+class Marks:
+    """Marks of one run; ``save`` writes them whole, so a kill leaves the old file or the new one."""
+
+    path: Path
+    alert_attempts: dict[str, int] = field(default_factory=dict)
+    """Incident id to how often it was handed to W&B without a sign that it arrived; written before each attempt."""
+    alerts_sent: set[str] = field(default_factory=set)
+    """Incident ids that are known to have arrived."""
+    notice_position: int = -1
+    """Notices up to here are in the run's log lines; written before they are sent, so a kill may lose one, not double it."""
+    finished_position: int = -1
+    """The run was finished with everything up to here sent."""
+    fragment_rows: dict[str, int] = field(default_factory=dict)
+    """Offline fragments to their rows, for those that ``wandb sync --clean`` takes away."""
+    stop_check_rows: int = -1
+    """Rows handed to W&B when it asked to stop; -1: no such question is open."""
+
+    @classmethod
+    def load(cls, path: Path) -> Marks:
+        """Read the marks; a file that is absent means none. Raises ValueError where it is not a file of marks."""
+        try:
+            fields: dict[str, Any] = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return cls(path=path)
+        try:
+            return cls(path=path, **{**fields, "alerts_sent": set(fields["alerts_sent"])})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} does not hold the W&B sink's marks; move it away to start without them") from error
+
+    def save(self) -> None:
+        """Write the marks and wait until they are on the disk; raises OSError."""
+        fields = asdict(self)
+        del fields["path"]
+        fields["alerts_sent"] = sorted(self.alerts_sent)
+        draft = self.path.with_suffix(".new")
+        with draft.open("w", encoding="utf-8") as file:
+            json.dump(fields, file)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(self.path)
+
+    def begin_alert(self, incident_id: str) -> bool:
+        """Mark an attempt at an alert; False where it has arrived, or was tried often enough."""
+        attempts = self.alert_attempts.get(incident_id, 0)
+        if incident_id in self.alerts_sent or attempts >= _MAX_ALERT_ATTEMPTS:
+            return False
+        self.alert_attempts[incident_id] = attempts + 1
+        self.save()
+        return True
+
+    def confirm_alerts(self) -> None:
+        """Take every attempt so far as arrived."""
+        if self.alert_attempts:
+            self.alerts_sent.update(self.alert_attempts)
+            self.alert_attempts.clear()
+            self.save()

@@ -1,0 +1,335 @@
+"""The W&B sink: a process of its own that follows one run's outbox into W&B.
+
+    python -m sidestep.worker.sinks.wandb_sink --journal DIR --run RUN_ID --out DIR --mode offline|online|disabled
+
+It is a process because nothing less can be guarded: with wandb-core stopped, ``run.log``, ``teardown`` and the
+interpreter's own exit wait without limit (docs/delivery.md, section 4). wandb_supervisor.py starts, watches and kills it;
+it ends by ``os._exit`` for the same reason. Any call into W&B that raises ends the process too: the next one begins at the
+row where W&B really stands, so nothing is sent twice and nothing is left out.
+
+This is the one module that imports wandb, and it does so only when there is something to send.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from PIL import Image
+
+from sidestep.worker.outbox import StoredEntry
+from sidestep.worker.sinks import wandb_axes
+from sidestep.worker.sinks.outbox_reader import OutboxReader
+from sidestep.worker.sinks.wandb_follow import Follower, ForeignRowsError, Pace, Wishes, alert_tag
+from sidestep.worker.sinks.wandb_marks import Marks
+from sidestep.worker.sinks.wandb_position import fragment_folders, offline_position
+from sidestep.worker.sinks.wandb_processes import MARK_VARIABLE, SinkLock, end_marked, mark_of
+from sidestep.worker.sinks.wandb_progress import EXIT_AGAIN, EXIT_NEVER, Progress, SinkState
+
+_LOG: Final = logging.getLogger(__name__)
+
+_INIT_TIMEOUT_SECONDS: Final = 20.0
+_FINISH_TIMEOUT_SECONDS: Final = 30.0
+_LEFTOVER_TIMEOUT_SECONDS: Final = 10.0
+_POLL_SECONDS: Final = 0.1
+_MAX_ALERT_TITLE_CHARACTERS: Final = 63
+_ALERT_LEVELS: Final = {"info": "INFO", "warning": "WARN", "critical": "ERROR"}
+_SUSPENDED_EXIT_CODE: Final = 1  # with mark_preempting W&B shows the run as preempted, not as failed
+
+
+class WandbRun:
+    """A W&B run that is open (``TrackedRun``). Every call may block without limit; that is the supervisor's business."""
+
+    def __init__(self, opening: Mapping[str, Any], *, out: Path, run_id: str, mode: str, on_stop: Callable[[], None]) -> None:
+        """Open the run, or resume it where it stands; raises what ``wandb.init`` raises."""
+        import wandb  # noqa: PLC0415: 1.4 s and 70 MB, for which there must be a reason
+
+        self._wandb = wandb
+        self._axes = wandb_axes.Axes()
+        self._offline_rows = 0
+        environment = opening.get("environment") or {}
+        stats_pid = _trainer_pid(environment)
+        settings: dict[str, Any] = {
+            "console": "off",
+            "disable_git": True,  # the worker's, which is not the trainer's
+            "finish_timeout": _FINISH_TIMEOUT_SECONDS,
+            "init_timeout": _INIT_TIMEOUT_SECONDS,
+            "silent": True,
+            "stop_fn": on_stop,
+            "stop_on_fatal_error": True,
+            "x_disable_machine_info": stats_pid is None,
+            "x_disable_meta": True,
+            "x_disable_stats": stats_pid is None,
+            "x_file_stream_transmit_interval": 5,
+            "x_save_requirements": False,
+            "x_transaction_log_flush_interval": 1,
+        }
+        if stats_pid is not None:
+            settings["x_stats_pid"] = stats_pid
+        if environment.get("host"):
+            settings["host"] = str(environment["host"])
+        self._run = wandb.init(
+            project=opening.get("project") or None,
+            entity=opening.get("entity") or None,
+            name=opening.get("name") or None,
+            tags=list(opening.get("tags") or ()),
+            config=_shown_config(opening),
+            id=run_id,
+            dir=str(out),
+            mode="offline" if mode == "offline" else "online",
+            resume="allow",
+            reinit="create_new",
+            settings=wandb.Settings(**settings),
+        )
+
+    def resume_after(self, num_rows: int) -> None:
+        """Say how many rows the earlier fragments hold, which an offline run cannot know."""
+        self._offline_rows = num_rows
+
+    @property
+    def next_row(self) -> int:
+        """The run's next ``_step``, the fragments before included."""
+        return self._offline_rows + int(self._run.starting_step)
+
+    def log_row(self, row: Mapping[str, Any]) -> None:
+        """Log a row; histograms are made of their counts and edges."""
+        self._log({key: self._value(value) for key, value in row.items()})
+
+    def log_table(self, table: Mapping[str, Any]) -> None:
+        """Log a table, whole and never to be changed, beside the row's own scalars."""
+        columns, key = [str(column) for column in table["columns"]], str(table["key"])
+        cells = [[self._cell(cell) for cell in row] for row in table["rows"]]
+        if any(len(row) != len(columns) for row in cells):
+            raise ValueError(f"a row of table {key} has other columns than {columns}")
+        scalars = {k: v for k, v in table.items() if k not in {"columns", "key", "rows"}}
+        drawn = self._wandb.Table(columns=columns, data=cells, log_mode="IMMUTABLE", allow_mixed_types=True)
+        self._log({**scalars, key: drawn})
+
+    def _log(self, values: dict[str, Any]) -> None:
+        for name, axis in self._axes.unnamed(values):
+            if axis is None:
+                self._run.define_metric(name)
+            else:
+                self._run.define_metric(name, step_metric=axis, step_sync=False)
+        values.pop(wandb_axes.AXES_KEY, None)
+        self._run.log(values)
+
+    def alert(self, title: str, text: str, level: str) -> None:
+        """Send an alert; W&B's own wait between alerts of one title is set as short as it goes."""
+        title = title[:_MAX_ALERT_TITLE_CHARACTERS]
+        self._run.alert(title, text, level=_ALERT_LEVELS.get(level, "WARN"), wait_duration=0.001)
+
+    def log_line(self, text: str) -> None:
+        """Add a line to the run's page of logs."""
+        self._run.write_logs(text)
+
+    def finish(self, exit_code: int) -> None:
+        """Finish the run, 0 as finished and otherwise as failed."""
+        self._run.finish(exit_code=exit_code)
+
+    def suspend(self) -> None:
+        """Upload what there is and let the run be resumed."""
+        self._run.mark_preempting()
+        self._run.finish(exit_code=_SUSPENDED_EXIT_CODE)
+
+    def _value(self, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("_type") == "histogram":
+            counts, edges = value["counts"], value["edges"]
+            if len(edges) != len(counts) + 1:
+                raise ValueError(f"a histogram of {len(counts)} counts has {len(edges)} edges")
+            return self._wandb.Histogram(np_histogram=(counts, edges))
+        return value
+
+    def _cell(self, cell: Any) -> Any:
+        if isinstance(cell, dict) and cell.get("_type") == "image":
+            picture = Image.open(io.BytesIO(base64.b64decode(cell["png"], validate=True)))
+            picture.load()
+            return self._wandb.Image(picture)
+        return cell
+
+
+def _shown_config(opening: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the trainer's configuration, and beside it where and how the run was made."""
+    ours = {key: opening[key] for key in ("environment", "settings") if opening.get(key)}
+    return {**(opening.get("config") or {}), "_sidestep": ours}
+
+
+def _trainer_pid(environment: Mapping[str, Any]) -> int | None:
+    """Return the trainer's process where it is surely visible from here, so that its GPUs are the ones that are charted.
+
+    The same host name does not mean the same pid namespace (two containers of one pod), so the command line is compared.
+    """
+    pid, command = environment.get("pid"), environment.get("command")
+    if environment.get("host") != socket.gethostname() or not isinstance(pid, int) or not isinstance(command, list):
+        return None
+    try:
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").split(b"\0")
+    except OSError:
+        return None
+    masked = "***"  # what looks like a secret does not leave the trainer
+    same = len(arguments) == len(command) and all(
+        masked in str(said) or os.fsencode(str(said)) == real for said, real in zip(command, arguments, strict=True)
+    )
+    return pid if same else None
+
+
+class WandbSink:
+    """One life of the child process."""
+
+    def __init__(self, options: argparse.Namespace, report: Callable[[Progress], None], wishes: Wishes) -> None:
+        """Take the command line's options."""
+        self._run_id: str = options.run
+        self._out: Path = options.out
+        self._mode: str = options.mode
+        self._pace = Pace(rows_per_second=options.rows_per_second if options.mode == "online" else 0.0)
+        self._report, self._wishes = report, wishes
+        self._reader = OutboxReader(options.journal, options.run)
+
+    def live(self) -> int:
+        """Follow the outbox to the end; return the exit code. Raises what W&B raises."""
+        self._out.mkdir(parents=True, exist_ok=True)
+        lock = SinkLock(self._out / f"wandb-sink-{self._run_id}.lock")
+        if not self._wait_until(lock.try_take):
+            return self._ended(SinkState.SUSPENDED)
+        end_marked(mark_of(self._out, self._run_id), _LEFTOVER_TIMEOUT_SECONDS)
+        marks = Marks.load(self._out / f"wandb-sink-{self._run_id}.json")
+        opening: list[StoredEntry] = []
+
+        def something_to_send() -> bool:
+            opening[:] = self._reader.after(-1, 1)
+            return bool(opening)
+
+        if 0 <= self._reader.newest_position() <= marks.finished_position:
+            return self._ended(SinkState.FINISHED, marks.finished_position)
+        if not self._wait_until(something_to_send):
+            return self._ended(SinkState.SUSPENDED)
+        run = self._opened(opening[0], marks)
+        follower = Follower(self._reader, run, marks, pace=self._pace, report=self._report, wishes=self._wishes)
+        end = follower.follow()
+        self._report(follower.progress(end))
+        return EXIT_AGAIN if end is SinkState.STOP_REQUESTED else 0
+
+    def _opened(self, first: StoredEntry, marks: Marks) -> WandbRun:
+        opening = first.value() if first.kind == "run" else {}
+        held = 0
+        if self._mode == "offline":
+            held = self._offline_rows(marks)
+            self._wait_for_a_new_second()
+        run = WandbRun(
+            opening, out=self._out, run_id=self._run_id, mode=self._mode, on_stop=self._wishes.stop_run.set
+        )  # fmt: skip
+        run.resume_after(held)
+        return run
+
+    def _offline_rows(self, marks: Marks) -> int:
+        position = offline_position(self._out, self._run_id, marks.fragment_rows)
+        written = "\n".join(position.alert_texts)
+        marks.alerts_sent = {*marks.alerts_sent, *(i for i in marks.alert_attempts if alert_tag(i) in written)}
+        marks.fragment_rows = dict(position.fragments)
+        marks.save()
+        return position.next_row
+
+    def _wait_for_a_new_second(self) -> None:
+        """Wait until a fragment's folder, which is named by the second, cannot be one that exists."""
+        folders = fragment_folders(self._out, self._run_id)
+        while folders and folders[-1].name[len("offline-run-") :][:15] >= time.strftime("%Y%m%d_%H%M%S"):
+            time.sleep(_POLL_SECONDS)
+
+    def _wait_until(self, ready: Callable[[], bool]) -> bool:
+        while not ready():
+            if self._wishes.stop.is_set() or self._wishes.orphaned.is_set():
+                return False
+            self._wishes.stop.wait(_POLL_SECONDS)
+        return True
+
+    def _ended(self, state: SinkState, position: int = -1) -> int:
+        self._report(Progress(state=state, position=position, num_rows=self._reader.num_rows()))
+        return 0
+
+
+def _private_output() -> Callable[[Progress], None]:
+    """Keep standard output for reports: whatever W&B prints goes to standard error."""
+    sys.stdout.flush()
+    channel = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    lock = threading.Lock()
+
+    def report(progress: Progress) -> None:
+        with lock:
+            try:
+                os.write(channel, progress.line())
+            except BrokenPipeError:
+                _LOG.warning("nobody hears the report %s", progress.state)
+
+    return report
+
+
+def _listen(wishes: Wishes, *, owner_on_stdin: bool) -> None:
+    def on_signal(_number: int, _frame: object) -> None:
+        wishes.stop.set()
+
+    def watch_owner() -> None:
+        while os.read(sys.stdin.fileno(), 1024):
+            pass
+        wishes.orphaned.set()
+        wishes.stop.set()
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if owner_on_stdin:
+        threading.Thread(target=watch_owner, name="owner", daemon=True).start()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m sidestep.worker.sinks.wandb_sink", description="Follow an outbox into W&B.")
+    parser.add_argument("--journal", type=Path, required=True, help="folder of the journal")
+    parser.add_argument("--run", required=True, help="the run's id")
+    parser.add_argument("--out", type=Path, required=True, help="folder under which W&B keeps its own files")
+    parser.add_argument("--mode", choices=("offline", "online", "disabled"), default="offline")
+    parser.add_argument("--rows-per-second", type=float, default=10.0, help="online only; 0: no limit")
+    parser.add_argument("--owner-on-stdin", action="store_true", help="end when standard input ends")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the child process; return its exit code."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    report = _private_output()
+    if options.mode == "disabled":
+        report(Progress(state=SinkState.DISABLED))
+        return 0
+    os.environ[MARK_VARIABLE] = mark_of(options.out, options.run)  # wandb-core inherits it
+    wishes = Wishes(stop=threading.Event(), orphaned=threading.Event(), stop_run=threading.Event())
+    _listen(wishes, owner_on_stdin=options.owner_on_stdin)
+    report(Progress(state=SinkState.STARTING))
+    try:
+        return WandbSink(options, report, wishes).live()
+    except ForeignRowsError as error:
+        report(Progress(state=SinkState.FAILED, detail=str(error)))
+        return EXIT_NEVER
+    except Exception as error:  # noqa: BLE001: reported, and the next child begins where W&B stands
+        _LOG.exception("a call into W&B failed")
+        report(Progress(state=SinkState.FAILED, detail=f"{type(error).__name__}: {error}"[:500]))
+        return EXIT_AGAIN
+
+
+def _exit(code: int) -> NoReturn:
+    """Leave at once: atexit would wait for a wandb-core that may be dead or stopped."""
+    logging.shutdown()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    _exit(main())

@@ -1,0 +1,332 @@
+"""Starts, watches, kills and starts again the W&B child process; lives in the worker and never waits for it.
+
+``poll`` is called from the worker's loop. It reads what the child has said, sees whether it lives, and whether it moves
+while entries wait; everything else (rows, resuming, wandb itself) is the child's (wandb_sink.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, Final, Literal
+
+from sidestep.worker.sinks.outbox_reader import OutboxReader
+from sidestep.worker.sinks.wandb_processes import MARK_VARIABLE, mark_of, marked_processes
+from sidestep.worker.sinks.wandb_progress import EXIT_AGAIN, EXIT_NEVER, Progress, SinkState
+
+_LOG: Final = logging.getLogger(__name__)
+
+_READ_BYTES: Final = 64 * 1024
+_OUTBOX_LOOK_SECONDS: Final = 0.5
+_STOP_POLL_SECONDS: Final = 0.05
+_TABLE_UPLOAD_SECONDS: Final = 60.0
+_MAX_LOG_BYTES: Final = 4 << 20
+_ENDED: Final = frozenset({SinkState.FINISHED, SinkState.SUSPENDED, SinkState.DISABLED})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WandbSinkConfig:
+    """How one run is brought to W&B."""
+
+    journal: Path
+    """Folder of the journal, whose outbox is followed."""
+    run_id: str
+    out: Path
+    """Folder under which W&B keeps its own files; a container keeps it on a volume at a fixed path."""
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    rows_per_second: float = 10.0
+    """Upper bound of the rate online, where W&B documents 1,000 rows a minute; 0: no limit."""
+    stall_seconds: float = 60.0
+    """A child that does not move for so long while entries wait is killed."""
+    backoff_first_seconds: float = 0.5
+    """Wait before a dead child is started again; doubled with every death that moved nothing."""
+    backoff_max_seconds: float = 60.0
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables that the child gets beside the worker's own."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work; ValueError names the field."""
+        if not self.run_id:
+            raise ValueError("WandbSinkConfig.run_id: must not be empty")
+        for name in ("stall_seconds", "backoff_first_seconds", "backoff_max_seconds"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"WandbSinkConfig.{name}: must be positive")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WandbStatus:
+    """Where the sink stands; a value, safe to hand to another thread."""
+
+    state: SinkState
+    pid: int | None
+    position: int
+    """Outbox position up to which W&B was given everything."""
+    num_rows: int
+    """Rows and tables that W&B was given."""
+    rows_behind: int
+    """Rows and tables of the outbox that W&B was not given yet."""
+    entries_behind: int
+    counts: Mapping[str, int]
+    """Exact counts: starts, respawns, stalls, failures, unreadable_reports, stop_requests, ``unconfirmed_tables``."""
+    detail: str
+    """What the child last complained of."""
+    alerts_sent: int
+    alerts_suppressed: int
+    entries_refused: int
+
+
+class WandbSupervisor:
+    """Keeps one child process at work. All calls belong to one thread; ``status`` may be read from any."""
+
+    def __init__(self, config: WandbSinkConfig) -> None:
+        self._config = config
+        self._reader = OutboxReader(config.journal, config.run_id)
+        self._mark = mark_of(config.out, config.run_id)
+        self._child: subprocess.Popen[bytes] | None = None
+        self._unread = b""
+        self._counts: Counter[str] = Counter(
+            starts=0, respawns=0, stalls=0, failures=0, unreadable_reports=0, stop_requests=0, unconfirmed_tables=0
+        )
+        self._totals: Counter[str] = Counter()  # of the children before this one
+        idle = SinkState.DISABLED if config.mode == "disabled" else SinkState.STARTING
+        self._progress = Progress(state=idle)
+        self._newest_position, self._newest_rows, self._looked_at = -1, 0, 0.0
+        self._moved_at = self._start_at = 0.0
+        self._backoff_seconds = config.backoff_first_seconds
+        self._detail = ""
+        self._wanted = self._stop_reported = self._never = False
+        self._uploading: dict[int, float] = {}
+        self._unconfirmed: set[int] = set()
+        self._status = self._current_status()
+
+    def start(self) -> None:
+        """Start the child, unless the mode is ``disabled``; a failure to start is tried again by ``poll``."""
+        self._wanted = self._config.mode != "disabled"
+        self.poll()
+
+    def poll(self) -> None:
+        """Hear the child, and start or kill it as needed; never waits. Raises sqlite3.Error where the index is broken."""
+        now = time.monotonic()
+        self._look(now)
+        self._hear(now)
+        if self._child is not None and self._child.poll() is not None:
+            self._hear(now)
+            self._bury(self._child, now)
+        elif self._child is not None and self._is_stalled(now):
+            self._counts["stalls"] += 1
+            self._detail = f"no progress for {self._config.stall_seconds:g} s with {self._waiting()} entries waiting"
+            _LOG.warning("the W&B sink of run %s is killed: %s", self._config.run_id, self._detail)
+            self._kill()
+        if self._child is None and self._is_due(now):
+            self._spawn(now)
+        self._status = self._current_status()
+
+    def status(self) -> WandbStatus:
+        """Return how things stood at the last ``poll``."""
+        return self._status
+
+    def take_stop_request(self) -> bool:
+        """Return, once, that somebody pressed "Stop run" on the run's page."""
+        wanted, self._stop_reported = self._stop_reported, False
+        return wanted
+
+    def take_unconfirmed_tables(self) -> tuple[int, ...]:
+        """Return, once, the row numbers of tables whose upload a dead child may have left undone (online only).
+
+        Their rows are in W&B, their files perhaps not. To have them at least once, append each as a new row with the
+        same ``sidecar/table_id`` (docs/delivery.md, section 4).
+        """
+        tables = tuple(sorted(self._unconfirmed))
+        self._unconfirmed.clear()
+        return tables
+
+    def request_stop(self) -> None:
+        """Ask the child to send what waits and to end; a child that dies after this is not started again."""
+        self._wanted = False
+        if self._child is not None:
+            self._child.terminate()
+
+    def stop(self, timeout_seconds: float) -> bool:
+        """Do the same and wait for it; after the timeout the child is killed. Return whether it ended by itself."""
+        self.request_stop()
+        deadline = time.monotonic() + timeout_seconds
+        while self._child is not None and time.monotonic() < deadline:
+            self.poll()
+            time.sleep(_STOP_POLL_SECONDS)
+        in_time = self._child is None
+        if (child := self._child) is not None:
+            self._kill()
+            child.wait()
+            self._hear(time.monotonic())
+            self._bury(child, time.monotonic())
+        self._look(0.0)
+        self._status = self._current_status()
+        self._reader.close()
+        return in_time
+
+    # ------------------------------------------------------------------------------------------------------ the child
+
+    def _is_due(self, now: float) -> bool:
+        if not self._wanted or self._never or now < self._start_at:
+            return False
+        if self._progress.state in _ENDED and self._waiting() == 0:
+            return False
+        return self._counts["starts"] == 0 or not marked_processes(self._mark)  # a killed wandb-core is still going
+
+    def _spawn(self, now: float) -> None:
+        config = self._config
+        command = [
+            sys.executable, "-m", "sidestep.worker.sinks.wandb_sink",
+            "--journal", str(config.journal), "--run", config.run_id, "--out", str(config.out), "--mode", config.mode,
+            "--rows-per-second", str(config.rows_per_second), "--owner-on-stdin",
+        ]  # fmt: skip
+        environment = {**os.environ, **config.environment, MARK_VARIABLE: self._mark}
+        try:
+            config.out.mkdir(parents=True, exist_ok=True)
+            with self._open_log() as log:
+                child = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    env=environment,
+                    process_group=0,
+                )
+        except OSError as error:
+            self._counts["failures"] += 1
+            self._detail = f"the W&B sink cannot be started: {error}"
+            self._postpone(now)
+            return
+        if child.stdout is not None:
+            os.set_blocking(child.stdout.fileno(), False)
+        self._child, self._unread = child, b""
+        self._counts["respawns"] += self._counts["starts"] > 0
+        self._counts["starts"] += 1
+        self._moved_at = now
+
+    def _open_log(self) -> IO[bytes]:
+        path = self._config.out / f"wandb-sink-{self._config.run_id}.log"
+        too_long = path.is_file() and path.stat().st_size > _MAX_LOG_BYTES
+        return path.open("wb" if too_long else "ab")
+
+    def _bury(self, child: subprocess.Popen[bytes], now: float) -> None:
+        for pipe in (child.stdin, child.stdout):
+            if pipe is not None:
+                pipe.close()
+        self._child = None
+        code, state = child.returncode, self._progress.state
+        if code == 0 and state in _ENDED:
+            self._uploading.clear()
+            self._backoff_seconds = self._config.backoff_first_seconds
+        else:
+            self._lose_uploads(now)
+            self._never = code == EXIT_NEVER
+            if state is not SinkState.STOP_REQUESTED:
+                self._counts["failures"] += 1
+                if code != EXIT_AGAIN and not self._detail:
+                    self._detail = f"the W&B sink ended with {code}"
+                self._postpone(now)
+        for name in ("alerts_sent", "alerts_suppressed", "entries_refused"):
+            self._totals[name] += getattr(self._progress, name)
+        self._progress = Progress(
+            state=state if code == 0 or self._never else SinkState.STARTING,
+            position=self._progress.position,
+            num_rows=self._progress.num_rows,
+        )
+
+    def _postpone(self, now: float) -> None:
+        self._start_at = now + self._backoff_seconds
+        self._backoff_seconds = min(self._config.backoff_max_seconds, 2 * self._backoff_seconds)
+
+    def _kill(self) -> None:
+        """SIGKILL the child's group, and its wandb-core, which is in a session of its own."""
+        if self._child is None:
+            return
+        left = marked_processes(self._mark)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._child.pid, signal.SIGKILL)
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    # -------------------------------------------------------------------------------------------------- what it says
+
+    def _hear(self, now: float) -> None:
+        if self._child is None or self._child.stdout is None:
+            return
+        while True:
+            try:
+                read = os.read(self._child.stdout.fileno(), _READ_BYTES)
+            except BlockingIOError:
+                break
+            if not read:
+                break
+            self._unread += read
+        *lines, self._unread = self._unread.split(b"\n")
+        for line in lines:
+            try:
+                self._heed(Progress.parse(line), now)
+            except ValueError:
+                self._counts["unreadable_reports"] += 1
+
+    def _heed(self, report: Progress, now: float) -> None:
+        before = self._progress
+        if report.state is SinkState.STARTING:  # it does not know yet where W&B stands
+            report = replace(report, position=before.position, num_rows=before.num_rows)
+        if (report.position, report.num_rows, report.state) != (before.position, before.num_rows, before.state):
+            self._moved_at = now
+        if report.num_rows > before.num_rows:
+            self._backoff_seconds = self._config.backoff_first_seconds
+            self._detail = ""
+        self._detail = report.detail or self._detail
+        if self._config.mode == "online":
+            self._uploading |= dict.fromkeys(report.tables, now)
+        if report.state is SinkState.STOPPED_BY_PAGE:
+            self._stop_reported = True
+            self._counts["stop_requests"] += 1
+        self._progress = report
+
+    def _lose_uploads(self, now: float) -> None:
+        lost = {row for row, logged_at in self._uploading.items() if now - logged_at < _TABLE_UPLOAD_SECONDS}
+        self._uploading.clear()
+        self._unconfirmed |= lost
+        self._counts["unconfirmed_tables"] += len(lost)
+
+    # ---------------------------------------------------------------------------------------------------- the outbox
+
+    def _look(self, now: float) -> None:
+        if not now or now - self._looked_at >= _OUTBOX_LOOK_SECONDS:
+            self._looked_at = now
+            self._newest_position, self._newest_rows = self._reader.newest_position(), self._reader.num_rows()
+
+    def _waiting(self) -> int:
+        return max(0, self._newest_position - self._progress.position)
+
+    def _is_stalled(self, now: float) -> bool:
+        busy = self._waiting() > 0 or self._progress.state is SinkState.FINISHING
+        return busy and now - self._moved_at > self._config.stall_seconds
+
+    def _current_status(self) -> WandbStatus:
+        progress, totals = self._progress, self._totals
+        return WandbStatus(
+            state=progress.state,
+            pid=None if self._child is None else self._child.pid,
+            position=progress.position,
+            num_rows=progress.num_rows,
+            rows_behind=max(0, self._newest_rows - progress.num_rows),
+            entries_behind=self._waiting(),
+            counts=dict(self._counts),
+            detail=self._detail,
+            alerts_sent=totals["alerts_sent"] + progress.alerts_sent,
+            alerts_suppressed=totals["alerts_suppressed"] + progress.alerts_suppressed,
+            entries_refused=totals["entries_refused"] + progress.entries_refused,
+        )
