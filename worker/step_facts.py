@@ -1,0 +1,52 @@
+"""What a step says of its own delivery: ranks, drops, late parts, time in hooks, skipped updates (``sidecar/*``)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from sidestep.worker.metrics.measurement import Value
+from sidestep.worker.records import AssembledStep
+
+
+def telling_facts(step: AssembledStep) -> dict[str, Value]:
+    """Return the facts that are worth a row by themselves: all else than a whole step, applied in time."""
+    facts: dict[str, Value] = {}
+    if any(not end.applied for end in step.ends.values()):
+        facts["train/skipped"] = 1
+    if step.reason != "tail" and step.ranks_seen < step.ranks_expected:
+        facts["sidecar/ranks_seen"] = step.ranks_seen
+    if step.late_parts:
+        facts["sidecar/late_parts"] = len(step.late_parts)
+    return facts
+
+
+def companion_facts(step: AssembledStep) -> dict[str, Value]:
+    """Return the facts that stand in a row that is written anyway."""
+    facts: dict[str, Value] = {"sidecar/lag_seconds": step.lag_seconds}
+    if step.ends:
+        facts["train/epoch"] = max(end.epoch for end in step.ends.values())
+        facts["sidecar/hook_ms"] = 1_000.0 * max(end.hook_seconds for end in step.ends.values())
+    return facts
+
+
+def lost_messages(step: AssembledStep, dropped_so_far: Counter[str]) -> dict[str, Value]:
+    """Return ``sidecar/dropped/{kind}`` and ``sidecar/refused/{kind}``, cumulative, where they are not 0.
+
+    The publishers' own cumulative accounts count where the step carries them; else what the steps' ends say is summed
+    up in ``dropped_so_far``, which is advanced.
+    """
+    for end in step.ends.values():
+        dropped_so_far.update(end.dropped)
+    facts: dict[str, Value] = {f"sidecar/dropped/{kind}": n for kind, n in sorted(dropped_so_far.items()) if n}
+    for kind, (_, dropped, refused) in sorted(step.accounts.items()):
+        if dropped:
+            facts[f"sidecar/dropped/{kind}"] = dropped
+        if refused:
+            facts[f"sidecar/refused/{kind}"] = refused
+    return facts
+
+
+def changed(facts: Mapping[str, Value], before: Mapping[str, Value]) -> bool:
+    """Whether any fact differs from what was written last."""
+    return any(before.get(key) != value for key, value in facts.items())
