@@ -33,9 +33,18 @@ def label(text: str) -> str:
 
 
 def line_chart(
-    history: RunHistory, title: str, keys: Mapping[str, str], *, log: bool = False, thresholds: Mapping[str, float] = {}
+    history: RunHistory,
+    title: str,
+    keys: Mapping[str, str],
+    *,
+    log: bool = False,
+    thresholds: Mapping[str, float] = {},
+    span: tuple[float, float] | None = None,
 ) -> Chart | None:
-    """Return a chart of ``keys`` (key to its name in the legend) against the step; None where none was written."""
+    """Return a chart of ``keys`` (key to its name in the legend) against the step; None where none was written.
+
+    ``thresholds`` are drawn as dotted lines; ``span`` fixes the vertical axis.
+    """
     present = [(key, name) for key, name in keys.items() if key in history.series][:MAX_LINES]
     if not present:
         return None
@@ -53,6 +62,8 @@ def line_chart(
     for name, value in thresholds.items():
         figure.add_hline(y=value, line={"dash": "dot", "width": 1, "color": "#e4572e"}, annotation_text=label(name))
     _dress(figure, log=log, legend=len(present) > 1)
+    if span is not None:
+        figure.update_yaxes(range=span)
     return Chart(title=title, figure=figure)
 
 
@@ -124,5 +135,6 @@ def _dress(figure: go.Figure, *, log: bool, legend: bool) -> None:
         "hovermode": "x unified" if legend else "closest",
     }
     figure.update_layout(**layout)
-    figure.update_xaxes(gridcolor=_GRID, zerolinecolor=_GRID)
-    figure.update_yaxes(gridcolor=_GRID, zerolinecolor=_GRID, type="log" if log else "linear")
+    # Fixed margins: automatic ones make the script lay a chart out again and again.
+    figure.update_xaxes(gridcolor=_GRID, zerolinecolor=_GRID, automargin=False)
+    figure.update_yaxes(gridcolor=_GRID, zerolinecolor=_GRID, automargin=False, type="log" if log else "linear")

@@ -96,9 +96,12 @@ def _collapse(history: RunHistory) -> Section:
         _keys(
             "collapse", {"most_common_ratio": "most common token", "eos_ratio": "EOS", "token_diversity": "diversity"}
         ),
-        thresholds={"dominance 0.70": float(_setting(history, "single_token_dominance", 0.70))},
+        span=(-0.03, 1.03),
+        thresholds={"dominance": float(_setting(history, "single_token_dominance", 0.70))},
     )
-    verdict = line_chart(history, "Verdict (1 = collapsed)", _keys("collapse", {"is_collapsed": "collapsed"}))
+    verdict = line_chart(
+        history, "Verdict (1 = collapsed)", _keys("collapse", {"is_collapsed": "collapsed"}), span=(-0.05, 1.05)
+    )
     unique = line_chart(
         history,
         "Unique tokens and sequences",

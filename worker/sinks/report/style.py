@@ -68,7 +68,7 @@ nav a { color:var(--ink);
   font-size:13px; }
 nav a:hover { border-color:var(--accent); color:var(--accent); }
 section[id] { scroll-margin-top:56px; }
-.charts { display:grid; grid-template-columns:repeat(auto-fill,minmax(380px,1fr)); gap:14px; margin-top:12px; }
+.charts { display:grid; grid-template-columns:repeat(auto-fit,minmax(340px,1fr)); gap:14px; margin-top:12px; }
 figure { margin:0; border:1px solid var(--line); border-radius:10px; padding:10px 8px 2px; min-width:0; }
 figcaption { font-weight:600; font-size:13px; padding:0 8px; }
 .scroll { overflow-x:auto; max-height:560px; overflow-y:auto; border:1px solid var(--line); border-radius:10px; }
