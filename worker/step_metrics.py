@@ -47,21 +47,16 @@ def measure_step(step: AssembledStep, context: RunContext, settings: RunSettings
     return StepMetrics(found=found, generated=generated)
 
 
-def count_late_answers(step: AssembledStep, context: RunContext, counts: AnswerCounts, found: Measurement) -> None:
-    """Count the answers of parts that came after their own step had closed: each answer counts once."""
-    found.malformed_parts += count_answers(step.late_parts, context, step.attempt, counts).malformed_parts
-
-
 def _measure_answers(
     step: AssembledStep, context: RunContext, settings: RunSettings, counts: AnswerCounts, found: Measurement
 ) -> None:
     parts = step.parts.get(Kind.ANSWERS, ())
     before = counts.batches_without_labels
-    found.malformed_parts += count_answers(parts, context, step.attempt, counts).malformed_parts
+    found.malformed_parts += count_answers((*step.late_parts, *parts), context, step.attempt, counts).malformed_parts
     if counts.batches_without_labels > before:
         text = (
-            f"step {step.step} had a batch without one labelled position: there is nothing to learn in it and its loss is "
-            "no number (look at the chat template, the truncation and ignore_index); such batches are counted in "
+            f"step {step.step} had a batch without one labelled position: there is nothing to learn in it and its loss "
+            "is no number (look at the chat template, the truncation and ignore_index); such batches are counted in "
             "data/batches_without_labels"
         )
         found.put("data/batches_without_labels", counts.batches_without_labels)
@@ -97,8 +92,8 @@ def _measure_generated(
 def _tell_malformed(step: AssembledStep, context: RunContext, found: Measurement) -> None:
     if found.malformed_parts:
         text = (
-            f"step {step.step}: {found.malformed_parts} messages contradict themselves or the run's tables and are left "
-            "out (counted in sidecar/malformed_parts); trainer and worker may be of different versions"
+            f"step {step.step}: {found.malformed_parts} messages contradict themselves or the run's tables and are "
+            "left out (counted in sidecar/malformed_parts); trainer and worker may be of different versions"
         )
         found.put("sidecar/malformed_parts", found.malformed_parts)
         found.notices.append(notice_once("malformed_parts", text, step.step))

@@ -10,7 +10,7 @@ from sidestep.worker.metrics.answer_counts import AnswerCounts
 from sidestep.worker.metrics.measurement import (
     Measurement,
     Value,
-    distinct_batches,
+    is_copy,
     length_histogram,
     messages_of,
     same_length,
@@ -19,12 +19,14 @@ from sidestep.worker.records import Part, RunContext
 
 
 def count_answers(parts: Sequence[Part], context: RunContext, attempt: int, counts: AnswerCounts) -> Measurement:
-    """Take the ``Answers`` of a step, or late ones of any step of ``attempt``, into ``counts``.
+    """Take the ``Answers`` of a step, and late ones of any step of ``attempt``, into ``counts``.
 
     The measurement holds no values; its ``malformed_parts`` are those left out.
     """
     found = Measurement()
-    for _, message in messages_of(distinct_batches(parts, context), Answers):
+    for rank, message in messages_of(parts, Answers):
+        if is_copy(rank, context):
+            continue
         if not _is_sound(message):
             found.malformed_parts += 1
             continue

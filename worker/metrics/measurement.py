@@ -78,6 +78,12 @@ def distinct_batches(parts: Sequence[Part], context: RunContext) -> list[Part]:
     return [part for part in parts if speaker[_data_parallel_rank(part.rank, context)] == part.rank]
 
 
+def is_copy(rank: int, context: RunContext) -> bool:
+    """Whether a lower rank of the run sees the same batches; for what comes one by one and must count once."""
+    place = _data_parallel_rank(rank, context)
+    return any(other < rank and _data_parallel_rank(other, context) == place for other in context.topologies)
+
+
 def _data_parallel_rank(rank: int, context: RunContext) -> int:
     place = context.topologies.get(rank, {}).get("data_parallel_rank", rank)
     return place if isinstance(place, int) else rank

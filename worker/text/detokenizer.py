@@ -1,7 +1,7 @@
 """Ids to text, from the ``tokenizer.json`` that travelled with the run, or from a table of texts; it never raises.
 
-A token stands as the tokenizer decodes it by itself; what could not be seen (spaces, control characters, pieces of a
-character) is shown by an escape or by the vocabulary's own spelling, and an id that nothing is known of as ``<id 123>``.
+A token stands as the tokenizer decodes it by itself. What could not be seen (spaces, control characters, pieces of a
+character) is shown by an escape or by the vocabulary's own spelling, an id that nothing is known of by ``<id 123>``.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Detokenizer:
     def _load(self, content: Json) -> None:
         try:
             self._tokenizer = Tokenizer.from_buffer(content)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001
             self._tell(error)
 
     def _tell(self, error: BaseException) -> None:
