@@ -14,16 +14,15 @@ ROOT = Path(__file__).parents[3]
 PACKAGES = ("protocol", "trainer_hooks", "worker", "examples")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
-# What each package may use beside the standard library and itself.
+# What each package may use beside the standard library and itself; "sidestep" is for the version.
+TRAINER_SIDE = {"numpy", "torch", "zmq", "sidestep", "sidestep.protocol"}
 ALLOWED_BY_PACKAGE = {
     "protocol": {"numpy", "msgpack"},
-    "trainer_hooks": {"numpy", "torch", "zmq", "sidestep.protocol"},
-    "trainer_hooks.integrations": {"numpy", "torch", "transformers", "lightning", "accelerate", "sidestep.protocol"},
-    "worker": {"numpy", "zmq", "wandb", "tokenizers", "plotly", "PIL", "sidestep.protocol", "sidestep"},
-    "examples": {
-        "numpy", "torch", "sklearn", "tqdm", "tokenizers", "sidestep.protocol", "sidestep.trainer_hooks", "sidestep",
-    },
-}  # fmt: skip
+    "trainer_hooks": TRAINER_SIDE,
+    "trainer_hooks.integrations": TRAINER_SIDE | {"transformers", "lightning", "accelerate"},
+    "worker": {"numpy", "zmq", "wandb", "tokenizers", "plotly", "PIL", "sidestep", "sidestep.protocol"},
+    "examples": TRAINER_SIDE - {"zmq"} | {"sklearn", "tqdm", "tokenizers", "sidestep.trainer_hooks"},
+}
 # The modules (as patterns) through which a third party comes in.
 DOORS = {
     ("trainer_hooks", "zmq"): ("trainer_hooks.publisher",),
