@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,8 @@ def png() -> dict[str, Any]:
     return {"_type": "image", "png": base64.b64encode(buffer.getvalue()).decode()}
 
 
-def row(step: int, attempt: int = 0, **values: Any) -> OutboxEntry:
-    named = {key.replace("__", "/"): value for key, value in values.items()}
-    return entry("row", {"_timestamp": 1.75e9 + step, "train/step": step, "train/attempt": attempt, **named})
+def row(step: int, values: Mapping[str, Any], attempt: int = 0) -> OutboxEntry:
+    return entry("row", {"_timestamp": 1.75e9 + step, "train/step": step, "train/attempt": attempt, **values})
 
 
 def table(step: int, key: str, columns: list[str], rows: list[list[Any]]) -> OutboxEntry:
@@ -57,16 +56,33 @@ def full_run(text: str) -> list[OutboxEntry]:
     entries = [entry("run", {"run_id": "run-1", "name": text, "project": text, "tags": [text], "config": {text: text}})]
     for step in range(0, 100, 25):
         values = {
-            "loss/total": 3.0 / (step + 1), "loss/first_token": 2.0, "loss/std": 0.5, "loss/max": 4.0, "loss/min": 0.1,
-            "tokens/pad_ratio": 0.2, "tokens/answer_length": 3.0, "tokens/total_tokens": 100,
-            "gradients/global/total_norm": 1.5, "gradients/decoder/norm": 1.0,
-            "gradients/decoder/head_weight/norm": 0.5, "gradients/decoder/head_weight/max": 0.1, "gradients/decoder/log10_histogram": histogram,
-            "generation/avg_length": 4.5, "generation/min_length": 1, "generation/max_length": 9,
-            "collapse/is_collapsed": 0, "collapse/collapse_reason": "none", "collapse/most_common_ratio": 0.2,
-            "collapse/most_common_token_text": text, "data/answer_length_mean": 3.0,
-            "data/answer_length_histogram": histogram, f"lr/{text}": 1e-3, text: 1.0, "sidecar/lag_seconds": 0.1,
-        }  # fmt: skip
-        entries.append(row(step, **values))
+            "loss/total": 3.0 / (step + 1),
+            "loss/first_token": 2.0,
+            "loss/std": 0.5,
+            "loss/max": 4.0,
+            "loss/min": 0.1,
+            "tokens/pad_ratio": 0.2,
+            "tokens/answer_length": 3.0,
+            "tokens/total_tokens": 100,
+            "gradients/global/total_norm": 1.5,
+            "gradients/decoder/norm": 1.0,
+            "gradients/decoder/head_weight/norm": 0.5,
+            "gradients/decoder/head_weight/max": 0.1,
+            "gradients/decoder/log10_histogram": histogram,
+            "generation/avg_length": 4.5,
+            "generation/min_length": 1,
+            "generation/max_length": 9,
+            "collapse/is_collapsed": 0,
+            "collapse/collapse_reason": "none",
+            "collapse/most_common_ratio": 0.2,
+            "collapse/most_common_token_text": text,
+            "data/answer_length_mean": 3.0,
+            "data/answer_length_histogram": histogram,
+            f"lr/{text}": 1e-3,
+            text: 1.0,
+            "sidecar/lag_seconds": 0.1,
+        }
+        entries.append(row(step, values))
         columns = ["step", "image", "question", "generated", "target", "length"]
         entries.append(table(step, "generation/samples", columns, [[step, png(), text, text, "3", 1]]))
         entries.append(

@@ -83,7 +83,7 @@ def test_every_chart_has_its_figure(tmp_path: Path) -> None:
     [
         ([], "No collapse check has run yet", "samples="),
         (
-            [row(1, **{"collapse/is_collapsed": 1, "collapse/collapse_reason": "low_diversity"})],
+            [row(1, {"collapse/is_collapsed": 1, "collapse/collapse_reason": "low_diversity"})],
             "no alarm was armed",
             "",
         ),
@@ -91,7 +91,7 @@ def test_every_chart_has_its_figure(tmp_path: Path) -> None:
             [
                 row(
                     5,
-                    **{
+                    {
                         "collapse/is_collapsed": 1,
                         "collapse/collapse_reason": "single_token_dominance",
                         "collapse/most_common_token_text": "A",
@@ -114,7 +114,7 @@ def test_every_chart_has_its_figure(tmp_path: Path) -> None:
     ],
 )
 def test_the_verdict_says_what_happened(tmp_path: Path, last: list[OutboxEntry], headline: str, detail: str) -> None:
-    start = [entry("run", {"run_id": "run-1"}), row(0, **{"loss/total": 1.0})]
+    start = [entry("run", {"run_id": "run-1"}), row(0, {"loss/total": 1.0})]
     page = write_report(make_journal(tmp_path / "journal", [*start, *last]), None, tmp_path / "report.html").read_text(
         encoding="utf-8"
     )
@@ -123,7 +123,7 @@ def test_the_verdict_says_what_happened(tmp_path: Path, last: list[OutboxEntry],
 
 
 def test_a_second_attempt_is_a_new_line_not_a_line_back(tmp_path: Path) -> None:
-    rows = [row(step, attempt, **{"loss/total": 1.0}) for attempt, step in ((0, 0), (0, 25), (1, 10), (1, 20))]
+    rows = [row(step, {"loss/total": 1.0}, attempt) for attempt, step in ((0, 0), (0, 25), (1, 10), (1, 20))]
     page = write_report(make_journal(tmp_path / "journal", rows), None, tmp_path / "report.html").read_text(
         encoding="utf-8"
     )
