@@ -63,8 +63,6 @@ class Closure:
 
     closing: Decision
     entries: tuple[OutboxEntry, ...] = ()
-    snapshot: bytes | None = None
-    """The projection's state after it, kept for good."""
     pending_arrival: int = 0
     """Messages that arrived before it are all accounted for."""
     last_arrival: int = -1
@@ -92,7 +90,7 @@ def step_closing_of_row(row: tuple[Any, ...]) -> StepClosing:
 
 def ending_of_row(row: tuple[Any, ...]) -> Ending:
     """Return a row of ``ending``."""
-    run_id, attempt, number, exit_code, reason, tail_unknown, unix_time, newest_step = row
+    run_id, attempt, number, exit_code, reason, tail_unknown, unix_time, newest_step, _ = row
     return Ending(
         run_id=run_id, attempt=attempt, closed_number=number, exit_code=exit_code, reason=reason,
         tail_unknown=bool(tail_unknown), unix_time=unix_time, newest_step=newest_step,

@@ -16,6 +16,7 @@ from sidestep.worker.errors import JournalError
 from sidestep.worker.intake.database import connect, transaction
 from sidestep.worker.intake.decisions import (
     Closure,
+    ContextRecord,
     Decision,
     Ending,
     Incarnation,
@@ -166,8 +167,7 @@ class Index:
                 for closure in closures:
                     stored += self._write_one(connection, run_id, counters, closure)
                 if state is not None:
-                    made = _state_after(closures[-1].closing, counters.closed_number - 1, state)
-                    self._write_state(connection, run_id, "projection", made)
+                    _write_state(connection, run_id, closures[-1].closing, counters.closed_number - 1, state)
             self._counters[run_id] = counters
             return stored
 
@@ -187,10 +187,10 @@ class Index:
             )  # fmt: skip
         elif isinstance(closing, Ending):
             connection.execute(
-                "INSERT INTO ending VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO ending VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     run_id, closing.attempt, number, closing.exit_code, closing.reason, int(closing.tail_unknown),
-                    closing.unix_time, closing.newest_step,
+                    closing.unix_time, closing.newest_step, closure.pending_arrival,
                 ),
             )  # fmt: skip
         else:
@@ -207,18 +207,7 @@ class Index:
                     " ".join(closing.missing),
                 ),
             )
-        if closure.snapshot is not None:
-            self._write_state(connection, run_id, "snapshot", _state_after(closing, number, closure.snapshot))
         return self._write_entries(connection, run_id, counters, closure.entries)
-
-    @staticmethod
-    def _write_state(connection: sqlite3.Connection, run_id: str, name: str, state: State) -> None:
-        if name == "projection":
-            connection.execute("DELETE FROM state WHERE run_id = ? AND name = ?", (run_id, name))
-        connection.execute(
-            "INSERT INTO state VALUES (?, ?, ?, ?, ?, ?)",
-            (run_id, name, state.closed_number, state.attempt, state.step, state.body),
-        )
 
     @staticmethod
     def _write_entries(
@@ -257,7 +246,7 @@ class Index:
             made += [decision_of(row) for row in rows]
         return sorted(made, key=lambda each: each.closed_number)
 
-    def laststep_closing_of_row(self, run_id: str, attempt: int) -> StepClosing | None:
+    def last_step_closing(self, run_id: str, attempt: int) -> StepClosing | None:
         """Return the attempt's newest closing of a step."""
         rows = self._rows(
             "SELECT * FROM step_closed WHERE run_id = ? AND attempt = ? ORDER BY step DESC LIMIT 1", run_id, attempt
@@ -267,9 +256,11 @@ class Index:
     def pending_arrival(self, run_id: str) -> int:
         """Return the arrival number before which all of the run's messages are accounted for."""
         rows = self._rows(
-            "SELECT pending_arrival FROM step_closed WHERE run_id = ? ORDER BY closed_number DESC LIMIT 1", run_id
+            "SELECT closed_number, pending_arrival FROM step_closed WHERE run_id = ?1 UNION ALL"
+            " SELECT closed_number, pending_arrival FROM ending WHERE run_id = ?1 ORDER BY closed_number DESC LIMIT 1",
+            run_id,
         )
-        return int(rows[0][0]) if rows else 0
+        return int(rows[0][1]) if rows else 0
 
     def closings_using(self, run_id: str, arrival: int) -> list[StepClosing]:
         """Return the closings that used a message of this arrival number or a later one."""
@@ -278,23 +269,22 @@ class Index:
         )
         return [step_closing_of_row(row) for row in rows]
 
-    def states(self, run_id: str) -> list[State]:
-        """Return the stored states without their bodies, the newest first."""
+    def contexts(self, run_id: str) -> list[ContextRecord]:
+        """Return the contexts that the run was projected with, in the order they were taken up."""
+        rows = self._rows("SELECT * FROM context WHERE run_id = ? ORDER BY closed_number", run_id)
+        return [context_of_row(row) for row in rows]
+
+    def endings(self, run_id: str) -> list[Ending]:
+        """Return the recorded ends of the run's attempts, in the order they were recorded."""
+        rows = self._rows("SELECT * FROM ending WHERE run_id = ? ORDER BY closed_number", run_id)
+        return [ending_of_row(row) for row in rows]
+
+    def state(self, run_id: str) -> State | None:
+        """Return the run's projection as it was after the newest closing, None where there was none."""
         rows = self._rows(
-            "SELECT closed_number, attempt, step, x'' FROM state WHERE run_id = ? ORDER BY closed_number DESC", run_id
+            "SELECT closed_number, attempt, step, body FROM state WHERE run_id = ? AND name = 'projection'", run_id
         )
-        return [State(closed_number=row[0], attempt=row[1], step=row[2], body=bytes(row[3])) for row in rows]
-
-    def state_body(self, run_id: str, closed_number: int) -> bytes:
-        """Return the state after that closing.
-
-        Raises:
-            JournalError: none was kept there.
-        """
-        rows = self._rows("SELECT body FROM state WHERE run_id = ? AND closed_number = ?", run_id, closed_number)
-        if not rows:
-            raise JournalError(f"{self.path} holds no state of run {run_id} after closing {closed_number}")
-        return bytes(rows[0][0])
+        return State(**dict(zip(("closed_number", "attempt", "step", "body"), rows[0], strict=True))) if rows else None
 
     # ------------------------------------------------------------------------------------------------ outbox, segments
 
@@ -347,6 +337,11 @@ class Index:
         return [(str(incarnation), int(rank), bytes(ranges)) for incarnation, rank, ranges in rows]
 
 
-def _state_after(closing: Decision, closed_number: int, body: bytes) -> State:
+def _write_state(
+    connection: sqlite3.Connection, run_id: str, closing: Decision, closed_number: int, body: bytes
+) -> None:
     step = closing.step if isinstance(closing, StepClosing) else -1
-    return State(closed_number=closed_number, attempt=closing.attempt, step=step, body=body)
+    connection.execute(
+        "INSERT OR REPLACE INTO state VALUES (?, 'projection', ?, ?, ?, ?)",
+        (run_id, closed_number, closing.attempt, step, body),
+    )

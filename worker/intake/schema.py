@@ -40,13 +40,13 @@ CREATE INDEX IF NOT EXISTS step_closed_arrival ON step_closed(run_id, last_arriv
 CREATE TABLE IF NOT EXISTS ending(
   run_id TEXT NOT NULL, attempt INTEGER NOT NULL, closed_number INTEGER NOT NULL, exit_code INTEGER NOT NULL,
   reason TEXT NOT NULL, tail_unknown INTEGER NOT NULL, unix_time REAL NOT NULL, newest_step INTEGER NOT NULL,
-  PRIMARY KEY(run_id, closed_number));
+  pending_arrival INTEGER NOT NULL, PRIMARY KEY(run_id, closed_number));
 CREATE TABLE IF NOT EXISTS context(
   run_id TEXT NOT NULL, attempt INTEGER NOT NULL, revision INTEGER NOT NULL, closed_number INTEGER NOT NULL,
   incarnation TEXT NOT NULL, ranks BLOB NOT NULL, missing TEXT NOT NULL, PRIMARY KEY(run_id, attempt, revision));
 CREATE TABLE IF NOT EXISTS state(
   run_id TEXT NOT NULL, name TEXT NOT NULL, closed_number INTEGER NOT NULL, attempt INTEGER NOT NULL,
-  step INTEGER NOT NULL, body BLOB NOT NULL, PRIMARY KEY(run_id, name, closed_number));
+  step INTEGER NOT NULL, body BLOB NOT NULL, PRIMARY KEY(run_id, name));
 CREATE TABLE IF NOT EXISTS outbox(
   run_id TEXT NOT NULL, position INTEGER NOT NULL, kind TEXT NOT NULL, row_number INTEGER, payload BLOB NOT NULL,
   PRIMARY KEY(run_id, position));

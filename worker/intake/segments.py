@@ -215,6 +215,28 @@ class Segments:
                     found += self._query(segment, condition, (arrival, limit - len(found)))
         return found
 
+    def first_since(self, incarnation: str, arrival: int) -> int | None:
+        """Return the arrival number of the incarnation's first message from ``arrival`` on, None for none.
+
+        Raises:
+            JournalError: a segment cannot be read.
+        """
+        query = (
+            "SELECT arrival FROM message INDEXED BY message_arrival WHERE arrival >= ? AND incarnation = ?"
+            " ORDER BY arrival LIMIT 1"
+        )
+        with self._lock:
+            for segment in self._segments:
+                if segment.last_arrival < arrival:
+                    continue
+                try:
+                    row = self._reader(segment).execute(query, (arrival, incarnation)).fetchone()
+                except sqlite3.Error as error:
+                    raise JournalError(f"{self._path(segment.number)} cannot be read: {error}") from error
+                if row is not None:
+                    return int(row[0])
+        return None
+
     def select(self, incarnation: str, keys: Iterable[tuple[int, int]]) -> dict[tuple[int, int], Row]:
         """Return (rank, sequence) to its message, for those that are here.
 

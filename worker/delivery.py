@@ -1,0 +1,141 @@
+"""The sinks of a worker's runs: its own console, and for each run the child process that feeds W&B.
+
+None of them is waited for while a training goes on; what they lack stays in the outbox.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final, Literal, cast
+
+from sidestep.worker.config import WorkerConfig
+from sidestep.worker.errors import ConfigError
+from sidestep.worker.outbox import StoredEntry
+from sidestep.worker.sinks.console_sink import ConsoleSink
+from sidestep.worker.sinks.wandb_supervisor import WandbSinkConfig, WandbSupervisor
+
+_LOG: Final = logging.getLogger(__name__)
+_POLL_SECONDS: Final = 0.05
+_LEAST_STOP_SECONDS: Final = 1.0
+
+Mode = Literal["offline", "online", "disabled"]
+_MODES: Final[Mapping[str, Mode]] = {
+    "online": "online", "run": "online", "shared": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled",
+}  # fmt: skip
+
+
+def wandb_mode(chosen: str, environment: Mapping[str, str] | None = None) -> Mode:
+    """Return how W&B is used: as chosen, else as ``WANDB_MODE`` says, else online where a key is there, else offline.
+
+    Raises:
+        ConfigError: ``WANDB_MODE`` is no mode.
+    """
+    environment = os.environ if environment is None else environment
+    wanted = chosen or environment.get("WANDB_MODE", "")
+    if wanted:
+        if wanted not in _MODES:
+            raise ConfigError(f"wandb_mode: {wanted!r} (from WANDB_MODE) is not online, offline or disabled")
+        return _MODES[wanted]
+    return "online" if environment.get("WANDB_API_KEY") or _has_netrc_entry(environment) else "offline"
+
+
+def _has_netrc_entry(environment: Mapping[str, str]) -> bool:
+    host = environment.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0].split(":")[0]
+    path = Path(environment.get("NETRC") or Path.home() / ".netrc")
+    try:
+        words = path.read_text(encoding="utf-8", errors="replace").split()
+    except OSError:
+        return False  # there is none, or it is not ours to read
+    return any(words[at : at + 2] == ["machine", host] for at in range(len(words)))
+
+
+class Deliveries:
+    """Brings entries to the console as they are written, and keeps one W&B child per run at work."""
+
+    def __init__(self, config: WorkerConfig, *, journal: Path, out: Path, console: ConsoleSink, mode: Mode) -> None:
+        """Start nothing yet."""
+        self._config = config
+        self._journal = journal
+        self._out = out
+        self._console = console
+        self._mode = mode
+        self._supervisors: dict[str, WandbSupervisor] = {}
+        self._broken: set[str] = set()
+
+    def open(self, run_id: str) -> None:
+        """Begin to feed W&B with a run. Idempotent."""
+        if run_id in self._supervisors:
+            return
+        defaults = {"WANDB_PROJECT": self._config.project, "WANDB_ENTITY": self._config.entity}
+        made = WandbSupervisor(
+            WandbSinkConfig(
+                journal=self._journal,
+                run_id=run_id,
+                out=self._out,
+                mode=self._mode,
+                environment={name: value for name, value in defaults.items() if value},
+            )
+        )
+        self._supervisors[run_id] = made
+        made.start()
+
+    def show(self, entries: Iterable[StoredEntry]) -> None:
+        """Give entries that have just been written to the console."""
+        self._console.take(list(entries))
+
+    def poll(self) -> list[str]:
+        """Watch the children; return the runs that somebody stopped on their W&B page."""
+        stopped = []
+        for run_id, supervisor in self._supervisors.items():
+            try:
+                supervisor.poll()
+            except sqlite3.Error as error:
+                if run_id not in self._broken:
+                    _LOG.error("the outbox of run %s cannot be read: %s", run_id, error)  # noqa: TRY400
+                self._broken.add(run_id)
+                continue
+            if supervisor.take_stop_request():
+                stopped.append(run_id)
+        return stopped
+
+    def waiting(self, run_ids: Iterable[str]) -> dict[str, int]:
+        """Return, of these runs, those that W&B has not all of yet, or is still finishing, and what it lacks."""
+        found = {}
+        for run_id in run_ids:
+            supervisor = self._supervisors.get(run_id)
+            if supervisor is not None and self._mode != "disabled":
+                status = supervisor.status()
+                if status.entries_behind or status.pid is not None:
+                    found[run_id] = status.entries_behind
+        return found
+
+    def close(self, ended: Iterable[str], timeout_seconds: float) -> dict[str, int]:
+        """Let the children send what waits, then end them; return run to entries that W&B still lacks."""
+        deadline = time.monotonic() + timeout_seconds
+        ended = list(ended)
+        self.poll()
+        while self.waiting(ended) and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+            self.poll()
+        for supervisor in self._supervisors.values():
+            supervisor.request_stop()
+        behind = {}
+        for run_id, supervisor in self._supervisors.items():
+            supervisor.stop(max(_LEAST_STOP_SECONDS, deadline - time.monotonic()))
+            if self._mode != "disabled" and supervisor.status().entries_behind:
+                behind[run_id] = supervisor.status().entries_behind
+        self._console.close()
+        return behind
+
+    def statistics(self) -> dict[str, Any]:
+        """Return how the sinks stand, for /healthz."""
+        runs = {run_id: asdict(supervisor.status()) for run_id, supervisor in self._supervisors.items()}
+        for status in runs.values():
+            status["state"] = str(getattr(status["state"], "value", status["state"]))
+        return {"console": dict(self._console.statistics()), "wandb": cast("dict[str, Any]", runs)}

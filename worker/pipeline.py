@@ -1,0 +1,250 @@
+"""One run from journaled messages to its outbox: assemble, project, and write both in one transaction."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from sidestep.protocol.messages import Goodbye, Notice, StepEnd
+from sidestep.worker.contexts import is_whole, survey
+from sidestep.worker.errors import JournalWriteError
+from sidestep.worker.intake.assembler import Assembler
+from sidestep.worker.intake.assembly import Journaled
+from sidestep.worker.intake.decisions import Closure, ContextRecord, Ending, Incarnation
+from sidestep.worker.intake.journal import Journal
+from sidestep.worker.outbox import StoredEntry
+from sidestep.worker.projector import RunProjector
+
+_LOG: Final = logging.getLogger(__name__)
+_WRITE_AGAIN_SECONDS: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What one advance brought."""
+
+    entries: tuple[StoredEntry, ...] = ()
+    """Entries that are now in the outbox."""
+    notices: tuple[Notice, ...] = ()
+    """Lines for the trainer's console."""
+
+
+@dataclass(slots=True)
+class _Batch:
+    closures: list[Closure] = field(default_factory=list)
+    notices: list[Notice] = field(default_factory=list)
+
+
+class RunPipeline:
+    """All attempts of one run. One thread calls it; times are seconds of one monotonic clock, passed in."""
+
+    def __init__(self, journal: Journal, run_id: str, *, deadline_seconds: float) -> None:
+        """Continue where the journal stands; messages since then are brought by ``add`` again.
+
+        Raises:
+            JournalError: what the journal holds cannot be read.
+            ValueError: its projection's state is of another version.
+        """
+        self.run_id = run_id
+        self._journal = journal
+        self._deadline_seconds = deadline_seconds
+        self._projector = RunProjector(journal.index)
+        self._assemblers: dict[str, Assembler] = {}
+        self._ended: set[str] = set()
+        self._contexts: dict[int, ContextRecord] = {}
+        self._context_since: dict[int, float] = {}
+        self._survey_due = True
+        self._batch = _Batch()
+        self._write_at = 0.0
+        self._taken_arrival = -1
+        self._counts: Counter[str] = Counter()
+        self._pending_arrival = journal.index.pending_arrival(run_id)
+        self._consumed = {
+            (closing.incarnation, *key)
+            for closing in journal.index.closings_using(run_id, self._pending_arrival)
+            for key in (*closing.parts, *closing.late_parts)
+        }
+        self.refresh()
+        self._restore()
+
+    def _restore(self) -> None:
+        index = self._journal.index
+        by_attempt = {each.incarnation.attempt: name for name, each in self._assemblers.items()}
+        self._ended = {by_attempt[ending.attempt] for ending in index.endings(self.run_id)}
+        for record in index.contexts(self.run_id):
+            self._contexts[record.attempt] = record
+            self._projector.adopt(record)
+        state = index.state(self.run_id)
+        if state is not None and self._contexts:
+            self._projector.adopt(self._contexts[max(self._contexts)], state.body)
+
+    @property
+    def newest(self) -> Incarnation:
+        """The run's newest incarnation."""
+        return max((each.incarnation for each in self._assemblers.values()), key=lambda each: each.attempt)
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether the newest attempt has ended, and all of it is in the outbox."""
+        return self.newest.incarnation in self._ended and not self._batch.closures
+
+    @property
+    def open_incarnations(self) -> list[Incarnation]:
+        """Incarnations that have not ended, the oldest first."""
+        return [each.incarnation for name, each in self._assemblers.items() if name not in self._ended]
+
+    def recovery_start(self) -> int | None:
+        """Return the arrival number from which the journal has messages that are not accounted for, None for none."""
+        segments = self._journal.segments
+        names = [*(each.incarnation for each in self.open_incarnations), self.newest.incarnation]
+        found = [segments.first_since(name, self._pending_arrival) for name in names]
+        return min((arrival for arrival in found if arrival is not None), default=None)
+
+    # ------------------------------------------------------------------------------------------------ taking in
+
+    def refresh(self) -> None:
+        """A Hello or a table of this run has come."""
+        self._survey_due = True
+        for incarnation in self._journal.index.incarnations(self.run_id):
+            if incarnation.incarnation not in self._assemblers:
+                self._assemblers[incarnation.incarnation] = self._assembler(incarnation)
+
+    def _assembler(self, incarnation: Incarnation) -> Assembler:
+        last = self._journal.index.last_step_closing(self.run_id, incarnation.attempt)
+        if last is None:
+            return Assembler(incarnation, deadline_seconds=self._deadline_seconds)
+        made = Assembler(incarnation, deadline_seconds=self._deadline_seconds, last_closed=last.step)
+        floors: dict[int, int] = {}
+        for (rank, sequence), each in self._journal.messages(last.incarnation, last.parts).items():
+            if isinstance(each.message, StepEnd):
+                floors[rank] = max(floors.get(rank, 0), sequence)
+        for rank in range(incarnation.world_size):
+            held = self._journal.segments.committed(incarnation.incarnation, rank)
+            made.restore_stream(rank, held, floors.get(rank, 0))
+        return made
+
+    def add(self, each: Journaled, now: float) -> None:
+        """Take one journaled message of this run in."""
+        name = each.envelope.incarnation
+        self._taken_arrival = max(self._taken_arrival, each.arrival)
+        if each.arrival < self._pending_arrival or (name, *each.key) in self._consumed:
+            return
+        if name not in self._assemblers:
+            self.refresh()
+        if name in self._ended:
+            if name != self.newest.incarnation:
+                self._counts["after_the_end"] += 1
+                return
+            self._ended.discard(name)  # it was given up too early
+        self._assemblers[name].add(each, now)
+
+    def refuse(self, incarnation: str, rank: int, sequence: int) -> None:
+        """A message of this number will never come."""
+        if incarnation in self._assemblers:
+            self._assemblers[incarnation].pass_over(rank, sequence)
+
+    # ------------------------------------------------------------------------------------------------ going on
+
+    def advance(self, now: float, lost: Mapping[str, str]) -> Outcome:
+        """Close what can be closed, project it and write it; what cannot be written is kept and tried again.
+
+        Args:
+            now: seconds of the clock that ``add`` was given.
+            lost: incarnations that went without a Goodbye, with the reason.
+        """
+        if not self._batch.closures:
+            self._close(now, lost)
+        if not self._batch.closures or now < self._write_at:
+            return Outcome()
+        try:
+            state = self._projector.state()
+            entries = self._journal.index.write(self.run_id, self._batch.closures, state)
+        except JournalWriteError as error:
+            self._write_at = now + _WRITE_AGAIN_SECONDS
+            self._counts["failed_writes"] += 1
+            _LOG.warning("run %s: %s", self.run_id, error)
+            return Outcome()
+        done, self._batch = self._batch, _Batch()
+        return Outcome(entries=tuple(entries), notices=tuple(done.notices))
+
+    def _close(self, now: float, lost: Mapping[str, str]) -> None:
+        newest = self.newest.incarnation
+        for name, assembler in self._assemblers.items():
+            if name in self._ended:
+                continue
+            is_over = assembler.has_ended(now)
+            ended = is_over or name in lost or name != newest
+            if not self._adopt(assembler, now, at_once=ended):
+                return
+            for closed in assembler.close_ready(now, ended=ended):
+                made = self._projector.project(closed.step)
+                self._batch.notices += made.notices
+                self._batch.closures.append(
+                    Closure(
+                        closing=closed.closing,
+                        entries=made.entries,
+                        pending_arrival=closed.pending_arrival,
+                        last_arrival=closed.last_arrival,
+                    )
+                )
+                self._counts[f"closed_{closed.closing.reason}"] += 1
+            if ended and not assembler.has_leftovers():
+                reason = lost.get(name, "the trainer went without a goodbye, and started again")
+                self._end(assembler, is_clean=is_over and name not in lost, reason=reason)
+            if self._batch.closures:
+                return  # one attempt at a time
+
+    def _adopt(self, assembler: Assembler, now: float, *, at_once: bool) -> bool:
+        """Take up what is newly known of an attempt; return whether its steps can be projected."""
+        incarnation = assembler.incarnation
+        known = self._contexts.get(incarnation.attempt)
+        if known is not None and (not self._survey_due or is_whole(known, incarnation)):
+            return True
+        record = survey(self._journal.index, incarnation, 0 if known is None else known.revision + 1)
+        waited = now - self._context_since.setdefault(incarnation.attempt, now)
+        if known is None and not at_once and not is_whole(record, incarnation) and waited < self._deadline_seconds:
+            return False
+        self._survey_due = False
+        if known is None or (record.ranks, record.missing) != (known.ranks, known.missing):
+            self._projector.adopt(record)
+            self._contexts[incarnation.attempt] = record
+            self._batch.closures.append(Closure(closing=record))
+        return True
+
+    def _end(self, assembler: Assembler, *, is_clean: bool, reason: str) -> None:
+        exit_code = 1
+        if is_clean:
+            byes = [each.message for _, each in sorted(assembler.goodbyes.items())]
+            said = [bye for bye in byes if isinstance(bye, Goodbye)]
+            chosen = next((bye for bye in said if bye.exit_code), said[0])
+            exit_code, reason = chosen.exit_code, chosen.reason
+        ending = Ending(
+            run_id=self.run_id,
+            attempt=assembler.incarnation.attempt,
+            exit_code=exit_code,
+            reason=reason,
+            tail_unknown=not is_clean,
+            unix_time=time.time(),
+            newest_step=assembler.newest_step,
+        )
+        made = self._projector.finish(ending)
+        self._batch.notices += made.notices
+        self._batch.closures.append(
+            Closure(closing=ending, entries=made.entries, pending_arrival=self._taken_arrival + 1)
+        )
+        self._ended.add(assembler.incarnation.incarnation)
+
+    def statistics(self) -> dict[str, int]:
+        """Return exact counts since the start, and what is open."""
+        late = sum(each.late_parts for each in self._assemblers.values())
+        return {
+            **dict(self._counts),
+            "open_steps": sum(each.open_steps for each in self._assemblers.values()),
+            "late_parts": late,
+            "attempts": len(self._assemblers),
+            "unprojected": self._projector.failures,
+        }

@@ -1,0 +1,260 @@
+"""The worker: listens, journals, assembles, projects, delivers; ends in order (docs/delivery.md, section 10)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, TextIO
+
+from sidestep.protocol.endpoints import Endpoint, default_endpoint
+from sidestep.protocol.messages import Command
+from sidestep.worker.config import WorkerConfig
+from sidestep.worker.delivery import Deliveries, wandb_mode
+from sidestep.worker.errors import JournalError
+from sidestep.worker.health import HealthServer, write_worker_file
+from sidestep.worker.home import home_folder, new_run_folder, remember_latest
+from sidestep.worker.intake.feed import Feed, Refused
+from sidestep.worker.intake.journal import Journal
+from sidestep.worker.intake.listening import EndpointLock
+from sidestep.worker.intake.receiver import Receiver
+from sidestep.worker.intake.reception import Reception
+from sidestep.worker.pipeline import RunPipeline
+from sidestep.worker.sinks.console_sink import ConsoleSink
+from sidestep.worker.trainers import Trainers, is_alive
+
+_LOG: Final = logging.getLogger(__name__)
+_TICK_SECONDS: Final = 0.05
+_SINK_POLL_SECONDS: Final = 0.2
+_STUCK_SECONDS: Final = 10.0
+
+
+class WorkerService:
+    """One worker process. ``run`` returns when it has been asked to end, or has nothing left to stay for."""
+
+    def __init__(self, config: WorkerConfig, *, console: TextIO) -> None:
+        """Take the endpoint and the journal.
+
+        Raises:
+            ConfigError: an option cannot be used.
+            EndpointError: the endpoint is malformed.
+            EndpointBusyError: another worker serves it.
+            ListenError: it must not be listened on.
+            JournalError: the journal cannot be used.
+        """
+        self._config = config
+        self._stop = threading.Event()
+        self.instance = secrets.token_hex(8)
+        self._started_at = time.time()
+        mode = wandb_mode(config.wandb_mode)
+        endpoint = Endpoint.parse(config.endpoint) if config.endpoint else default_endpoint()
+        self._lock = EndpointLock(endpoint)
+        out, folder = _places(config)
+        try:
+            self.journal = Journal(folder, segment_bytes=config.segment_bytes)
+        except JournalError:
+            self._lock.release()
+            raise
+        self._deliveries = Deliveries(config, journal=folder, out=out, console=ConsoleSink(console), mode=mode)
+        self._pipelines = {run_id: self._pipeline(run_id) for run_id in self.journal.index.runs()}
+        starts = [each.recovery_start() for each in self._pipelines.values()]
+        self._recovered_arrival = self.journal.segments.next_arrival
+        known = [start for start in starts if start is not None]
+        self._feed = Feed(
+            self.journal.segments,
+            limit_bytes=config.feed_bytes,
+            start_arrival=min(known, default=self._recovered_arrival),
+        )
+        self._reception = Reception(
+            self.journal,
+            self._feed,
+            instance=self.instance,
+            commit_interval_seconds=config.commit_interval_seconds,
+            commit_messages=config.commit_messages,
+        )
+        self._receiver = Receiver(endpoint, self._reception)
+        self._trainers = Trainers(self.journal.index, config.trainer_silence_seconds)
+        self._health: HealthServer | None = None
+        self._idle_since: float | None = None
+        self._sinks_polled_at = 0.0
+        self._last_turn = time.monotonic()
+        self._unreadable = ""
+
+    @property
+    def address(self) -> str:
+        """Where it listens."""
+        return self._receiver.address
+
+    def _pipeline(self, run_id: str) -> RunPipeline:
+        return RunPipeline(self.journal, run_id, deadline_seconds=self._config.assembly_deadline_seconds)
+
+    # ------------------------------------------------------------------------------------------------ life
+
+    def run(self, ready: Callable[[str], None] = lambda _address: None) -> int:
+        """Serve until asked to end; return 0, or 1 where something was left undelivered or the receiver failed.
+
+        Raises:
+            ListenError: the address cannot be bound.
+            WorkerError: the health port is taken.
+        """
+        try:
+            self._receiver.start()
+            self._health = HealthServer(self.report, self._config.health_port)
+            write_worker_file(
+                self.journal.folder,
+                endpoint=self.address,
+                health_url=self._health.url,
+                instance=self.instance,
+                started_at=self._started_at,
+            )
+            remember_latest(home_folder(), self.journal.folder)
+            ready(self.address)
+            while not self._is_over():
+                self._feed.wait(_TICK_SECONDS)
+                self._turn(time.monotonic())
+            return self._end()
+        finally:
+            if self._health is not None:
+                self._health.close()
+            self.journal.close()
+            self._lock.release()
+
+    def request_stop(self, *_signal: object) -> None:
+        """Ask it to end; safe in a signal handler."""
+        self._stop.set()
+
+    def take_signals(self) -> None:
+        """End in order on SIGTERM and SIGINT. Only the main thread may call it."""
+        signal.signal(signal.SIGTERM, self.request_stop)
+        signal.signal(signal.SIGINT, self.request_stop)
+
+    def _is_over(self) -> bool:
+        if self._stop.is_set() or not self._receiver.is_alive:
+            return True
+        wants_end = self._config.until_idle or self._config.owner_pid > 0
+        if not wants_end or not self._is_idle():
+            self._idle_since = None
+            return False
+        now = time.monotonic()
+        self._idle_since = now if self._idle_since is None else self._idle_since
+        return now - self._idle_since >= self._config.idle_exit_seconds
+
+    def _is_idle(self) -> bool:
+        if self._config.owner_pid and is_alive(self._config.owner_pid):
+            return False
+        if self._config.until_idle and not self._pipelines:
+            return False
+        ended = all(pipeline.is_ended for pipeline in self._pipelines.values())
+        return ended and not self._deliveries.waiting(self._pipelines)
+
+    def _end(self) -> int:
+        failed = not self._receiver.is_alive and not self._stop.is_set()
+        self._receiver.stop()
+        now = time.monotonic()
+        while self._turn(now, is_last=True):
+            now = time.monotonic()
+        ended = [run_id for run_id, pipeline in self._pipelines.items() if pipeline.is_ended]
+        behind = self._deliveries.close(ended, self._config.sink_drain_seconds)
+        for run_id, count in behind.items():
+            _LOG.warning(
+                "%d entries of run %s have not reached W&B; they are kept in %s, and `sidestep replay` or a worker on "
+                "that journal sends them",
+                count,
+                run_id,
+                self.journal.folder,
+            )
+        return 1 if failed or behind else 0
+
+    # ------------------------------------------------------------------------------------------------ one turn
+
+    def _turn(self, now: float, *, is_last: bool = False) -> bool:
+        """Do what there is to do; return whether anything moved."""
+        self._last_turn = now
+        moved = self._take_in(now)
+        if self._feed.next_arrival >= self._recovered_arrival:
+            for pipeline in self._pipelines.values():
+                lost = self._trainers.lost(pipeline.open_incarnations, self._reception.last_heard, now, at_once=is_last)
+                outcome = pipeline.advance(now, lost)
+                moved = moved or bool(outcome.entries)
+                self._deliveries.show(outcome.entries)
+                for notice in outcome.notices:
+                    self._reception.send(pipeline.run_id, notice)
+        if now - self._sinks_polled_at >= _SINK_POLL_SECONDS:
+            self._sinks_polled_at = now
+            for run_id in self._deliveries.poll():
+                reason = "the run was stopped on its W&B page"
+                self._reception.send(run_id, Command(action="stop", command_id=f"page-{self.instance}", reason=reason))
+        return moved
+
+    def _take_in(self, now: float) -> bool:
+        for event in self._feed.take_events():
+            pipeline = self._pipeline_of(event.run_id)
+            if isinstance(event, Refused):
+                pipeline.refuse(event.incarnation, event.rank, event.sequence)
+            else:
+                pipeline.refresh()
+                self._trainers.refresh(event.incarnation)
+        moved = False
+        try:
+            while messages := self._feed.take():
+                moved = True
+                for each in messages:
+                    self._pipeline_of(each.envelope.run_id).add(each, now)
+                if self._feed.next_arrival >= self._recovered_arrival:
+                    break
+        except JournalError as error:
+            if str(error) != self._unreadable:
+                _LOG.error("%s", error)  # noqa: TRY400  (the text names the file)
+            self._unreadable = str(error)
+        return moved
+
+    def _pipeline_of(self, run_id: str) -> RunPipeline:
+        if run_id not in self._pipelines:
+            self._pipelines[run_id] = self._pipeline(run_id)
+        self._deliveries.open(run_id)
+        return self._pipelines[run_id]
+
+    # ------------------------------------------------------------------------------------------------ health
+
+    def report(self) -> dict[str, Any]:
+        """Return the worker's health and figures; any thread may call it."""
+        now = time.monotonic()
+        reasons = [
+            text
+            for text, is_so in (
+                ("the receiver has stopped", not self._receiver.is_alive),
+                ("the receiver is stuck", now - self._receiver.last_turn > _STUCK_SECONDS),
+                ("the loop is stuck", now - self._last_turn > 3 * _STUCK_SECONDS),
+                (self._reception.failure, bool(self._reception.failure)),
+                (self._unreadable, bool(self._unreadable)),
+            )
+            if is_so
+        ]
+        return {
+            "healthy": not reasons,
+            "reason": "; ".join(reasons),
+            "pid": os.getpid(),
+            "instance": self.instance,
+            "endpoint": self.address,
+            "journal": str(self.journal.folder),
+            "started_at": self._started_at,
+            "receiver": dict(self._receiver.statistics()),
+            "feed": {"held_bytes": self._feed.held_bytes, "read_back": self._feed.read_back},
+            "runs": {run_id: pipeline.statistics() for run_id, pipeline in list(self._pipelines.items())},
+            "sinks": self._deliveries.statistics(),
+        }
+
+
+def _places(config: WorkerConfig) -> tuple[Path, Path]:
+    """Return the folders for what the sinks write, and for the journal."""
+    if config.out is not None:
+        return config.out, config.journal or config.out / "journal"
+    if config.journal is not None:
+        return config.journal.parent, config.journal
+    out = new_run_folder(home_folder())
+    return out, out / "journal"
