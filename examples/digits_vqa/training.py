@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Protocol
@@ -21,6 +22,8 @@ from sidestep.examples.digits_vqa.settings import Settings
 from sidestep.examples.digits_vqa.tokenizer import ChatTokenizer
 
 _BETAS = (0.9, 0.95)
+_REDRAW_SECONDS = 0.2
+_REDRAW_IN_LOG_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,7 +150,13 @@ def train(
     batches: Iterator[Batch] = iter(training.loader)
     losses: list[float] = []
     model.train()
-    progress = tqdm(range(settings.num_steps), desc="training", unit="step", disable=not show_progress)
+    progress = tqdm(
+        range(settings.num_steps),
+        desc="training",
+        unit="step",
+        disable=not show_progress,
+        mininterval=_REDRAW_SECONDS if sys.stderr.isatty() else _REDRAW_IN_LOG_SECONDS,
+    )
     for step in progress:
         loss_sum = 0.0
         for _ in range(settings.accumulation_steps):
