@@ -42,9 +42,13 @@ def answer_runs(row: Row) -> list[list[int]]:
 
 
 def same(left: Row, right: Row) -> bool:
-    keys = ("input_ids", "labels", "attention_mask")
     tiles = zip(left["images"], right["images"], strict=True)
-    return all(torch.equal(left[key], right[key]) for key in keys) and all(torch.equal(*pair) for pair in tiles)
+    return (
+        torch.equal(left["input_ids"], right["input_ids"])
+        and torch.equal(left["labels"], right["labels"])
+        and torch.equal(left["attention_mask"], right["attention_mask"])
+        and all(torch.equal(one, other) for one, other in tiles)
+    )
 
 
 def test_two_samples_in_a_row(training_images: DigitImages, tokenizer: ChatTokenizer) -> None:

@@ -81,4 +81,6 @@ def test_a_tile_is_standardised_and_a_picture_is_not(training_images: DigitImage
     picture = training_images.picture((0, 1))
     assert picture.dtype == np.uint8
     assert picture.shape == (48, 96)
-    assert picture[::6, ::6].tolist() == np.round(np.hstack(training_images.pixels[:2]) * 255).astype(int).tolist()
+    assert (
+        picture[::6, ::6].tolist() == np.round(np.hstack(list(training_images.pixels[:2])) * 255).astype(int).tolist()
+    )
