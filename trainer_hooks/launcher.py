@@ -18,8 +18,6 @@ from sidestep.trainer_hooks.console import Console
 from sidestep.trainer_hooks.errors import LaunchError
 
 _DEFAULT_WANDB_HOST = "api.wandb.ai"
-_started: list[subprocess.Popen[bytes]] = []
-"""Workers that this process started; kept so that nobody waits for them when they are forgotten."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,16 +88,15 @@ def ensure_worker(
     if rank != 0:
         return Launched(endpoint=address)
     folder = state_home(environment) / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-    process = _start(address, folder, environment)
-    _started.append(process)
+    pid = _start(address, folder, environment)
     (console or Console()).line(
-        f"sidestep: started a worker (process {process.pid}, W&B {wandb_mode(environment)}); "
+        f"sidestep: started a worker (process {pid}, W&B {wandb_mode(environment)}); "
         f"its journal and log are in {folder}"
     )
-    return Launched(endpoint=address, pid=process.pid, journal=folder / "journal")
+    return Launched(endpoint=address, pid=pid, journal=folder / "journal")
 
 
-def _start(address: str, folder: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def _start(address: str, folder: Path, environment: Mapping[str, str]) -> int:
     command = [
         sys.executable, "-m", "sidestep.worker.cli", "worker",
         "--endpoint", address, "--owner-pid", str(os.getpid()), "--journal", str(folder / "journal"),
@@ -108,7 +105,7 @@ def _start(address: str, folder: Path, environment: Mapping[str, str]) -> subpro
     try:
         folder.mkdir(parents=True, mode=0o700)
         with (folder / "worker.log").open("ab") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -121,6 +118,8 @@ def _start(address: str, folder: Path, environment: Mapping[str, str]) -> subpro
             f"no worker could be started ({error}); training goes on without one. Start it by hand with "
             f"`sidestep worker --endpoint {address}`, or set SIDESTEP_HOME to a folder that can be written."
         ) from error
+    process.returncode = 0  # nobody is ever going to wait for it, and nobody is to be warned of that
+    return process.pid
 
 
 _NOT_INHERITED = frozenset({"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"})

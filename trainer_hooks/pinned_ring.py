@@ -13,6 +13,11 @@ _ALIGNMENT_BYTES = 64
 _SMALLEST_SLOT_BYTES = 64 << 10
 
 
+def is_capturing() -> bool:
+    """Return whether the caller's stream is being captured into a CUDA graph: then nothing may be asked or launched."""
+    return bool(torch.cuda.is_initialized()) and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
+
+
 def _aligned(size_bytes: int) -> int:
     return -(-size_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
@@ -45,7 +50,7 @@ class Slot:
             self._views[name] = view
             at += _aligned(tensor.nbytes)
         self._events = []
-        for device in {tensor.device for tensor in tensors.values()}:
+        for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(device))
             self._events.append(event)
@@ -81,7 +86,7 @@ class PinnedRing:
 
     def copy(self, tensors: Mapping[str, torch.Tensor]) -> Slot | None:
         """Launch copies of device tensors into a free slot; None without one, or while a graph is captured."""
-        if torch.cuda.is_current_stream_capturing():
+        if is_capturing():
             return None
         sent = {name: t.float() if t.dtype == torch.bfloat16 else t for name, t in tensors.items()}
         needed = sum(_aligned(tensor.nbytes) for tensor in sent.values())

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from sidestep.protocol.messages import Kind, Message
 from sidestep.trainer_hooks.accounts import Skip
 from sidestep.trainer_hooks.console import Console
-from sidestep.trainer_hooks.pinned_ring import PinnedRing, Slot
+from sidestep.trainer_hooks.pinned_ring import PinnedRing, Slot, is_capturing
 
 Arrays: TypeAlias = dict[str, NDArray[Any]]
 Finish: TypeAlias = Callable[[Arrays], Sequence[Message]]
@@ -102,7 +102,8 @@ class Staging:
             owned: True where CPU tensors are nobody else's: they are not copied.
 
         Returns:
-            False where there is no room or a graph is being captured; the messages are then counted as dropped.
+            False where there is no room, a graph is being captured, or a tensor is on a device other than CPU and
+            CUDA; the messages are then counted as dropped.
         """
         self.advance()
         entry = self._launch(tensors, finish, tuple(kinds), step, owned=owned)
@@ -117,7 +118,7 @@ class Staging:
 
     def advance(self) -> None:
         """Pass copies that are done on to the publisher thread; cheap, and nothing while a graph is captured."""
-        if not self._copying or torch.cuda.is_current_stream_capturing():
+        if not self._copying or is_capturing():
             return
         while self._copying and self._is_done(self._copying[0]):
             self._ready.append(self._copying.popleft())
@@ -140,8 +141,10 @@ class Staging:
     def _launch(
         self, tensors: Mapping[str, torch.Tensor], finish: Finish, kinds: tuple[Kind, ...], step: int, *, owned: bool
     ) -> _Entry | None:
-        device = {name: tensor.detach() for name, tensor in tensors.items() if tensor.device.type != "cpu"}
-        host = {name: tensor.detach() for name, tensor in tensors.items() if tensor.device.type == "cpu"}
+        device = {name: tensor.detach() for name, tensor in tensors.items() if tensor.is_cuda}
+        host = {name: tensor.detach() for name, tensor in tensors.items() if tensor.is_cpu}
+        if len(device) + len(host) < len(tensors):
+            return None  # neither the CPU's nor CUDA's: there is no way that is known not to wait
         size_bytes = sum(tensor.nbytes for tensor in tensors.values())
         if (
             self.num_pending >= _MAX_ENTRIES

@@ -1,0 +1,474 @@
+"""The publisher against a worker that is absent, late, killed, stopped, full, picky or hostile."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import pytest
+import zmq
+
+from sidestep.protocol.errors import EncodeError, EndpointError
+from sidestep.protocol.frames import Envelope
+from sidestep.protocol.messages import (
+    Command,
+    Generation,
+    Goodbye,
+    Hello,
+    Kind,
+    Losses,
+    Message,
+    Notice,
+    StepEnd,
+)
+from sidestep.protocol.ranges import RangeSet
+from sidestep.trainer_hooks.console import Console
+from sidestep.trainer_hooks.conversation import Patience
+from sidestep.trainer_hooks.publisher import Publisher
+
+if TYPE_CHECKING:
+    from tests.integration.publisher.conftest import RouterWorker
+
+MakeWorker: TypeAlias = "Callable[..., RouterWorker]"
+Eventually: TypeAlias = Callable[[Callable[[], object]], None]
+IDENTITY = Envelope(run_id="run", incarnation="one", rank=3)
+
+
+class Trainer:
+    """A publisher, and the lines that it showed."""
+
+    def __init__(self, address: str, **settings: Any) -> None:
+        self.lines: list[str] = []
+        settings.setdefault("console", Console(self.lines.append))
+        self.publisher = Publisher(address, IDENTITY, Hello(project="p"), **settings).start()
+
+    def accepted(self) -> int:
+        return sum(account.accepted for account in self.publisher.accounts().values())
+
+    def assert_exact(self) -> None:
+        for account in self.publisher.accounts().values():
+            assert account.produced == account.accepted + account.refused + account.dropped + account.in_window
+
+
+@pytest.fixture
+def make_trainer(address: str) -> Iterator[Callable[..., Trainer]]:
+    made: list[Trainer] = []
+
+    def make(**settings: Any) -> Trainer:
+        made.append(Trainer(address, **settings))
+        return made[-1]
+
+    yield make
+    for trainer in made:
+        trainer.publisher.close(0.05)
+        thread = trainer.publisher._thread
+        assert thread is None or not thread.is_alive(), "the thread ends with close"
+
+
+def losses(step: int, num_tokens: int = 4) -> Losses:
+    return Losses(step=step, microstep=0, labelled=num_tokens, losses=np.full(num_tokens, step, np.float32))
+
+
+def generation(step: int, num_ids: int = 4) -> Generation:
+    ids = np.zeros(num_ids, np.int32)
+    return Generation(step=step, samples=ids[:1], offsets=np.array([0, num_ids], np.int64), ids=ids)
+
+
+def num_open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def end(step: int, **sent: int) -> StepEnd:
+    return StepEnd(step=step, unix_time=0.0, sent=sent)
+
+
+def test_a_worker_that_comes_late_gets_everything_once_and_hello_first(
+    make_trainer: Callable[..., Trainer], make_worker: MakeWorker, eventually: Eventually
+) -> None:
+    trainer = make_trainer()
+    for step in range(50):
+        trainer.publisher.submit(losses(step))
+    eventually(lambda: trainer.publisher.statistics().num_unsent == 50)
+    assert trainer.publisher.statistics().num_frames_sent <= 1, "nothing but Hello leaves before a Welcome"
+    worker = make_worker().start()
+    eventually(lambda: trainer.accepted() == 50)
+    assert worker.kinds[0] is Kind.HELLO
+    assert worker.arrivals == list(range(1, 51))
+    assert worker.envelopes[-1].rank == 3
+    trainer.assert_exact()
+
+
+def test_a_worker_killed_and_restarted_gets_exactly_what_its_journal_lacks(
+    make_trainer: Callable[..., Trainer], make_worker: MakeWorker, eventually: Eventually
+) -> None:
+    first = make_worker()
+    first.acking = False  # it committed 1..6, nobody heard of it, and 7..10 died with it
+    first.commit_at_most = 6
+    first.start()
+    trainer = make_trainer()
+    for step in range(10):
+        trainer.publisher.submit(losses(step))
+    eventually(lambda: len(first.arrivals) == 10)
+    first.stop()
+    for step in range(10, 15):
+        trainer.publisher.submit(losses(step))
+    second = make_worker(RangeSet(first.committed)).start()
+    eventually(lambda: trainer.accepted() == 15)
+    assert sorted(set(second.arrivals)) == list(range(7, 16))
+    assert list(dict.fromkeys(n for n in second.arrivals if n <= 10)) == [7, 8, 9, 10]
+    assert len(second.committed) == 15
+    assert trainer.publisher.statistics().num_connections == 1, "ZeroMQ reconnects by itself"
+
+
+def test_many_kills_lose_nothing(
+    make_trainer: Callable[..., Trainer], make_worker: MakeWorker, eventually: Eventually
+) -> None:
+    trainer = make_trainer()
+    committed = RangeSet()
+    for round_number in range(4):
+        worker = make_worker(RangeSet(committed)).start()
+        for step in range(20):
+            trainer.publisher.submit(losses(round_number * 20 + step))
+        eventually(lambda: worker.arrivals)  # noqa: B023  (called at once)
+        worker.stop()
+        committed = worker.committed
+    last = make_worker(committed).start()
+    eventually(lambda: trainer.accepted() == 80)
+    assert last.committed.covers(1, 80)
+    trainer.assert_exact()
+
+
+def test_a_worker_that_stops_reading_costs_the_trainer_nothing(
+    make_trainer: Callable[..., Trainer], make_worker: MakeWorker, eventually: Eventually
+) -> None:
+    worker = make_worker().start()
+    trainer = make_trainer()
+    trainer.publisher.submit(losses(0))
+    eventually(lambda: trainer.accepted() == 1)
+    worker.reading = False
+    for step in range(1, 600):
+        trainer.publisher.submit(losses(step, 2_000))
+    eventually(lambda: trainer.publisher.statistics().num_unacked > 40)
+    worker.reading = True
+    eventually(lambda: trainer.accepted() == 600)
+    assert worker.arrivals == list(range(1, 601)), "a pause loses nothing and repeats nothing"
+
+
+def test_a_full_window_drops_by_lane_counts_exactly_and_corrects_step_ends(
+    make_trainer: Callable[..., Trainer], make_worker: MakeWorker, eventually: Eventually
+) -> None:
+    worker = make_worker().start()
+    trainer = make_trainer(window_bytes=256 << 10)
+    trainer.publisher.submit(losses(0))
+    eventually(lambda: trainer.accepted() == 1)
+    worker.reading = False
+    for step in range(1, 120):
+        trainer.publisher.submit(losses(step, 1_000))
+        trainer.publisher.submit(generation(step, 1_000))
+        trainer.publisher.submit(end(step, losses=1, generation=1))
+        time.sleep(0.002)
+        trainer.assert_exact()
+        assert trainer.publisher.statistics().window_bytes <= 256 << 10
+    accounts = trainer.publisher.accounts()
+    assert accounts[Kind.GENERATION].dropped > accounts[Kind.LOSSES].dropped > 0
+    worker.reading = True
+    eventually(lambda: sum(account.in_window for account in trainer.publisher.accounts().values()) == 0)
+    trainer.assert_exact()
+    arrived = Counter(
+        (m.step, m.kind.name.lower()) for m in worker.stored.values() if isinstance(m, Losses | Generation)
+    )
+    ends = {m.step: m for _, m in sorted(worker.stored.items()) if isinstance(m, StepEnd)}
+    assert sorted(ends) == list(range(1, 120)), "no StepEnd is ever dropped"
+    for step, step_end in ends.items():
+        for name in ("losses", "generation"):
+            assert step_end.sent[name] == arrived[step, name]
+            assert step_end.sent[name] + step_end.dropped.get(name, 0) == 1
+
+
+def test_chunks_and_blobs_arrive_whole(
+    make_trainer: Callable[..., Trainer], make_worker: MakeWorker, eventually: Eventually
+) -> None:
+    table = np.random.default_rng(0).bytes(900_000)
+    digest = hashlib.sha256(table).hexdigest()
+    worker = make_worker()
+    worker.wanted = (digest,)
+    worker.start()
+    trainer = make_trainer(blobs={digest: table})
+    trainer.publisher.submit(losses(7, 500_000))
+    trainer.publisher.submit(end(7, losses=1))
+    eventually(lambda: trainer.accepted() == 2)
+    assert worker.blobs == {digest: table}
+    assert worker.arrivals == [1, 2]
+    large = worker.stored[1]
+    assert isinstance(large, Losses)
+    assert np.array_equal(large.losses, np.full(500_000, 7, np.float32))
+
+
+def test_reject_makes_it_idle_and_says_so_once(
+    make_trainer: Callable[..., Trainer], make_worker: MakeWorker, eventually: Eventually
+) -> None:
+    worker = make_worker()
+    worker.reject_reason = "this worker speaks wire 9.0."
+    worker.start()
+    trainer = make_trainer()
+    trainer.publisher.submit(losses(1))
+    eventually(lambda: trainer.publisher.statistics().rejected)
+    trainer.publisher.submit(losses(2))
+    eventually(lambda: trainer.publisher.accounts()[Kind.LOSSES].dropped == 2)
+    trainer.publisher.close(5)
+    assert [line for line in trainer.lines if "wire 9.0" in line] == trainer.lines
+    assert len(trainer.lines) == 1
+
+
+def test_a_refused_message_is_counted_and_the_others_go_on(
+    make_trainer: Callable[..., Trainer], make_worker: MakeWorker, eventually: Eventually
+) -> None:
+    worker = make_worker()
+    worker.refused = {2}
+    worker.start()
+    trainer = make_trainer()
+    for step in range(3):
+        trainer.publisher.submit(losses(step))
+    eventually(lambda: trainer.publisher.accounts().get(Kind.LOSSES) is not None and trainer.accepted() == 2)
+    eventually(lambda: trainer.publisher.accounts()[Kind.LOSSES].refused == 1)
+    trainer.assert_exact()
+    trainer.publisher.close(5)
+    assert worker.envelopes[-1].accounts["losses"] == (3, 0, 1)
+
+
+def test_messages_that_no_disk_took_come_again(
+    make_trainer: Callable[..., Trainer], make_worker: MakeWorker, eventually: Eventually
+) -> None:
+    worker = make_worker()
+    worker.no_ack_reason = "no space left"
+    worker.start()
+    trainer = make_trainer(patience=Patience(progress_seconds=0.3))
+    for step in range(5):
+        trainer.publisher.submit(losses(step))
+    eventually(lambda: trainer.publisher.statistics().num_connections >= 2)
+    assert trainer.accepted() == 0
+    worker.no_ack_reason = ""
+    eventually(lambda: trainer.accepted() == 5)
+    assert trainer.lines == ["sidestep: the worker cannot store what it gets: no space left\n"]
+
+
+def test_a_connection_without_progress_is_replaced(
+    make_trainer: Callable[..., Trainer], make_worker: MakeWorker, eventually: Eventually
+) -> None:
+    worker = make_worker()
+    worker.acking = False
+    worker.start()
+    trainer = make_trainer(patience=Patience(progress_seconds=0.3))
+    trainer.publisher.submit(losses(1))
+    eventually(lambda: trainer.accepted() == 1)  # by the Welcome of the next connection, which names what is committed
+    assert worker.num_peers >= 2
+    assert trainer.publisher.statistics().num_connections >= 2
+
+
+def test_a_failed_handshake_does_not_end_it_for_good(
+    make_trainer: Callable[..., Trainer], make_worker: MakeWorker, eventually: Eventually
+) -> None:
+    if not zmq.has("curve"):
+        pytest.skip("this libzmq has no CURVE")
+
+    def with_keys(socket: zmq.Socket[bytes]) -> None:
+        socket.curve_publickey, socket.curve_secretkey = zmq.curve_keypair()
+        socket.curve_server = True
+
+    locked = make_worker()
+    locked.configure = with_keys
+    locked.start()
+    trainer = make_trainer()
+    trainer.publisher.submit(losses(1))
+    eventually(lambda: trainer.publisher.statistics().num_handshake_failures >= 1)
+    locked.stop()
+    make_worker().start()
+    eventually(lambda: trainer.accepted() == 1)
+    assert [line for line in trainer.lines if "handshake" in line] == trainer.lines
+    assert len(trainer.lines) == 1
+
+
+def test_nonsense_from_the_worker_is_counted(
+    make_trainer: Callable[..., Trainer], make_worker: MakeWorker, eventually: Eventually
+) -> None:
+    worker = make_worker().start()
+    trainer = make_trainer()
+    trainer.publisher.submit(losses(1))
+    eventually(lambda: trainer.accepted() == 1)
+    for frame in (b"", b"nonsense", os.urandom(200)):
+        worker.say(frame)
+    eventually(lambda: trainer.publisher.statistics().num_undecodable == 3)
+    trainer.publisher.submit(losses(2))
+    eventually(lambda: trainer.accepted() == 2)
+    assert trainer.publisher.statistics().num_errors == 0
+
+
+def test_notices_are_shown_and_commands_wait_for_the_trainer(
+    make_trainer: Callable[..., Trainer], make_worker: MakeWorker, eventually: Eventually
+) -> None:
+    worker = make_worker().start()
+    trainer = make_trainer()
+    eventually(lambda: worker.hellos)
+    warning = "⚠️ MODEL COLLAPSE DETECTED: single_token_dominance"
+    worker.say(Notice(text=warning))
+    worker.say(Command(action="stop", command_id="c1"))
+    eventually(lambda: trainer.lines)
+    assert trainer.lines == [warning + "\n"]
+    eventually(lambda: trainer.publisher._commands)
+    command = trainer.publisher.take_command()
+    assert command is not None
+    assert command.action == "stop"
+    assert trainer.publisher.take_command() is None
+
+
+def test_a_dead_console_does_not_matter(
+    make_trainer: Callable[..., Trainer], make_worker: MakeWorker, eventually: Eventually
+) -> None:
+    def dead(_text: str) -> None:
+        raise BrokenPipeError
+
+    worker = make_worker().start()
+    console = Console(dead)
+    trainer = make_trainer(console=console)
+    eventually(lambda: worker.hellos)
+    worker.say(Notice(text="hello"))
+    eventually(lambda: console.num_lines_lost == 1)
+    trainer.publisher.submit(losses(1))
+    eventually(lambda: trainer.accepted() == 1)
+
+
+def test_a_console_that_blocks_stops_neither_submit_nor_close(address: str, make_worker: MakeWorker) -> None:
+    released = threading.Event()
+    entered = threading.Event()
+
+    def stuck(_text: str) -> None:
+        entered.set()
+        released.wait(30)
+
+    worker = make_worker().start()
+    trainer = Trainer(address, console=Console(stuck))
+    while not entered.is_set():
+        worker.say(Notice(text="hello"))
+        time.sleep(0.01)
+    for step in range(1_000):
+        trainer.publisher.submit(losses(step))
+    began = time.monotonic()
+    trainer.publisher.close(0.2)
+    assert time.monotonic() - began < 10, "close gives up on a thread that hangs in the user's terminal"
+    released.set()
+    thread = trainer.publisher._thread
+    assert thread is not None
+    thread.join(20)
+    assert not thread.is_alive()
+    trainer.assert_exact()
+
+
+def test_close_says_goodbye_last_and_leaves_nothing_behind(
+    make_trainer: Callable[..., Trainer], make_worker: MakeWorker
+) -> None:
+    worker = make_worker().start()
+    before = num_open_files()
+    trainer = make_trainer()
+    for step in range(30):
+        trainer.publisher.submit(losses(step))
+        trainer.publisher.submit(end(step, losses=1))
+    trainer.publisher.close(10, exit_code=1, reason="it failed")
+    last = worker.stored[max(worker.stored)]
+    assert isinstance(last, Goodbye)
+    assert (last.newest_step, last.exit_code, last.reason) == (29, 1, "it failed")
+    assert trainer.accepted() == 61
+    assert trainer.lines == []
+    trainer.publisher.submit(losses(99))
+    assert trainer.publisher.accounts()[Kind.LOSSES].dropped == 1
+    trainer.assert_exact()
+    deadline = time.monotonic() + 10
+    while num_open_files() > before + 1 and time.monotonic() < deadline:
+        time.sleep(0.01)  # the worker's own end of the connection closes a moment later
+    assert num_open_files() <= before + 1
+
+
+@pytest.mark.parametrize("silent_for_long", [False, True])
+def test_close_is_bounded_without_a_worker_and_says_what_is_lost(
+    make_trainer: Callable[..., Trainer], silent_for_long: bool
+) -> None:
+    trainer = make_trainer()
+    for step in range(7):
+        trainer.publisher.submit(losses(step))
+    trainer.publisher._started_at -= 11 if silent_for_long else 0
+    began = time.monotonic()
+    trainer.publisher.close(60 if silent_for_long else 0.3)
+    assert time.monotonic() - began < 20
+    accounts = trainer.publisher.accounts()
+    assert accounts[Kind.LOSSES].dropped == 7
+    assert accounts[Kind.GOODBYE].dropped == 1
+    assert len(trainer.lines) == 1
+    assert "8 messages had not reached the worker" in trainer.lines[0]
+    trainer.publisher.close(60)
+    assert len(trainer.lines) == 1
+
+
+def test_a_publisher_that_never_started_closes_too(address: str) -> None:
+    lines: list[str] = []
+    publisher = Publisher(address, IDENTITY, Hello(), console=Console(lines.append))
+    publisher.submit(losses(1))
+    publisher.close()
+    assert publisher.accounts()[Kind.LOSSES].dropped == 1
+    assert len(lines) == 1
+
+
+class Fallible:
+    """A source whose first poll raises."""
+
+    def __init__(self) -> None:
+        self.num_polls = 0
+        self.num_pending = 0
+
+    def advance(self) -> None:
+        """Nothing to look for."""
+
+    def poll(self) -> list[Message]:
+        self.num_polls += 1
+        if self.num_polls == 1:
+            raise RuntimeError("a mistake of ours")
+        return []
+
+    def take_skips(self) -> list[Any]:
+        return []
+
+
+def test_an_error_in_a_tick_is_said_once_and_the_thread_goes_on(
+    make_trainer: Callable[..., Trainer], make_worker: MakeWorker, eventually: Eventually
+) -> None:
+    make_worker().start()
+    trainer = make_trainer(source=Fallible())
+    trainer.publisher.submit(losses(1))
+    eventually(lambda: trainer.accepted() == 1)
+    assert trainer.publisher.statistics().num_errors == 1
+    assert trainer.lines == ["sidestep: the publisher met an error and goes on: RuntimeError('a mistake of ours')\n"]
+
+
+def test_mistakes_in_the_configuration_raise_before_anything_starts(address: str) -> None:
+    with pytest.raises(EndpointError, match="neither"):
+        Publisher("udp://x:1", IDENTITY, Hello())
+    with pytest.raises(EncodeError):
+        Publisher(address, IDENTITY, Hello(run_config={"model": object()}))
+
+
+def test_a_tick_sends_no_more_than_its_share(
+    make_trainer: Callable[..., Trainer], make_worker: MakeWorker, eventually: Eventually
+) -> None:
+    make_worker().start()
+    trainer = make_trainer()
+    for step in range(200):
+        trainer.publisher.submit(losses(step))
+    eventually(lambda: trainer.accepted() == 200)
+    statistics = trainer.publisher.statistics()
+    assert statistics.num_frames_sent <= 8 * statistics.num_ticks
+    assert statistics.num_ticks >= 200 // 8
