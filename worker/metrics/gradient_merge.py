@@ -152,13 +152,14 @@ def _merge_histograms(
     merged.histogram_shift = math.log10(scales.pop())
     wanted: dict[str, set[ShardKey]] = {}
     for name, by_share in shares.items():
-        wanted.setdefault(rows[name].module, set()).update(by_share)
+        keys = {key for key, report in by_share.items() if report.count}
+        wanted.setdefault(rows[name].module, set()).update(keys)
     counted: dict[str, set[ShardKey]] = {}
     sums: dict[str, NDArray[np.int64]] = {}
     for rank, part in parts:
         table, modules = tables.rows(rank), tables.module_names(rank)
         held: dict[str, set[ShardKey]] = {}
-        for row in (table[number] for number in part.parameters.tolist()):
+        for row in (table[number] for number in part.parameters[part.counts > 0].tolist()):
             held.setdefault(row.module, set()).add((row.name, row.shard))
         for place, number in enumerate(part.histogram_modules.tolist()):
             module = modules[number] if 0 <= number < len(modules) else ""
