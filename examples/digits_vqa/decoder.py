@@ -103,14 +103,16 @@ class LanguageModel(nn.Module):
         self,
         embeddings: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        cache: list[KeyValues] | None = None,
+        kv_cache: list[KeyValues] | None = None,
+        start_pos: int = 0,
     ) -> tuple[torch.Tensor, list[KeyValues]]:
         """Return hidden states and the cache that continues them.
 
         Args:
             embeddings: [B, Q, D], the positions that are new.
             attention_mask: [B, T], cached and new positions; all are real when absent.
-            cache: keys and values of the T - Q positions before, one pair per block.
+            kv_cache: keys and values of the `start_pos` positions before, one pair per block.
+            start_pos: how many positions are cached; T = start_pos + Q.
 
         Returns:
             Hidden states [B, Q, D], and keys and values of all T positions.
@@ -119,16 +121,16 @@ class LanguageModel(nn.Module):
             ValueError: T exceeds 1,024 positions.
         """
         batch_size, num_queries = embeddings.shape[:2]
-        length = num_queries + (cache[0][0].shape[2] if cache else 0)
+        length = start_pos + num_queries
         if length > MAX_POSITIONS:
             raise ValueError(f"{length} positions, the decoder has angles for {MAX_POSITIONS}")
         if attention_mask is None:
             attention_mask = torch.ones((batch_size, length), dtype=torch.int64, device=embeddings.device)
         seen = visible(attention_mask, num_queries)
-        angles = (self.cosine[length - num_queries : length], self.sine[length - num_queries : length])
+        angles = (self.cosine[start_pos:length], self.sine[start_pos:length])
         hidden = embeddings
         continued: list[KeyValues] = []
         for position, block in enumerate(self.blocks):
-            hidden, key_values = block(hidden, angles, seen, cache[position] if cache else None)
+            hidden, key_values = block(hidden, angles, seen, kv_cache[position] if kv_cache else None)
             continued.append(key_values)
         return self.norm(hidden), continued

@@ -76,7 +76,8 @@ class VisionLanguageModel(nn.Module):
         ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         new_ids = []
         for _ in range(max_new_tokens):
-            hidden, cache = self.decoder(embeddings, attention_mask, cache)
+            num_cached = attention_mask.shape[1] - embeddings.shape[1]
+            hidden, cache = self.decoder(embeddings, attention_mask, kv_cache=cache, start_pos=num_cached)
             logits = self.decoder.head(hidden[:, -1])
             chosen = logits.argmax(dim=-1) if greedy else sample(logits, top_k, top_p, temperature)
             chosen = torch.where(ended, self.eos_token_id, chosen)
