@@ -26,7 +26,8 @@ _LEAST_STOP_SECONDS: Final = 1.0
 
 Mode = Literal["offline", "online", "disabled"]
 _MODES: Final[Mapping[str, Mode]] = {
-    "online": "online", "run": "online", "shared": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled",
+    "online": "online", "run": "online", "shared": "online",
+    "offline": "offline", "dryrun": "offline", "disabled": "disabled",
 }  # fmt: skip
 
 
@@ -97,7 +98,7 @@ class Deliveries:
                 supervisor.poll()
             except sqlite3.Error as error:
                 if run_id not in self._broken:
-                    _LOG.error("the outbox of run %s cannot be read: %s", run_id, error)  # noqa: TRY400
+                    _LOG.error("the outbox of run %s cannot be read: %s", run_id, error)
                 self._broken.add(run_id)
                 continue
             if supervisor.take_stop_request():

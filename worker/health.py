@@ -1,6 +1,7 @@
 """Whether a worker is well: ``/healthz`` on loopback, and ``worker.json`` beside the journal that says where.
 
-Well means that what arrives is read and can be kept. A sink that lags is told, and is no illness (docs/delivery.md, 10).
+Well means that what arrives is read and can be kept. A sink that lags is told, and is no illness (docs/delivery.md,
+section 10).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class HealthServer:
         """
 
         class Answer(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:  # noqa: N802  (the base class's name)
+            def do_GET(self) -> None:
                 if urlsplit(self.path).path != "/healthz":
                     self.send_error(404)
                     return

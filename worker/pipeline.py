@@ -31,6 +31,8 @@ class Outcome:
     """Entries that are now in the outbox."""
     notices: tuple[Notice, ...] = ()
     """Lines for the trainer's console."""
+    closings: int = 0
+    """Decisions that were written with them."""
 
 
 @dataclass(slots=True)
@@ -169,7 +171,7 @@ class RunPipeline:
             _LOG.warning("run %s: %s", self.run_id, error)
             return Outcome()
         done, self._batch = self._batch, _Batch()
-        return Outcome(entries=tuple(entries), notices=tuple(done.notices))
+        return Outcome(entries=tuple(entries), notices=tuple(done.notices), closings=len(done.closures))
 
     def _close(self, now: float, lost: Mapping[str, str]) -> None:
         newest = self.newest.incarnation

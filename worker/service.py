@@ -16,7 +16,7 @@ from sidestep.protocol.endpoints import Endpoint, default_endpoint
 from sidestep.protocol.messages import Command
 from sidestep.worker.config import WorkerConfig
 from sidestep.worker.delivery import Deliveries, wandb_mode
-from sidestep.worker.errors import JournalError
+from sidestep.worker.errors import ConfigError, JournalError
 from sidestep.worker.health import HealthServer, write_worker_file
 from sidestep.worker.home import home_folder, new_run_folder, remember_latest
 from sidestep.worker.intake.feed import Feed, Refused
@@ -32,6 +32,8 @@ _LOG: Final = logging.getLogger(__name__)
 _TICK_SECONDS: Final = 0.05
 _SINK_POLL_SECONDS: Final = 0.2
 _STUCK_SECONDS: Final = 10.0
+_RUNS_DELIVERED_AGAIN: Final = 8
+"""Of the runs that had ended when a worker starts, so many are looked at for entries that W&B lacks."""
 
 
 class WorkerService:
@@ -112,7 +114,7 @@ class WorkerService:
                 instance=self.instance,
                 started_at=self._started_at,
             )
-            remember_latest(home_folder(), self.journal.folder)
+            self._remember()
             ready(self.address)
             while not self._is_over():
                 self._feed.wait(_TICK_SECONDS)
@@ -123,6 +125,16 @@ class WorkerService:
                 self._health.close()
             self.journal.close()
             self._lock.release()
+
+    def _remember(self) -> None:
+        try:
+            remember_latest(home_folder(), self.journal.folder)
+        except ConfigError as error:
+            _LOG.warning("this run is not remembered as the latest: %s", error)
+        runs = list(self._pipelines)
+        for run_id in runs:
+            if run_id in runs[-_RUNS_DELIVERED_AGAIN:] or not self._pipelines[run_id].is_ended:
+                self._deliveries.open(run_id)
 
     def request_stop(self, *_signal: object) -> None:
         """Ask it to end; safe in a signal handler."""
@@ -180,7 +192,7 @@ class WorkerService:
             for pipeline in self._pipelines.values():
                 lost = self._trainers.lost(pipeline.open_incarnations, self._reception.last_heard, now, at_once=is_last)
                 outcome = pipeline.advance(now, lost)
-                moved = moved or bool(outcome.entries)
+                moved = moved or outcome.closings > 0
                 self._deliveries.show(outcome.entries)
                 for notice in outcome.notices:
                     self._reception.send(pipeline.run_id, notice)
@@ -209,7 +221,7 @@ class WorkerService:
                     break
         except JournalError as error:
             if str(error) != self._unreadable:
-                _LOG.error("%s", error)  # noqa: TRY400  (the text names the file)
+                _LOG.error("%s", error)
             self._unreadable = str(error)
         return moved
 
