@@ -41,7 +41,9 @@ _MAX_SUBMISSIONS = 65_536
 _MAX_COMMANDS = 16
 _MAX_RECEIVED_PER_TICK = 64
 _MONITOR_TICKS = 10
-"""The monitor is looked at every so many ticks."""
+"""The monitor is looked at, and an idle publisher's figures are renewed, every so many ticks."""
+_LISTENING_TICKS = 4
+"""Notices and commands are looked for every so many ticks while no ack is waited for."""
 _CLOSING_TICK_SECONDS = 0.002
 _SILENCE_SECONDS = 10.0
 """Nothing acked for so long: close() does not wait its full time."""
@@ -207,7 +209,7 @@ class Publisher:
         self._num_failures_in_a_row = 0
         self._statistics = PublisherStatistics()
         self._accounts: dict[Kind, KindAccount] = {}
-        self._num_ticks = self._num_frames_sent = self._num_bytes_sent = self._num_connections = 0
+        self._num_ticks = self._num_frames_sent = self._num_bytes_sent = self._num_connections = self._num_taken = 0
         self._num_handshakes = self._num_handshake_failures = self._num_errors = 0
         self._thread: threading.Thread | None = None
         _living.add(self)
@@ -318,30 +320,41 @@ class Publisher:
 
     def _tick(self, context: zmq.Context[zmq.Socket[bytes]], now: float) -> None:
         self._num_ticks += 1
-        self._take_in()
+        is_idle = not self._take_in() and self._delivery.num_unacked == 0
+        is_rounds_turn = self._num_ticks % _MONITOR_TICKS == 0
         if self._conversation.rejected:
             self._disconnect()
             self._delivery.abandon()
         elif self._connection is None and now >= self._reopen_at:
             self._connect(context, now)
         if self._connection is not None:
-            self._receive(self._connection, now)
+            if not is_idle or self._num_ticks % _LISTENING_TICKS == 0:
+                self._receive(self._connection, now)
             self._send(self._connection, now)
-            if self._num_ticks % _MONITOR_TICKS == 0:
+            if is_rounds_turn:
                 self._watch(self._connection, now)
-        self._publish_figures()
+        if not is_idle or is_rounds_turn:
+            self._publish_figures()
 
-    def _take_in(self) -> None:
+    def _take_in(self) -> bool:
+        """Take what the hooks and staging have; return whether there was anything."""
+        num_before = self._num_taken
         while self._submissions:
             message = self._submissions.popleft()
             if isinstance(message, StepEnd):
                 self._conversation.newest_step = max(self._conversation.newest_step, message.step)
-            self._delivery.take(message)
+            self._take(message)
         if self._source is not None:
             for message in self._source.poll():
-                self._delivery.take(message)
+                self._take(message)
             for skip in self._source.take_skips():
+                self._num_taken += 1
                 self._delivery.skip(skip.kind, skip.step, announced=skip.announced)
+        return self._num_taken > num_before
+
+    def _take(self, message: Message) -> None:
+        self._num_taken += 1
+        self._delivery.take(message)
 
     def _connect(self, context: zmq.Context[zmq.Socket[bytes]], now: float) -> None:
         self._reopen_at = now + _BACKOFF_SECONDS[1]  # if the next line raises, there is no point in trying each tick
