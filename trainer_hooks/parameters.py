@@ -1,7 +1,7 @@
 """The table of parameters: what the metrics call each of them, and which share of it this rank holds.
 
-Names are the model's own, without what wrappers put in front: a wrapper is known by its type, never by a piece of text, so
-that a module that happens to be called ``module`` keeps its name (docs/metrics.md, ``gradients/``).
+Names are the model's own, without what wrappers put in front. A wrapper is known by its type, never by a piece of text:
+a module that happens to be called ``module`` keeps its name (docs/metrics.md, ``gradients/``).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ ROOT = "root"
 DOMINANT_SHARE = 0.9
 """A child that holds more of the parameters than this is looked into instead of being shown as one module."""
 
-# Where a wrapper's type is defined, its name, and the attribute that holds what it wraps. Looked up among what is already
-# imported: of a type that nobody has imported there is no instance.
+# Where a wrapper's type is defined, its name, and the attribute that holds what it wraps. Looked up among what is
+# already imported: of a type that nobody has imported there is no instance.
 _WRAPPERS = (
     ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
     ("torch.nn.parallel.data_parallel", "DataParallel", "module"),

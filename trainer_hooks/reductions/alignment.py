@@ -1,12 +1,13 @@
-"""What a batch says, position by position of its logits: the target there, whether it counts, and what answer it is in.
+"""What a batch says, position by position of its logits: the target there, whether it counts, and whose answer it is.
 
-Everything downstream (tokens, loss, answers) reads an ``AlignedBatch``, so that the two label conventions, the three ways
-of saying where documents begin, and the two ways of saying what padding is are settled here and nowhere else
+Everything downstream (tokens, loss, answers) reads an ``AlignedBatch``, so that the two label conventions, the three
+ways of saying where documents begin, and the two ways of saying what padding is are settled here and nowhere else
 (docs/metrics.md, Conventions).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -83,9 +84,9 @@ def align(
         attention_mask: [B, T] or [T], non-zero at real positions; a mask with another number of axes counts as none.
         documents: a number per document at each position; int, shaped like the labels.
         cu_seqlens: cumulated lengths of the documents over the flattened positions; int [documents + 1].
-        position_ids: positions that start anew with each document; int, shaped like the labels, or [k, B, T] of which the
-            first is read (multi-axis rotary positions). The first of these three that is given counts.
-        shifted: True where ``labels[t]`` is the target of ``logits[t]``; False where it is the target of ``logits[t - 1]``
+        position_ids: positions that start anew with each document; int, shaped like the labels, or [k, B, T] of which
+            the first is read (multi-axis rotary positions). The first of these three that is given counts.
+        shifted: True where ``labels[t]`` is the target of ``logits[t]``; False where it is that of ``logits[t - 1]``
             (the label at index 0 then has no loss and is dropped).
         ignore_index: the label of positions that do not count.
         pad_id: the padding's id, read where there is no mask.
@@ -101,7 +102,7 @@ def align(
     device = _meeting_place(labels, input_ids, attention_mask, documents, cu_seqlens, position_ids)
     ids = None if input_ids is None else _beside(_two_axes(input_ids), device)
     if labels is not None:
-        targets = aligned_targets(_beside(labels, device), shifted, ignore_index)
+        targets = _targets(_beside(labels, device), shifted=shifted, ignore_index=ignore_index)
     else:
         targets = torch.full_like(cast("Tensor", ids), ignore_index)
     shape = targets.shape
@@ -118,9 +119,9 @@ def align(
     )
 
 
-def aligned_targets(labels: Tensor, shifted: bool, ignore_index: int) -> Tensor:
+def _targets(labels: Tensor, *, shifted: bool, ignore_index: int) -> Tensor:
     """Return the target of the logits at each position; [B, T] of the labels' dtype."""
-    labels = _two_axes(labels.detach())
+    labels = _two_axes(labels)
     return labels if shifted else _next_positions(labels, fill=ignore_index)
 
 
@@ -151,17 +152,17 @@ def _new_documents(
     """Return the positions that begin a document; index 0 of a row is one by nature and is left out."""
     if documents is not None:
         ids = _beside(documents.reshape(shape), device)
-        return F.pad(ids[:, 1:] != ids[:, :-1], (1, 0))
+        return _changes(ids, torch.ne)
     if cu_seqlens is not None:
         size = shape.numel()
         places = _beside(cu_seqlens, device).to(torch.int64).clamp(0, size)
         flags = torch.zeros(size + 1, dtype=torch.int64, device=device).scatter_add_(0, places, torch.ones_like(places))
-        return F.pad(flags[:size].reshape(shape)[:, 1:] > 0, (1, 0))
+        return _but_first(flags.narrow(0, 0, size).view(shape) > 0)
     if position_ids is not None:
-        ids = position_ids[0] if position_ids.dim() == 3 else position_ids
+        ids = position_ids.select(0, 0) if position_ids.dim() == 3 else position_ids
         ids = _beside(ids.expand(shape), device)
         # Image positions may stand still; only a way back, or a document of one position, begins a document.
-        return F.pad((ids[:, 1:] < ids[:, :-1]) | (ids[:, 1:] == 0), (1, 0))
+        return _changes(ids, torch.lt) | _but_first(ids == 0)
     return None
 
 
@@ -176,7 +177,18 @@ def _meeting_place(*values: Tensor | None) -> torch.device:
 
 def _next_positions(values: Tensor, *, fill: int | bool) -> Tensor:
     """Return at each position what stands at the next one, and ``fill`` at a row's last."""
-    return F.pad(values[:, 1:], (0, 1), value=fill)
+    return F.pad(values, (-1, 1), value=fill)
+
+
+def _changes(values: Tensor, compare: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Compare each value with the one before it; False at a row's first."""
+    last = values.shape[1] - 1
+    return F.pad(compare(values.narrow(1, 1, last), values.narrow(1, 0, last)), (1, 0))
+
+
+def _but_first(flags: Tensor) -> Tensor:
+    """Return the flags with every row's first set to False."""
+    return F.pad(flags.narrow(1, 1, flags.shape[1] - 1), (1, 0))
 
 
 def _two_axes(values: Tensor) -> Tensor:

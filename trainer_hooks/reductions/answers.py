@@ -23,8 +23,8 @@ def reduce_answers(batch: AlignedBatch) -> Tensor:
 
     Returns:
         int64 [3 + T + 1] on the batch's device: labelled positions, batches (1), batches without labels (0 or 1), then
-        the number of answers of content length 0, 1, ... T. Sums of these, the shorter ones filled up with zeros, are the
-        counts of several micro-batches.
+        the number of answers of content length 0, 1, ... T. Sums of these, the shorter ones filled up with zeros, are
+        the counts of several micro-batches.
     """
     return _count_on_host(batch) if batch.on_host else _count_on_device(batch)
 

@@ -1,4 +1,4 @@
-"""Per-token cross-entropy of chosen rows, in float32, never holding more than a chunk of them (docs/metrics.md, Numerics)."""
+"""Per-token cross-entropy of chosen positions, in float32, a chunk at a time (docs/metrics.md, Numerics)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def logits_source(logits: Tensor, rows: int, positions: int) -> LogitsSource:
     """
     logits = logits.detach()
     if logits.dim() == 2 and logits.shape[0] == rows * positions:
-        logits = logits.unflatten(0, (rows, positions))
+        logits = logits.view(rows, positions, -1)
     if logits.dim() != 3 or logits.shape[0] != rows or logits.shape[1] not in {positions, positions - 1}:
         raise ValueError(f"logits {tuple(logits.shape)} do not go with labels {(rows, positions)}")
     return LogitsSource(
@@ -43,7 +43,7 @@ def logits_source(logits: Tensor, rows: int, positions: int) -> LogitsSource:
         vocabulary_size=logits.shape[2],
         row_bytes=logits.shape[2] * (logits.element_size() + 4),
         positions=logits.shape[1],
-        read=lambda row, position: logits[row, position],
+        read=lambda row, position: _taken(logits, row, position),
     )
 
 
@@ -68,7 +68,7 @@ def head_source(hidden: Tensor, head: nn.Module | Tensor, rows: int, positions: 
     weight = weight.detach()
 
     def read(row: Tensor, position: Tensor) -> Tensor:
-        states = hidden[row, position].to(weight.dtype)
+        states = _taken(hidden, row, position).to(weight.dtype)
         made = head(states) if isinstance(head, nn.Module) else F.linear(states, weight)
         if not isinstance(made, Tensor):
             raise TypeError(f"head= returned {type(made).__name__}, not a tensor of logits")
@@ -95,11 +95,19 @@ def cross_entropy(source: LogitsSource, row: Tensor, position: Tensor, targets: 
     position = position.clamp(max=source.positions - 1)
     step = max(1, CHUNK_BYTES // source.row_bytes)
     count = row.shape[0]
-    chunks = [slice(start, min(start + step, count)) for start in range(0, count, step)]
-    if not chunks:
+    if not count:
         return torch.zeros(0, dtype=torch.float32, device=source.device)
+    chunks = zip(row.split(step), position.split(step), targets.split(step), strict=True)
     with torch.no_grad(), torch.autocast(source.device.type, enabled=False):
-        return torch.cat([_reduced(source.read(row[chunk], position[chunk]), targets[chunk]) for chunk in chunks])
+        return torch.cat([_reduced(source.read(of_row, at), wanted) for of_row, at, wanted in chunks])
+
+
+def _taken(values: Tensor, row: Tensor, position: Tensor) -> Tensor:
+    """Return values [B, T, V] at chosen rows and positions; a copy of just these [n, V], whatever the strides."""
+    positions = values.shape[1]
+    if values.shape[0] == 1 or values.stride(0) == positions * values.stride(1):
+        return values.flatten(0, 1).index_select(0, row * positions + position)
+    return torch.ops.aten.index.Tensor(values, [row, position])  # values[row, position]
 
 
 def _reduced(logits: Tensor, targets: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Partial statistics of local gradients (docs/metrics.md, ``gradients/``).
 
-Many small tensors, or few large ones, become rows of equal length, so that a handful of operations serve all of them and
-the memory in use is that of one block of rows. Sums over a row are float32 with the row's own scale and centre; rows
-are summed in float64, where neither squares of float32 values nor sums of them over- or underflow.
+Many small tensors, or few large ones, become rows of equal length, so that a handful of operations serve all of them
+and the memory in use is that of one block of rows. Sums over a row are float32 with the row's own scale and centre;
+rows are summed in float64, where neither squares of float32 values nor sums of them over- or underflow.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _flat(gradient: Tensor) -> Tensor:
         raise TypeError(f"gradients are dense and floating, not {local.layout} {local.dtype}")
     if local.is_contiguous():
         return local.view(-1)
-    order = sorted(range(local.dim()), key=lambda axis: local.stride(axis), reverse=True)
+    order = sorted(range(local.dim()), key=local.stride, reverse=True)
     return local.permute(order).reshape(-1)
 
 
@@ -140,7 +140,7 @@ def _reduce_on(device: torch.device, pieces: Sequence[_Piece], slots: int, modul
         row_sums, row_absmax = _row_sums(values, finite, magnitudes)
         sums.index_add_(0, owners, row_sums)
         largest.scatter_reduce_(0, owners, row_absmax, "amax")
-        _count_magnitudes(histograms, block, magnitudes, row_sums[:, _FINITE_NOT_ZERO])
+        _count_magnitudes(histograms, block, magnitudes, row_sums.select(1, _FINITE_NOT_ZERO))
     return torch.cat((sums, largest.to(torch.float64).unsqueeze(1)), dim=1), histograms
 
 
@@ -200,11 +200,11 @@ def _count_magnitudes(histograms: Tensor, block: Sequence[_Piece], magnitudes: T
     start = 0
     for module in sorted({piece.module for piece in block}):
         rows = sum(piece.rows for piece in block if piece.module == module)
-        counts = _bin_counts(slots[start : start + rows])
+        counts = _bin_counts(slots.narrow(0, start, rows))
         # Zeros, what is not finite and the filling have magnitude 0, whose logarithm fell into the first bin.
-        others = rows * ROW_ELEMENTS - finite_not_zero[start : start + rows].sum().to(torch.int64)
-        histograms[module].add_(counts)
-        histograms[module, 0].sub_(others)
+        others = rows * ROW_ELEMENTS - finite_not_zero.narrow(0, start, rows).sum().to(torch.int64)
+        histograms.select(0, module).add_(counts)
+        histograms.select(0, module).select(0, 0).sub_(others)
         start += rows
 
 
@@ -220,7 +220,7 @@ def _bin_counts(slots: Tensor) -> Tensor:
 
 def _one_element(scale: Tensor | float | None, device: torch.device) -> Tensor:
     if isinstance(scale, Tensor):
-        return scale.detach().reshape(-1)[:1].to(torch.float32)
+        return scale.detach().reshape(-1).narrow(0, 0, 1).to(torch.float32)
     return torch.full((1,), 1.0 if scale is None else scale, dtype=torch.float32, device=device)
 
 

@@ -55,43 +55,56 @@ def reduce_loss(
 
     Returns:
         ``labelled``, int64 [1]; ``trainer_loss``, float32 [1], where given; and where there are losses: ``losses``
-        float32 [n], ``targets`` int32 [n], ``roles`` uint8 [n] (``Role`` bits and ``LABELLED``), ``rows`` int32 [n] (flat
-        indices; without it n is B * T and every position has its place), ``context_ids`` int32 [B, T] (-1 at padding)
-        and ``document_starts`` int32 [B, T] where documents are known.
+        float32 [n], ``targets`` int32 [n], ``roles`` uint8 [n] (``Role`` bits and ``LABELLED``), ``rows`` int32 [n]
+        (flat indices; without it n is B * T and every position has its place), ``context_ids`` int32 [B, T] (-1 at
+        padding) and ``document_starts`` int32 [B, T] where documents are known.
 
     Raises:
         ValueError: shapes that do not go together.
     """
     rows, positions = batch.targets.shape
-    source: LogitsSource | None = None
-    if token_losses is None:
-        if logits is not None:
-            source = logits_source(logits, rows, positions)
-        elif hidden is not None and head is not None:
-            source = head_source(hidden, head, rows, positions)
-    parts: dict[str, Tensor] = {}
+    source: LogitsSource | Tensor | None = None
+    if token_losses is not None:
+        source = _every_position(token_losses, rows, positions)
+    elif logits is not None:
+        source = logits_source(logits, rows, positions)
+    elif hidden is not None and head is not None:
+        source = head_source(hidden, head, rows, positions)
     if batch.on_host:
-        runs = batch.runs_on_host()
-        parts["labelled"] = torch.tensor([runs.rows.size])
-        if token_losses is not None:
-            parts |= _listed(batch, runs.rows, runs.roles(), from_losses=_every_position(token_losses, rows, positions))
-        elif source is not None:
-            index, roles = runs.rows, runs.roles()
-            if logits is None and index.size > max_rows:
-                taken = np.sort(np.argpartition(_hash_on_host(index, seed), -max_rows)[-max_rows:])
-                index, roles = index[taken], roles[taken]
-            parts |= _listed(batch, index, roles, from_logits=source)
+        from_head = token_losses is None and logits is None
+        parts = _on_host(batch, source, max_rows if from_head else None, seed)
     else:
-        parts["labelled"] = batch.labelled.sum().reshape(1)
-        if token_losses is not None:
-            parts |= _all_positions(batch, _every_position(token_losses, rows, positions))
-        elif source is not None:
-            parts |= _sampled(batch, source, min(max_rows, rows * positions), seed)
+        parts = _on_device(batch, source, max_rows, seed)
     if "losses" in parts:
         parts |= _contexts(batch)
     if trainer_loss is not None:
         parts["trainer_loss"] = _one_element(trainer_loss)
     return parts
+
+
+def _on_host(
+    batch: AlignedBatch, source: LogitsSource | Tensor | None, max_rows: int | None, seed: int
+) -> dict[str, Tensor]:
+    """Reduce a batch whose labels the host can list; ``max_rows`` None: all of them, however many."""
+    runs = batch.runs_on_host()
+    parts = {"labelled": torch.tensor([runs.rows.size])}
+    if source is None:
+        return parts
+    index, roles = runs.rows, runs.roles()
+    if max_rows is not None and index.size > max_rows:
+        taken = np.sort(np.argpartition(_hash_on_host(index, seed), -max_rows)[-max_rows:])
+        index, roles = index[taken], roles[taken]
+    return parts | _listed(batch, source, index, roles)
+
+
+def _on_device(
+    batch: AlignedBatch, source: LogitsSource | Tensor | None, max_rows: int, seed: int
+) -> dict[str, Tensor]:
+    """Reduce a batch of whose labels the host knows only the shape."""
+    parts = {"labelled": batch.labelled.sum().reshape(1)}
+    if isinstance(source, Tensor):
+        return parts | _all_positions(batch, source)
+    return parts if source is None else parts | _sampled(batch, source, min(max_rows, batch.labelled.numel()), seed)
 
 
 def _every_position(token_losses: Tensor, rows: int, positions: int) -> Tensor:
@@ -105,23 +118,16 @@ def _every_position(token_losses: Tensor, rows: int, positions: int) -> Tensor:
 
 
 def _listed(
-    batch: AlignedBatch,
-    index: NDArray[np.int64],
-    roles: NDArray[np.uint8],
-    *,
-    from_losses: Tensor | None = None,
-    from_logits: LogitsSource | None = None,
+    batch: AlignedBatch, source: LogitsSource | Tensor, index: NDArray[np.int64], roles: NDArray[np.uint8]
 ) -> dict[str, Tensor]:
     """Take the losses at positions that the host has listed."""
-    positions = batch.targets.shape[1]
     targets = batch.targets.numpy().reshape(-1)[index]
-    if from_losses is not None:
-        losses = from_losses.index_select(0, _to_device(index, from_losses.device))
-    elif from_logits is not None:
-        listed = _to_device(np.stack((*np.divmod(index, positions), targets.astype(np.int64))), from_logits.device)
-        losses = cross_entropy(from_logits, listed[0], listed[1], listed[2])
+    if isinstance(source, Tensor):
+        losses = source.index_select(0, _to_device(index, source.device))
     else:
-        raise ValueError("losses come from token_losses, logits or hidden states")
+        places = (*np.divmod(index, batch.targets.shape[1]), targets.astype(np.int64))
+        listed = _to_device(np.stack(places), source.device)
+        losses = cross_entropy(source, *listed.unbind())
     return {
         "losses": losses,
         "targets": torch.from_numpy(targets.astype(np.int32)),
@@ -144,12 +150,12 @@ def _sampled(batch: AlignedBatch, source: LogitsSource, count: int, seed: int) -
     positions = batch.targets.shape[1]
     keys = torch.where(batch.labelled.flatten(), _hash(batch.labelled.numel(), seed, batch.labelled.device), -1)
     index = keys.topk(count, sorted=False).indices
-    targets = batch.targets.flatten()[index].to(torch.int64)
+    targets = batch.targets.flatten().index_select(0, index).to(torch.int64)
     row, position = index // positions, index % positions
     return {
         "losses": cross_entropy(source, row, position, targets),
         "targets": targets.to(torch.int32),
-        "roles": _marked_roles(batch)[index],
+        "roles": _marked_roles(batch).index_select(0, index),
         "rows": index.to(torch.int32),
     }
 
@@ -199,5 +205,5 @@ def _to_device(array: NDArray[np.int64], device: torch.device) -> Tensor:
 
 def _one_element(value: Tensor | float) -> Tensor:
     if isinstance(value, Tensor):
-        return value.detach().reshape(-1)[:1].to(torch.float32)
+        return value.detach().reshape(-1).narrow(0, 0, 1).to(torch.float32)
     return torch.tensor([value], dtype=torch.float32)

@@ -28,7 +28,7 @@ class Runs:
     later: Tensor
     """True at the other labelled positions up to and with their run's first EOS; bool [B, T]."""
     origins: Tensor
-    """At content positions, the index within the row at which the run starts; int64 [B, T], elsewhere undefined but valid."""
+    """At content positions, the index within the row at which the run starts, elsewhere any index; int64 [B, T]."""
 
     def roles(self) -> Tensor:
         """Return the ``Role`` bits of every position; uint8 [B, T], 0 at positions without a role."""
@@ -44,17 +44,17 @@ def find_runs(labelled: Tensor, ends: Tensor, breaks: Tensor | None) -> Runs:
         ends: positions whose target is the EOS; bool [B, T].
         breaks: positions whose target begins another document than the target before it; bool [B, T], or None.
     """
-    before = F.pad(labelled, (1, 0))[:, :-1]
+    before = F.pad(labelled, (1, -1))
     if breaks is not None:
-        before = before & ~breaks
-    starts = labelled & ~before
+        before = before & breaks.logical_not()
+    starts = labelled & before.logical_not()
     # One running maximum of events tells both whether an EOS was seen in this run and where the run began:
     # a start at t writes the odd 2t + 1, a position after an EOS the even 2t, and the latest event is the largest.
     twice = torch.arange(0, 2 * labelled.shape[1], 2, device=labelled.device)
-    after_end = F.pad(ends, (1, 0))[:, :-1] & labelled
+    after_end = F.pad(ends, (1, -1)) & labelled
     latest = torch.where(starts, twice + 1, twice * after_end).cummax(dim=1).values
     unended = labelled & (latest & 1).to(torch.bool)
-    return Runs(starts=starts, content=unended & ~ends, later=unended & ~starts, origins=latest >> 1)
+    return Runs(starts=starts, content=unended & ends.logical_not(), later=unended & starts.logical_not(), origins=latest >> 1)
 
 
 def content_lengths(runs: Runs) -> Tensor:
@@ -64,7 +64,7 @@ def content_lengths(runs: Runs) -> Tensor:
     lengths.scatter_add_(1, runs.origins, runs.content.to(torch.int64))
     slots = torch.where(runs.starts, lengths, positions + 1).flatten()
     counts = torch.zeros(positions + 2, dtype=torch.int64, device=slots.device)
-    return counts.scatter_add_(0, slots, torch.ones_like(slots))[: positions + 1]
+    return counts.scatter_add_(0, slots, torch.ones_like(slots)).narrow(0, 0, positions + 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

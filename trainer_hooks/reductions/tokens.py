@@ -46,7 +46,7 @@ def _counts_on_device(batch: AlignedBatch, vocabulary_size: int) -> dict[str, Te
     slots = torch.stack((ids, batch.targets, batch.targets)).flatten(1).to(torch.int64)
     slots = torch.where((slots >= 0) & (slots < vocabulary_size), slots, vocabulary_size)
     counts = torch.zeros((3, vocabulary_size + 1), dtype=torch.int32, device=ids.device)
-    padding = (~real).sum() if batch.padding_known else torch.full((), -1, device=ids.device)
+    padding = real.logical_not().sum() if batch.padding_known else torch.full((), -1, device=ids.device)
     positions = torch.full((), ids.numel(), device=ids.device)
     return {
         "token_counts": counts.scatter_add_(1, slots, weights),
@@ -96,7 +96,7 @@ def tokens_message(*, step: int, microstep: int, arrays: Mapping[str, NDArray[An
 
 
 def _compact(where: NDArray[Any], counts: NDArray[Any]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Return the ids that ``where`` counts, ascending, and their ``counts``; the outsiders' column comes first, as -1."""
+    """Return the ids that ``where`` counts, ascending, and their ``counts``; the outsiders come first, as -1."""
     where, counts = np.roll(where, 1), np.roll(counts, 1)
     ids = np.flatnonzero(where)
     return (ids + OUTSIDE_VOCABULARY).astype(np.int32), counts[ids].astype(np.int64)

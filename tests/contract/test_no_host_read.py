@@ -1,0 +1,228 @@
+"""No reduction reads device data on the host: proven without a device (docs/trainer.md, section 3).
+
+Tensors on the device are fake: they have a shape and a device and no values, so that whatever depends on a value raises
+(``item``, ``if``, boolean indexing, ``nonzero``, ``unique``, ``bincount``, ``masked_select``, ``tolist``, ``float()``).
+What a fake tensor lets pass, a copy to the host, is refused by a dispatch mode. Tensors on the host are real.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from sidestep.trainer_hooks.reductions.alignment import AlignedBatch, align
+from sidestep.trainer_hooks.reductions.answers import AnswerTally, reduce_answers
+from sidestep.trainer_hooks.reductions.gradients import LocalGradient, reduce_gradients
+from sidestep.trainer_hooks.reductions.learning_rate import reduce_learning_rates
+from sidestep.trainer_hooks.reductions.loss import reduce_loss
+from sidestep.trainer_hooks.reductions.tokens import reduce_tokens
+
+ROWS, POSITIONS, VOCABULARY, FEATURES = 3, 40, 50, 8
+CUDA = torch.device("cuda", 0)
+
+
+class HostReadError(AssertionError):
+    """A value went from the device to the host."""
+
+
+class DeviceWatch(TorchDispatchMode):
+    """Runs operations on the host for real, lets those on the device be faked, and refuses the way back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.device_operations = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        leaves = tree_leaves((args, kwargs or {}))
+        if not any(_on_device(leaf) for leaf in leaves):
+            with _disable_current_modes():
+                return func(*args, **(kwargs or {}))
+        self.device_operations += 1
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise HostReadError(f"{func} on a device")
+        result = func(*args, **(kwargs or {}))
+        came_from_device = any(isinstance(leaf, Tensor) and _on_device(leaf) for leaf in leaves)
+        if came_from_device and any(isinstance(out, Tensor) and not _on_device(out) for out in tree_leaves(result)):
+            raise HostReadError(f"{func} brings a device's values to the host")
+        return result
+
+
+def _on_device(value: Any) -> bool:
+    if isinstance(value, torch.device):
+        return value.type == "cuda"
+    return isinstance(value, Tensor) and value.device.type == "cuda"
+
+
+@contextmanager
+def watched() -> Iterator[DeviceWatch]:
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield stack.enter_context(DeviceWatch())
+
+
+def ids(device: torch.device) -> Tensor:
+    if device.type == "cuda":
+        return torch.ones((ROWS, POSITIONS), dtype=torch.int64, device=device)
+    return torch.from_numpy(np.arange(ROWS * POSITIONS).reshape(ROWS, POSITIONS) % VOCABULARY)
+
+
+DOCUMENTS: dict[str, Callable[[torch.device], dict[str, Tensor]]] = {
+    "no documents": lambda _: {},
+    "documents": lambda device: {"documents": ids(device)},
+    "cu_seqlens": lambda device: {"cu_seqlens": torch.ones(5, dtype=torch.int32, device=device)},
+    "position_ids": lambda device: {"position_ids": torch.ones((3, ROWS, POSITIONS), dtype=torch.int64, device=device)},
+}
+
+
+def batch_on(device: torch.device, **arguments: Any) -> AlignedBatch:
+    arguments = {"attention_mask": ids(device), "pad_id": 0, "eos_id": 2, **arguments}
+    return align(input_ids=ids(device), labels=ids(device), **arguments)
+
+
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_alignment_tokens_and_answers(documents: str, shifted: bool, masked: bool) -> None:
+    with watched() as watch:
+        arguments = DOCUMENTS[documents](CUDA) | ({} if masked else {"attention_mask": None})
+        batch = batch_on(CUDA, shifted=shifted, **arguments)
+        assert not batch.on_host
+        tokens = reduce_tokens(batch, VOCABULARY)
+        tally = AnswerTally()
+        tally.add(batch)
+        tally.add(align(input_ids=ids(CUDA).narrow(1, 1, POSITIONS - 1), labels=ids(CUDA).narrow(1, 1, POSITIONS - 1)))
+        answers = reduce_answers(batch)
+    assert shapes(tokens) == {"token_counts": (3, VOCABULARY + 1), "token_totals": (3,)}
+    assert tuple(answers.shape) == (3 + POSITIONS + 1,)
+    assert all(_on_device(part) for part in (*tokens.values(), answers, *tally.take().values()))
+    assert watch.device_operations > 20
+
+
+def shapes(parts: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(part.shape) for name, part in parts.items()}
+
+
+def logits(dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.zeros((ROWS, POSITIONS, VOCABULARY), dtype=dtype, device=CUDA)
+
+
+def sources(name: str) -> dict[str, Any]:
+    """Return what the losses are to come from; all of it on the device."""
+    hidden = torch.zeros((ROWS, POSITIONS, FEATURES), dtype=torch.bfloat16, device=CUDA)
+    makers: dict[str, Callable[[], dict[str, Any]]] = {
+        "logits": lambda: {"logits": logits()},
+        "short logits": lambda: {"logits": logits(torch.float16).narrow(1, 0, POSITIONS - 1)},
+        "flat logits": lambda: {"logits": logits(torch.float32).view(-1, VOCABULARY)},
+        "token_losses": lambda: {"token_losses": torch.zeros((ROWS, POSITIONS), device=CUDA)},
+        "short token_losses": lambda: {"token_losses": torch.zeros(ROWS * (POSITIONS - 1), device=CUDA)},
+        "hidden and weight": lambda: {"hidden": hidden, "head": torch.zeros((VOCABULARY, FEATURES), device=CUDA)},
+        "hidden and module": lambda: {"hidden": hidden, "head": nn.Linear(FEATURES, VOCABULARY, device=CUDA)},
+        "nothing": dict,
+    }
+    return makers[name]()
+
+
+SOURCES = (
+    "logits", "short logits", "flat logits", "token_losses", "short token_losses", "hidden and weight",
+    "hidden and module", "nothing",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("labels_at", ["host", "device"])
+@pytest.mark.parametrize("documents", ["no documents", "documents"])
+def test_losses(source: str, labels_at: str, documents: str) -> None:
+    device = CUDA if labels_at == "device" else torch.device("cpu")
+    with watched() as watch:
+        given = sources(source)
+        batch = batch_on(device, **DOCUMENTS[documents](device))
+        assert batch.on_host == (labels_at == "host")
+        loss = torch.zeros((), device=CUDA)
+        parts = reduce_loss(batch, **given, trainer_loss=loss, max_rows=16, seed=5)
+    assert _on_device(parts["trainer_loss"])
+    assert ("losses" in parts) == (source != "nothing")
+    assert watch.device_operations > 0
+    if source == "nothing":
+        return
+    labelled = ROWS * (POSITIONS - 1)
+    rows = labelled if labels_at == "host" else 16
+    if "hidden" in source:
+        rows = 16
+    elif "token_losses" in source and labels_at == "device":
+        rows = ROWS * POSITIONS
+    assert _on_device(parts["losses"])
+    assert shapes(parts)["losses"] == shapes(parts)["roles"] == shapes(parts)["targets"] == (rows,)
+    assert ("document_starts" in parts) == (documents == "documents")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_gradients(dtype: torch.dtype, scaled: bool) -> None:
+    with watched() as watch:
+        tensors = [torch.zeros(size, dtype=dtype, device=CUDA) for size in ((), (0,), (5, 7), (3000,))]
+        tensors += [
+            torch.zeros((40, 30), device=CUDA).t(),
+            torch.zeros((40, 30), dtype=torch.bfloat16, device=CUDA).narrow(1, 3, 27),
+        ]
+        gradients = [LocalGradient(index, index % 2, tensor) for index, tensor in enumerate(tensors)]
+        parts = reduce_gradients(gradients, torch.ones((), device=CUDA) if scaled else None)
+    assert shapes(parts)["sums"] == (6, 6)
+    assert shapes(parts)["histograms"] == (2, 64)
+    assert all(_on_device(parts[name]) for name in ("sums", "histograms", "scale"))
+    assert parts["counts"].tolist() == [1, 0, 35, 3000, 1200, 1080]
+    assert watch.device_operations > 20
+
+
+def test_gradients_on_host_and_device_together() -> None:
+    with watched():
+        tensors = [torch.from_numpy(np.ones(5, np.float32)), torch.zeros(7, device=CUDA)]
+        parts = reduce_gradients([LocalGradient(index, 0, tensor) for index, tensor in enumerate(tensors)])
+    assert _on_device(parts["sums"])
+
+
+def test_learning_rates() -> None:
+    with watched():
+        on_device = torch.ones((), device=CUDA)
+        on_host = torch.from_numpy(np.array(0.5))
+        parts = reduce_learning_rates([{"lr": 0.1}, {"lr": on_device}, {"lr": on_host}])
+    assert _on_device(parts["rates"])
+    assert shapes(parts) == {"rates": (3,)}
+
+
+READS: dict[str, Callable[[Tensor], Any]] = {
+    "item": lambda x: x.sum().item(),
+    "float": lambda x: float(x.sum()),
+    "if": lambda x: bool(x.any()),
+    "tolist": lambda x: x.tolist(),
+    "boolean index": lambda x: x[x > 0],
+    "masked_select": lambda x: x.masked_select(x > 0),
+    "nonzero": lambda x: x.nonzero(),
+    "unique": lambda x: x.unique(),
+    "bincount": lambda x: x.flatten().bincount(),
+    "cpu": lambda x: x.cpu(),
+    "to": lambda x: x.to("cpu", non_blocking=True),
+    "copy_": lambda x: torch.zeros(x.shape, dtype=x.dtype).copy_(x),
+    "numpy": lambda x: x.numpy(force=True),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_the_proof_sees_every_way_to_read(read: str) -> None:
+    with watched():
+        values = ids(CUDA)
+        assert isinstance(values, FakeTensor)
+        with pytest.raises((HostReadError, RuntimeError, TypeError)) as caught:
+            READS[read](values)
+    if read in {"cpu", "to"}:
+        assert caught.type is HostReadError
