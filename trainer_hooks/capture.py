@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sidestep.trainer_hooks.heads import find_head, head_sizes, parameter_names
-from sidestep.trainer_hooks.topology import unwrapped
+from sidestep.trainer_hooks.parameters import unwrapped
 
 _IDS = ("input_ids", "tokens", "idx", "input")
 _SHIFTED_LABELS = ("shift_labels", "targets", "target")
@@ -19,6 +19,7 @@ _PLAIN_LABELS = ("labels",)
 _MASKS = ("attention_mask", "padding_mask")
 _DOCUMENTS = ("document_ids", "documents", "seq_idx")
 _POSITIONS = ("position_ids",)
+_CUMULATED = ("cu_seqlens", "cu_seq_lens_q")
 _PADDED_VOCABULARY_SHARE = 1.1
 _PADDED_VOCABULARY_ROWS = 1024
 
@@ -34,7 +35,7 @@ class Batch:
     attention_mask: torch.Tensor | None = None
     """[b, t]; masks of other shapes are left out (docs/metrics.md, "Real")."""
     position_ids: torch.Tensor | None = None
-    """[b, t] or [t]"""
+    """[b, t], [1, t], or [k, b, t] of which the first is read."""
     documents: torch.Tensor | None = None
     """Document number of each position [b, t]."""
     logits: torch.Tensor | None = None
@@ -43,9 +44,17 @@ class Batch:
     """The trainer's own number."""
     token_losses: torch.Tensor | None = None
     """The trainer's own losses per position [b, t], unreduced."""
+    hidden: torch.Tensor | None = None
+    """Last hidden states [b, t, d], where there are no logits."""
+    head: nn.Module | torch.Tensor | None = None
+    """What turns them into logits."""
+    cu_seqlens: torch.Tensor | None = None
+    """Cumulated lengths of the documents over the flattened positions [documents + 1]."""
     shifted: bool | None = None
     """Whether ``labels[t]`` is the target of ``logits[t]``; None: not told."""
     epoch: int | None = None
+    captured: bool = False
+    """Seen by the forward hook, not passed by the trainer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,15 +102,18 @@ class ForwardReader:
         shape = (ids if ids is not None else labels).shape  # type: ignore[union-attr]
         logits, loss = self.outputs(output, shape)
         positions = given.get(_POSITIONS[0])
+        cumulated = next((value for name in _CUMULATED if isinstance(value := given.get(name), torch.Tensor)), None)
         return Batch(
             input_ids=ids,
             labels=labels if labels is not None and labels.shape == shape else None,
             attention_mask=_of_shape(given, _MASKS, shape),
-            position_ids=positions if isinstance(positions, torch.Tensor) and positions.dim() <= 2 else None,
+            position_ids=positions if isinstance(positions, torch.Tensor) and positions.dim() <= 3 else None,
+            cu_seqlens=cumulated,
             documents=_of_shape(given, _DOCUMENTS, shape),
             logits=logits,
             loss=loss,
             shifted=None if labels is None else shifted_labels is not None,
+            captured=True,
         )
 
     def outputs(self, output: Any, shape: torch.Size | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -14,9 +14,9 @@ from torch import nn
 from sidestep.protocol.messages import Generation
 from sidestep.trainer_hooks.decoding import Decoding, choose_decoding, cut
 from sidestep.trainer_hooks.isolation import undisturbed
+from sidestep.trainer_hooks.parameters import unwrapped
 from sidestep.trainer_hooks.prompts import Prompts
 from sidestep.trainer_hooks.samples import Sample
-from sidestep.trainer_hooks.topology import unwrapped
 
 GenerateFunction = Callable[[nn.Module, Sequence[Sample], int], Sequence[Sequence[int]]]
 """(unwrapped model, samples, most new tokens) to the new ids of each sample."""

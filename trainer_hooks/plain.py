@@ -9,11 +9,11 @@ from typing import Any
 
 from sidestep.protocol.limits import MAX_NESTING_LEVELS
 from sidestep.protocol.messages import Json
-from sidestep.trainer_hooks.topology import is_secret
 
 _MAX_TEXT_CHARACTERS = 16_384
 _MAX_ENTRIES = 2_048
 _INT64 = 1 << 63
+_SECRETS = ("api_key", "apikey", "password", "passwd", "secret", "access_token", "auth_token", "hf_token", "credential")
 
 
 def plain(value: Any, level: int = 0) -> Json:
@@ -56,6 +56,12 @@ def plain_map(value: Any) -> dict[str, Json]:
     if not isinstance(made, dict):
         raise ValueError(f"run_config must be a mapping, a dataclass or an object with attributes, not {type(value).__name__}")
     return made
+
+
+def is_secret(name: str) -> bool:
+    """Whether a setting's name says that its value is nobody's business."""
+    lowered = name.lower().replace("-", "_")
+    return any(word in lowered for word in _SECRETS)
 
 
 def _entries(value: Any) -> Mapping[Any, Any] | None:

@@ -1,0 +1,343 @@
+"""The trainer's interface: ``attach`` and the ``Hooks`` that it returns (docs/trainer.md)."""
+
+from __future__ import annotations
+
+import atexit
+import sys
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from sidestep.protocol.messages import Command
+from sidestep.trainer_hooks.agreement import Agreed, agree, new_incarnation
+from sidestep.trainer_hooks.capture import Batch, ForwardReader
+from sidestep.trainer_hooks.checks import check_arguments, check_topology, checked_optimizer
+from sidestep.trainer_hooks.config import HooksConfig
+from sidestep.trainer_hooks.console import Console
+from sidestep.trainer_hooks.generation import GenerateFunction, Generator, with_prompts
+from sidestep.trainer_hooks.heads import find_head, head_sizes
+from sidestep.trainer_hooks.opening import Introduction, RunNames, choose_run_id, find_worker, introduce, texts
+from sidestep.trainer_hooks.parameters import ParameterTable, unwrapped
+from sidestep.trainer_hooks.reducing import Reducer
+from sidestep.trainer_hooks.reductions.learning_rate import group_names
+from sidestep.trainer_hooks.samples import Sample, samples_table
+from sidestep.trainer_hooks.session import Parts, Session
+from sidestep.trainer_hooks.staging import Staging
+from sidestep.trainer_hooks.support import EXACT, capabilities
+from sidestep.trainer_hooks.topology import Topology, read_topology
+from sidestep.trainer_hooks.transport import OpenTransport
+from sidestep.trainer_hooks.vocabulary import Vocabulary, read_vocabulary
+
+
+class Hooks:
+    """What a training loop calls. No call raises, waits, or changes a number of the training.
+
+    Every call is optional: what is not told is seen by the hooks on the model and the optimizer. Made by ``attach``.
+    """
+
+    def __init__(self, session: Session | None, introduction: Introduction | None, *, keep_step: bool) -> None:
+        self._session = session
+        self._guard = session.guard if session is not None else None
+        self._introduction = introduction
+        self._keep_step = keep_step
+        self._state: dict[str, Any] = {}
+        if session is not None:
+            atexit.register(self._close_at_exit)
+
+    @property
+    def run_id(self) -> str:
+        """The run's id; empty where the hooks do nothing."""
+        return self._introduction.run_id(self._state) if self._introduction is not None else ""
+
+    def on_batch(
+        self,
+        *,
+        input_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        logits: torch.Tensor | None = None,
+        loss: torch.Tensor | float | None = None,
+        token_losses: torch.Tensor | None = None,
+        hidden: torch.Tensor | None = None,
+        head: nn.Module | torch.Tensor | None = None,
+        shifted: bool | None = None,
+        documents: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        epoch: int | None = None,
+    ) -> None:
+        """Show a micro-batch, after its forward; it takes the place of what was seen of that forward.
+
+        Args:
+            input_ids: ids [b, t]; best those that are still on the CPU.
+            labels: [b, t], ``ignore_index`` where there is no target.
+            attention_mask: [b, t], 0 at padding.
+            logits: [b, t, v]; left out, those of the forward are used while the trainer still holds them.
+            loss: the trainer's own loss of this micro-batch, one element; left out, that of the forward.
+            token_losses: the trainer's own unreduced losses [b, t], in place of logits.
+            hidden: last hidden states [b, t, d], with ``head``, where the loss is fused and there are no logits.
+            head: the module or weight [v, d] that turns them into logits.
+            shifted: whether ``labels[t]`` is the target of position t; left out, ``HooksConfig.shifted`` and the name of
+                the forward's argument decide.
+            documents: number of the document at each position [b, t], where rows are packed.
+            position_ids: [b, t], starting anew with each document.
+            cu_seqlens: cumulated lengths of the documents [documents + 1].
+            epoch: the epoch that the micro-batch belongs to; it stays until another is told.
+        """
+        if self._session is not None:
+            self._session.on_batch(
+                Batch(
+                    input_ids=input_ids,
+                    labels=labels,
+                    attention_mask=attention_mask,
+                    logits=logits,
+                    loss=loss,
+                    token_losses=token_losses,
+                    hidden=hidden,
+                    head=head,
+                    shifted=shifted,
+                    documents=documents,
+                    position_ids=position_ids,
+                    cu_seqlens=cu_seqlens,
+                    epoch=epoch,
+                )
+            )
+
+    def before_clip(self) -> None:
+        """Say that the step's last backward is done and nothing is clipped yet: once per optimizer step."""
+        if self._session is not None:
+            self._session.before_clip()
+
+    def after_step(self, step: int | None = None, *, applied: bool = True) -> Command | None:
+        """Say that optimizer step ``step`` is done; generation runs within this call when it is due.
+
+        Args:
+            step: the trainer's own number of it, growing from call to call; left out, one more than the last.
+            applied: False where the step was skipped (a GradScaler's overflow).
+
+        Returns:
+            What the worker asks of the trainer at this boundary, or None; the trainer is free to ignore it.
+        """
+        if self._session is None:
+            return None
+        command: Command | None = self._session.after_step(step, applied=applied)
+        return command
+
+    def log(self, values: Mapping[str, Any], step: int | None = None, step_key: str | None = None) -> None:
+        """Put the trainer's own values into the run, in place of ``wandb.run.log``.
+
+        Args:
+            values: names to numbers, bools, texts, or tensors of one element; a device's tensor is copied, not read.
+            step: the optimizer step that they belong to; left out, the one that goes on.
+            step_key: name of another step axis (an evaluation's counter, say), on which ``step`` is then the place.
+        """
+        if self._session is not None:
+            self._session.log(values, step, step_key)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps, so that a resumed training goes on in the same run."""
+        if self._session is None:
+            return dict(self._state)
+        return {"run_id": self.run_id, "step": self._session.last_step, "epoch": self._session.epoch}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on in a checkpoint's run, after its last step (unless ``attach`` was told a step); before the first step."""
+        self._state = dict(state)
+        if self._session is not None:
+            self._session.load(self._state, keep_step=self._keep_step)
+
+    def failures(self) -> dict[str, int]:
+        """How often something failed inside the hooks, by where; empty is as it should be."""
+        return dict(self._guard.failures) if self._guard is not None else {}
+
+    def close(self) -> None:
+        """Send what is left and say goodbye, within ``HooksConfig.close_timeout_seconds``; once is enough."""
+        self._close(0, "")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._close(0 if kind is None else 1, "" if kind is None else kind.__name__)
+
+    def _close_at_exit(self) -> None:
+        """The interpreter ends, with an exception that nobody caught or without."""
+        uncaught = getattr(sys, "last_value", None)
+        self._close(0 if uncaught is None else 1, "" if uncaught is None else type(uncaught).__name__)
+
+    def _close(self, exit_code: int, reason: str) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            atexit.unregister(self._close_at_exit)
+            self._state = {"run_id": self.run_id, "step": session.last_step, "epoch": session.epoch}
+            session.close(exit_code, reason)
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Any,
+    *,
+    tokenizer: Any = None,
+    samples: Sequence[Sample] | None = None,
+    config: HooksConfig | None = None,
+    project: str | None = None,
+    entity: str | None = None,
+    name: str | None = None,
+    tags: Sequence[str] = (),
+    run_config: Any = None,
+    step: int = 0,
+    scaler: Any = None,
+    modules: Mapping[str, str] | None = None,
+    generate_fn: GenerateFunction | None = None,
+    endpoint: str | None = None,
+    run_id: str | None = None,
+    transport: OpenTransport | None = None,
+) -> Hooks:
+    """Look over a training's shoulder: ship its raw signals to a worker, which makes metrics and warnings of them.
+
+    This call alone is enough. It takes at most two seconds and waits for nobody; where no endpoint is given or set in
+    ``SIDESTEP_ENDPOINT``, rank 0 starts a worker.
+
+    Args:
+        model: as the training loop calls it: after ``torch.compile``, DDP, sharding.
+        optimizer: the one that trains it.
+        tokenizer: a ``tokenizers.Tokenizer``, a Hugging Face tokenizer, or anything with ``decode(ids)`` and ``len()``.
+        samples: what to generate from; none: no generation and no collapse rules.
+        config: intervals, thresholds and bounds.
+        project: of the W&B run that the worker opens; so are entity, name and tags.
+        entity: see project.
+        name: see project.
+        tags: see project.
+        run_config: the trainer's own configuration, shown as the run's; secrets are masked.
+        step: the number that the next finished optimizer step carries.
+        scaler: the GradScaler, if there is one.
+        modules: prefixes of parameter names to the modules that gradients are shown under.
+        generate_fn: ``(model, samples, max_new_tokens)`` to the new ids of each sample, in place of the built-in ways.
+        endpoint: where the worker listens, ``ipc://PATH`` or ``tcp://HOST:PORT``.
+        run_id: the run to go on in; else ``SIDESTEP_RUN_ID``, else that of ``load_state_dict``, else a new one.
+        transport: another way for the messages than the publisher (``InProcessTransport``).
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: an argument's value is wrong, or misses another argument; the text says what to do.
+    """
+    config = HooksConfig() if config is None else config
+    names = {"project": project, "entity": entity, "name": name, "endpoint": endpoint, "run_id": run_id}
+    check_arguments(
+        model, config, step=step, samples=samples, tokenizer=tokenizer, generate_fn=generate_fn, scaler=scaler,
+        modules=modules, names=names,
+    )  # fmt: skip
+    optimizer = checked_optimizer(optimizer, model)
+    run_names = RunNames(
+        project=project or "", entity=entity or "", name=name or "", tags=texts("tags", tags), run_config=run_config
+    )
+    if not config.log_wandb:
+        return Hooks(None, None, keep_step=False)
+    topology = read_topology(model)
+    check_topology(topology)
+    vocabulary = read_vocabulary(tokenizer, config)
+    reader = ForwardReader(model, vocabulary.size)
+    num_ids = vocabulary.size or (head_sizes(find_head(unwrapped(model))) or (0, 0))[0]
+    chosen = _chosen_samples(samples, tokenizer, config)
+    known = capabilities(config, topology, reader, num_ids=num_ids, has_samples=bool(chosen))
+    generator = None
+    if known["generation"] == EXACT or known["collapse"] == EXACT:
+        generator = _generator(model, chosen, config, vocabulary, generate_fn, topology)
+    console = Console()
+    staging = Staging(max_host_bytes=config.staging_bytes, console=console)
+    table = ParameterTable(model, optimizer, modules)
+    hello, blobs = introduce(
+        names=run_names,
+        config=config,
+        topology=topology,
+        model=model,
+        tables={
+            "parameters": table.as_json(),
+            "groups": {"names": list(group_names(optimizer, model, table))},
+            **({"tokenizer": vocabulary.as_table()} if tokenizer is not None or vocabulary.eos_id is not None else {}),
+            **({"samples": samples_table(chosen)} if chosen else {}),
+        },
+        capabilities=known,
+        step=step,
+    )
+    told_run_id, given = choose_run_id(run_id)
+    address = find_worker(endpoint, topology.rank, console, needed=transport is None)
+    mine = Agreed(run_id=told_run_id, incarnation=new_incarnation(), endpoint=address)
+    agreed = agree(mine, topology.rank, topology.world_size)
+    if agreed is None:
+        console.line("sidestep: rank 0 was not heard of within 5 s; this rank goes on without hooks.")
+        return Hooks(None, None, keep_step=False)
+    introduction = Introduction(
+        agreed=agreed,
+        run_id_is_given=given,
+        rank=topology.rank,
+        hello=hello,
+        blobs=blobs,
+        staging=staging,
+        console=console,
+        window_bytes=config.window_bytes,
+        open_transport=transport,
+    )
+    introduction.check()
+    session = Session(
+        Parts(
+            model=model,
+            optimizer=optimizer,
+            config=config,
+            make_table=lambda: ParameterTable(model, optimizer, modules),
+            table=table,
+            reader=reader,
+            reducer=Reducer(config, vocabulary, num_ids=num_ids, shifted=reader.shifted),
+            generator=generator,
+            staging=staging,
+            console=console,
+            scaler=scaler,
+            topology=topology,
+            takes_gradients=known["gradients"] == EXACT and (topology.rank == 0 or topology.sharded),
+            introduction=introduction,
+        ),
+        step,
+    )
+    return Hooks(session, introduction, keep_step=step > 0)
+
+
+def _chosen_samples(samples: Sequence[Sample] | None, tokenizer: Any, config: HooksConfig) -> list[Sample]:
+    """The first samples of those given, with their prompts."""
+    if samples is None:
+        return []
+    listed = list(samples)
+    wrong = next((sample for sample in listed if not isinstance(sample, Sample)), None)
+    if wrong is not None:
+        raise TypeError(
+            f"samples must be sidestep.Sample objects, not {type(wrong).__name__}; "
+            "sidestep.trainer_hooks.samples.samples_from_dataset makes them of a dataset"
+        )
+    if not listed:
+        raise ValueError("samples is empty: pass some, or leave it out for a run without generation")
+    return with_prompts(listed[: config.generation_samples], tokenizer)
+
+
+def _generator(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    config: HooksConfig,
+    vocabulary: Vocabulary,
+    generate_fn: GenerateFunction | None,
+    topology: Topology,
+) -> Generator | None:
+    """On rank 0 alone: replicas would generate the same."""
+    if topology.rank != 0:
+        return None
+    return Generator(
+        model,
+        samples,
+        eos_id=vocabulary.eos_id,
+        pad_id=vocabulary.pad_id,
+        max_new_tokens=config.max_new_tokens,
+        generate_fn=generate_fn,
+    )

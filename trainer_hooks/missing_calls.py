@@ -1,0 +1,54 @@
+"""Calls that never come though others do: said once, after two intervals."""
+
+from __future__ import annotations
+
+from sidestep.trainer_hooks.open_step import OpenStep
+from sidestep.trainer_hooks.schedule import FAMILIES, Schedule
+
+_INTERVALS = 2
+
+
+class MissingCalls:
+    """Watches which of the explicit calls a trainer makes."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._called: set[str] = set()
+        self._patience_steps = _INTERVALS * schedule.shortest_interval_steps(*FAMILIES)
+        self._batch_patience_steps = _INTERVALS * schedule.shortest_interval_steps("tokens", "loss", "answers")
+        self._num_steps = 0
+        self._num_clipped = 0
+        self._batch_seen = False
+
+    def called(self, name: str) -> None:
+        """Remember a call."""
+        self._called.add(name)
+
+    def after_step(self, opened: OpenStep) -> list[tuple[str, str]]:
+        """What is to be said after a step: codes and texts; the caller says each code once."""
+        self._num_steps += 1
+        self._batch_seen = self._batch_seen or bool(opened.microbatches)
+        said: list[tuple[str, str]] = []
+        if opened.gradients is not None and opened.gradients.clipped and self._called and "before_clip" not in self._called:
+            self._num_clipped += 1
+            if self._num_clipped >= _INTERVALS:
+                said.append((
+                    "no-before-clip",
+                    "hooks.before_clip() is never called: gradients are taken at the optimizer's step, after any clipping "
+                    "(gradients/global/clipped is 1). Call it once per step, after the last backward.",
+                ))  # fmt: skip
+        if self._called and "after_step" not in self._called and self._due(self._patience_steps):
+            said.append((
+                "no-after-step",
+                "hooks.after_step(step) is never called: steps are counted by the optimizer's own calls and end when the "
+                "next forward begins. Call it once per optimizer step, with your own step number.",
+            ))  # fmt: skip
+        if not self._batch_seen and self._due(self._batch_patience_steps):
+            said.append((
+                "no-batch",
+                "no training batch was seen: attach() to the module that the loop calls, after wrapping and compiling it, "
+                "or pass batches to hooks.on_batch(input_ids=..., labels=..., logits=...).",
+            ))  # fmt: skip
+        return said
+
+    def _due(self, patience_steps: int) -> bool:
+        return 0 < patience_steps <= self._num_steps

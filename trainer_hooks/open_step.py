@@ -1,0 +1,225 @@
+"""One optimizer step while it goes on: what was reduced so far, and how it becomes messages once its number is known."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sidestep.protocol.limits import MAX_EXACT_LOSS_TOKENS_PER_STEP
+from sidestep.protocol.messages import Kind, Message, Scalars
+from sidestep.trainer_hooks.reductions.answers import answers_message
+from sidestep.trainer_hooks.reductions.gradients import gradients_message
+from sidestep.trainer_hooks.reductions.learning_rate import learning_rates_message
+from sidestep.trainer_hooks.reductions.loss_message import losses_message
+from sidestep.trainer_hooks.reductions.tokens import tokens_message
+from sidestep.trainer_hooks.staging import Staging
+
+Tensors = Mapping[str, torch.Tensor]
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(slots=True, eq=False)
+class MicroBatch:
+    """What was reduced of one forward; none of its tensors is the trainer's."""
+
+    captured: bool
+    """Seen by the forward hook, not passed by the trainer."""
+    answers: torch.Tensor | None = None
+    tokens: Tensors = field(default_factory=dict)
+    losses: Tensors = field(default_factory=dict)
+    reason: str = ""
+    """Why there are no per-token losses, where there are none."""
+
+
+@dataclass(slots=True, eq=False)
+class StepGradients:
+    """What was reduced of a step's gradients."""
+
+    tensors: Tensors
+    without_gradient: tuple[int, ...]
+    clipped: bool
+
+
+@dataclass(slots=True, eq=False)
+class LoggedValues:
+    """One call of ``log``: plain values, and device scalars that are on their way."""
+
+    values: dict[str, Any]
+    tensors: Tensors
+    step_key: str
+    key_step: int | None
+
+
+@dataclass(slots=True, eq=False)
+class OpenStep:
+    """The step that has not ended."""
+
+    expected: int
+    """The number that it will probably carry."""
+    due: frozenset[str]
+    """Families that are due at that number."""
+    microbatches: list[MicroBatch] = field(default_factory=list)
+    gradients: StepGradients | None = None
+    rates: Tensors | None = None
+    logged: list[LoggedValues] = field(default_factory=list)
+    stepped: bool = False
+    """The optimizer's own step has ended."""
+
+
+@dataclass(slots=True)
+class StepCounts:
+    """Messages of a step by kind: handed over, and given up before."""
+
+    sent: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    def add(self, kinds: Iterable[Kind], *, staged: bool) -> None:
+        """Count messages that were staged, or could not be."""
+        (self.sent if staged else self.dropped).update(kind.name.lower() for kind in kinds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepFacts:
+    """What only the end of a step tells."""
+
+    step: int
+    epoch: int
+    applied: bool
+    due: frozenset[str]
+    world_size: int
+    staging_bytes: int
+
+
+def stage_step(opened: OpenStep, facts: StepFacts, staging: Staging) -> StepCounts:
+    """Launch the copies of all that a step has gathered; the messages follow on the publisher's thread."""
+    counts = StepCounts()
+    _stage_small(opened, facts, staging, counts)
+    for numbered in _groups(opened.microbatches, facts):
+        _stage_batches(numbered, len(opened.microbatches), facts, staging, counts)
+    gradients = opened.gradients
+    if gradients is not None and facts.applied and "gradients" in facts.due:
+        without, clipped, step = gradients.without_gradient, gradients.clipped, facts.step
+
+        def finish(arrays: Arrays) -> Sequence[Message]:
+            return [gradients_message(step=step, arrays=arrays, without_gradient=without, clipped=clipped)]
+
+        kinds = (Kind.GRADIENTS,)
+        counts.add(kinds, staged=staging.stage(gradients.tensors, finish, kinds=kinds, step=step, owned=True))
+    return counts
+
+
+def _stage_small(opened: OpenStep, facts: StepFacts, staging: Staging, counts: StepCounts) -> None:
+    """Stage what comes at every step: answers; with rates and what the trainer logged, where there are some."""
+    tensors: dict[str, torch.Tensor] = {}
+    kinds: list[Kind] = []
+    answers = _summed([batch.answers for batch in opened.microbatches if batch.answers is not None])
+    if answers:
+        kinds.append(Kind.ANSWERS)
+        tensors |= {f"answers/{name}": counted for name, counted in answers.items()}
+    with_rates = opened.rates is not None and facts.applied and "lr" in facts.due
+    if opened.rates is not None and with_rates:
+        kinds.append(Kind.LEARNING_RATES)
+        tensors |= {f"rates/{name}": tensor for name, tensor in opened.rates.items()}
+    logged = list(opened.logged)
+    for place, entry in enumerate(logged):
+        kinds.append(Kind.SCALARS)
+        tensors |= {f"logged{place}/{name}": tensor for name, tensor in entry.tensors.items()}
+    if not kinds:
+        return
+    plain = [(entry.values, entry.step_key, entry.key_step) for entry in logged]
+    step, epoch, with_answers = facts.step, facts.epoch, bool(answers)
+
+    def finish(arrays: Arrays) -> Sequence[Message]:
+        made: list[Message] = []
+        if with_answers:
+            made.append(answers_message(step=step, epoch=epoch, arrays=_below("answers/", arrays)))
+        if with_rates:
+            made.append(learning_rates_message(step=step, arrays=_below("rates/", arrays)))
+        for place, (values, step_key, key_step) in enumerate(plain):
+            arrived = {name: array.item() for name, array in _below(f"logged{place}/", arrays).items()}
+            at = step if key_step is None else key_step
+            made.append(Scalars(step=step, values={**values, **arrived}, step_key=step_key, key_step=at))
+        return made
+
+    counts.add(kinds, staged=staging.stage(tensors, finish, kinds=kinds, step=step, owned=True))
+
+
+def _stage_batches(
+    numbered: Sequence[tuple[int, MicroBatch]],
+    num_microbatches: int,
+    facts: StepFacts,
+    staging: Staging,
+    counts: StepCounts,
+) -> None:
+    """Stage token counts and losses of some micro-batches with one copy."""
+    tensors: dict[str, torch.Tensor] = {}
+    plan: list[tuple[int, Kind, str]] = []
+    for number, batch in numbered:
+        for kind, parts in _due_parts(batch, facts):
+            plan.append((number, kind, batch.reason))
+            tensors |= {f"{number}/{kind.name}/{name}": tensor for name, tensor in parts.items()}
+    if not plan:
+        return
+    step = facts.step
+    exact_rows_limit = MAX_EXACT_LOSS_TOKENS_PER_STEP // max(1, num_microbatches * facts.world_size)
+
+    def finish(arrays: Arrays) -> Sequence[Message]:
+        made: list[Message] = []
+        for number, kind, reason in plan:
+            parts = _below(f"{number}/{kind.name}/", arrays)
+            if kind is Kind.TOKENS:
+                made.append(tokens_message(step=step, microstep=number, arrays=parts))
+            else:
+                made.append(
+                    losses_message(
+                        step=step, microstep=number, arrays=parts, exact_rows_limit=exact_rows_limit, reason=reason
+                    )
+                )
+        return made
+
+    kinds = [kind for _, kind, _ in plan]
+    counts.add(kinds, staged=staging.stage(tensors, finish, kinds=kinds, step=step, owned=True))
+
+
+def _due_parts(batch: MicroBatch, facts: StepFacts) -> Iterator[tuple[Kind, Tensors]]:
+    if batch.tokens and "tokens" in facts.due:
+        yield Kind.TOKENS, batch.tokens
+    if batch.losses and "loss" in facts.due:
+        yield Kind.LOSSES, batch.losses
+
+
+def _groups(batches: Sequence[MicroBatch], facts: StepFacts) -> Iterator[list[tuple[int, MicroBatch]]]:
+    """Cut the micro-batches into groups of at most a quarter of what staging may hold: one copy each."""
+    group: list[tuple[int, MicroBatch]] = []
+    size_bytes = 0
+    for numbered in enumerate(batches):
+        needed = sum(t.nbytes for _, parts in _due_parts(numbered[1], facts) for t in parts.values())
+        if group and size_bytes + needed > facts.staging_bytes // 4:
+            yield group
+            group, size_bytes = [], 0
+        group.append(numbered)
+        size_bytes += needed
+    if group:
+        yield group
+
+
+def _summed(answers: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Counts of several micro-batches, added where device and length are the same."""
+    sums: dict[tuple[torch.device, int], torch.Tensor] = {}
+    for counts in answers:
+        key = (counts.device, counts.shape[0])
+        before = sums.get(key)
+        sums[key] = counts if before is None else before + counts
+    return {f"answers_{number}": counts for number, counts in enumerate(sums.values())}
+
+
+def _below(prefix: str, arrays: Arrays) -> dict[str, NDArray[Any]]:
+    """The arrays whose names begin with a prefix, under the rest of their names."""
+    size = len(prefix)
+    return {name[size:]: np.asarray(array) for name, array in arrays.items() if name.startswith(prefix)}

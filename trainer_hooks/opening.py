@@ -1,0 +1,150 @@
+"""What ``attach`` does once its arguments are known to be right: tables, introduction, and the way to the worker."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from sidestep.protocol import frames
+from sidestep.protocol.frames import Envelope
+from sidestep.protocol.messages import Hello
+from sidestep.protocol.tables import digest, encode_table
+from sidestep.trainer_hooks.agreement import Agreed
+from sidestep.trainer_hooks.config import HooksConfig
+from sidestep.trainer_hooks.console import Console
+from sidestep.trainer_hooks.environment import snapshot
+from sidestep.trainer_hooks.errors import LaunchError
+from sidestep.trainer_hooks.launcher import ensure_worker
+from sidestep.trainer_hooks.plain import plain_map
+from sidestep.trainer_hooks.publisher import Publisher
+from sidestep.trainer_hooks.staging import Staging
+from sidestep.trainer_hooks.topology import Topology
+from sidestep.trainer_hooks.transport import OpenTransport, Transport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunNames:
+    """What the worker calls the run."""
+
+    project: str = ""
+    entity: str = ""
+    name: str = ""
+    tags: tuple[str, ...] = ()
+    run_config: Any = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Introduction:
+    """Who speaks, and the tables that belong to it; opens the way to the worker."""
+
+    agreed: Agreed
+    run_id_is_given: bool
+    """By the caller or the environment: then no checkpoint's id counts."""
+    rank: int
+    hello: Hello
+    blobs: Mapping[str, bytes]
+    staging: Staging
+    console: Console
+    window_bytes: int
+    open_transport: OpenTransport | None
+    """In place of the publisher."""
+
+    def run_id(self, state: Mapping[str, Any]) -> str:
+        """Explicit > ``SIDESTEP_RUN_ID`` > a checkpoint's > random (docs/delivery.md, section 1)."""
+        told = state.get("run_id")
+        return told if isinstance(told, str) and told and not self.run_id_is_given else self.agreed.run_id
+
+    def open(self, state: Mapping[str, Any], start_step: int) -> Transport:
+        """Begin to talk to the worker; nothing is waited for."""
+        identity = Envelope(run_id=self.run_id(state), incarnation=self.agreed.incarnation, rank=self.rank)
+        hello = replace(self.hello, start_step=start_step)
+        if self.open_transport is not None:
+            return self.open_transport(identity, hello, self.blobs, self.staging)
+        return Publisher(
+            self.agreed.endpoint,
+            identity,
+            hello,
+            blobs=self.blobs,
+            source=self.staging,
+            console=self.console,
+            window_bytes=self.window_bytes,
+        ).start()
+
+    def check(self) -> None:
+        """Encode the introduction once, so that what cannot travel is said at attach.
+
+        Raises:
+            EncodeError: something in it is too large.
+        """
+        envelope = Envelope(run_id=self.agreed.run_id, incarnation=self.agreed.incarnation, rank=self.rank)
+        frames.encode(envelope, self.hello)
+
+
+def introduce(
+    *,
+    names: RunNames,
+    config: HooksConfig,
+    topology: Topology,
+    model: nn.Module,
+    tables: Mapping[str, Any],
+    capabilities: Mapping[str, str],
+    step: int,
+) -> tuple[Hello, dict[str, bytes]]:
+    """Put the Hello together, and the tables that it names by their hashes.
+
+    Raises:
+        EncodeError: a table is too large.
+        ValueError: ``run_config`` is no configuration.
+    """
+    contents = {name: encode_table(table) for name, table in tables.items()}
+    digests = {name: digest(content) for name, content in contents.items()}
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    hello = Hello(
+        project=names.project,
+        entity=names.entity,
+        name=names.name,
+        tags=names.tags,
+        start_step=step,
+        world_size=topology.world_size,
+        topology=topology.as_table(),
+        settings=config.as_settings(),
+        run_config=plain_map(names.run_config),
+        environment=snapshot(device),
+        tables=digests,
+        capabilities=capabilities,
+    )
+    return hello, {digests[name]: content for name, content in contents.items()}
+
+
+def find_worker(endpoint: str | None, rank: int, console: Console, *, needed: bool) -> str:
+    """Where the worker listens: given, else in the environment, else at one that rank 0 starts and never waits for.
+
+    Raises:
+        EndpointError: the address is malformed.
+    """
+    if not needed:
+        return endpoint or ""
+    try:
+        return ensure_worker(endpoint, rank=rank, console=console).endpoint
+    except LaunchError as error:
+        console.line(f"sidestep: {error}")
+        return ensure_worker(endpoint, rank=rank + 1, console=console).endpoint  # where one may still be started by hand
+
+
+def choose_run_id(run_id: str | None) -> tuple[str, bool]:
+    """The run's id, and whether the caller or the environment gave it."""
+    told = run_id or os.environ.get("SIDESTEP_RUN_ID", "")
+    return (told, True) if told else (secrets.token_hex(4), False)
+
+
+def texts(name: str, values: Sequence[str] | str) -> tuple[str, ...]:
+    """Tags as a tuple; raises ValueError for what is no list of texts."""
+    if isinstance(values, str) or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"{name} must be a list of texts, not {values!r}")
+    return tuple(values)

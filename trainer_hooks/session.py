@@ -1,0 +1,332 @@
+"""The hooks at work: what is seen of forwards and optimizer steps, put together step by step.
+
+One ``Session`` lives on the training thread; what it hands over goes on in staging and on the publisher's thread. All its
+entrances are guarded: nothing is raised into the training (docs/trainer.md, "After attach").
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from sidestep.protocol.messages import Command, Notice, StepEnd
+from sidestep.trainer_hooks.capture import Batch, ForwardReader, Outputs
+from sidestep.trainer_hooks.config import HooksConfig
+from sidestep.trainer_hooks.console import Console
+from sidestep.trainer_hooks.control import Control
+from sidestep.trainer_hooks.generation import Generator
+from sidestep.trainer_hooks.gradient_scale import carried_scale
+from sidestep.trainer_hooks.guard import Guard, guarded
+from sidestep.trainer_hooks.logged import logged_values
+from sidestep.trainer_hooks.missing_calls import MissingCalls
+from sidestep.trainer_hooks.open_step import OpenStep, StepCounts, StepFacts, StepGradients, stage_step
+from sidestep.trainer_hooks.opening import Introduction
+from sidestep.trainer_hooks.parameters import ParameterTable
+from sidestep.trainer_hooks.reducing import Reducer
+from sidestep.trainer_hooks.reductions.gradients import reduce_gradients
+from sidestep.trainer_hooks.reductions.learning_rate import reduce_learning_rates
+from sidestep.trainer_hooks.schedule import Schedule
+from sidestep.trainer_hooks.staging import Staging
+from sidestep.trainer_hooks.topology import Topology
+from sidestep.trainer_hooks.transport import Transport
+
+WANDB_NOTICE = (
+    "this process has a live wandb.run of its own: the worker opens the run, so there will be two. Leave out wandb.init() and "
+    "pass what you log to hooks.log({...}, step=...); project, entity, name, tags and run_config go to sidestep.attach()."
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What a session is made of; put together by ``attach``."""
+
+    model: nn.Module
+    """As the trainer calls it."""
+    optimizer: Any
+    config: HooksConfig
+    make_table: Callable[[], ParameterTable]
+    table: ParameterTable
+    reader: ForwardReader
+    reducer: Reducer
+    generator: Generator | None
+    staging: Staging
+    console: Console
+    scaler: Any
+    topology: Topology
+    takes_gradients: bool
+    """Whether this rank ships gradients: of replicas, the first alone does."""
+    introduction: Introduction
+
+
+class Session:
+    """What ``Hooks`` does; see there."""
+
+    def __init__(self, parts: Parts, step: int) -> None:
+        self._parts = parts
+        self.guard = Guard(parts.console)
+        self._schedule = Schedule(parts.config)
+        self._missing = MissingCalls(self._schedule)
+        self._transport: Transport | None = None
+        self._control: Control | None = None
+        self._state: Mapping[str, Any] = {}
+        self._table = parts.table
+        self.last_step = step - 1
+        self.epoch = 0
+        self._opened: OpenStep | None = None
+        self._outputs: Outputs | None = None
+        self._overriding = False
+        self._explicit_steps = False
+        self._wandb_looked_for = True
+        model, optimizer = parts.model, parts.optimizer
+        self._removable = [
+            model.register_forward_hook(self.on_forward, with_kwargs=True),
+            optimizer.register_step_pre_hook(self.before_optimizer),
+            optimizer.register_step_post_hook(self.after_optimizer),
+        ]
+
+    # ------------------------------------------------------------------------------------------ what is seen
+
+    @guarded
+    def on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """See a forward of the outermost module; those of an evaluation and of generation are none of ours."""
+        if not module.training or not self.guard.grad_enabled:
+            return
+        self._step_that_nobody_ended()
+        opened = self._now()
+        if self._overriding:
+            if self._outputs is not None:  # the one before was not passed to on_batch: from now on all are looked at
+                self._overriding = False
+            self._outputs = _remember(*self._parts.reader.outputs(output, None))
+            if self._overriding:
+                return
+        batch = self._parts.reader.read(args, kwargs, output)
+        if batch is None:
+            return
+        opened.microbatches.append(
+            self._parts.reducer.reduce(batch, opened.due, opened.expected, len(opened.microbatches))
+        )
+        self._outputs = _remember(batch.logits, batch.loss)
+
+    @guarded
+    def on_batch(self, batch: Batch) -> None:
+        """Take a micro-batch from the trainer, in place of the captured one of the same forward."""
+        self._step_that_nobody_ended()
+        opened = self._now()
+        outputs, self._outputs = self._outputs, None
+        if outputs is not None:
+            if opened.microbatches and opened.microbatches[-1].captured:
+                opened.microbatches.pop()
+            batch = _completed(batch, outputs)
+        if batch.epoch is not None:
+            self.epoch = batch.epoch
+        if batch.input_ids is None and batch.labels is None:
+            raise ValueError("on_batch needs input_ids or labels")
+        opened.microbatches.append(
+            self._parts.reducer.reduce(batch, opened.due, opened.expected, len(opened.microbatches))
+        )
+        self._missing.called("on_batch")
+
+    @guarded
+    def before_clip(self) -> None:
+        """Take the step's gradients, where they are due."""
+        self._missing.called("before_clip")
+        opened = self._now()
+        if "gradients" in opened.due:
+            self._take_gradients(opened, clipped=False)
+
+    @guarded
+    def before_optimizer(self, _optimizer: Any, _args: Any, _kwargs: Any) -> None:
+        """See that the optimizer is about to step: rates, and the gradients if nobody said "before clipping"."""
+        opened = self._now()
+        if "lr" in opened.due and self._parts.topology.rank == 0:
+            opened.rates = reduce_learning_rates(self._parts.optimizer.param_groups)
+        if "gradients" in opened.due and opened.gradients is None:
+            self._take_gradients(opened, clipped=True)
+
+    @guarded
+    def after_optimizer(self, _optimizer: Any, _args: Any, _kwargs: Any) -> None:
+        """See that the optimizer has stepped; the step ends with ``after_step``, else with the next forward."""
+        self._now().stepped = True
+
+    # --------------------------------------------------------------------------------------- what is told
+
+    @guarded
+    def after_step(self, step: int | None, *, applied: bool) -> Command | None:
+        """End the step under the trainer's own number."""
+        self._explicit_steps = True
+        self._missing.called("after_step")
+        step = self.last_step + 1 if step is None else int(step)
+        if step <= self.last_step:
+            self.notice(
+                "step-again",
+                f"after_step({step}) came after step {self.last_step}: a number that grows is needed; what was seen "
+                "since joins the next step.",
+            )
+            return None
+        self._end(step, applied=applied)
+        return self._control.at_boundary(step) if self._control is not None else None
+
+    @guarded
+    def log(self, values: Mapping[str, Any], step: int | None, step_key: str | None) -> None:
+        """Keep what the trainer logs for the end of the step."""
+        self._look_for_wandb()
+        made, left_out = logged_values(values, step, step_key)
+        self._now().logged.append(made)
+        if left_out:
+            self.notice("not-logged", f"log() takes numbers, bools, texts and tensors of one element; left out: {left_out[0]}")
+
+    @guarded
+    def close(self, exit_code: int, reason: str) -> None:
+        """End the last step, let go of model and optimizer, and say goodbye."""
+        self._step_that_nobody_ended(closing=True)
+        for handle in self._removable:
+            handle.remove()
+        opened = self._opened
+        if opened is not None and opened.logged:  # what was logged after the last step belongs to no step that will end
+            late = OpenStep(expected=opened.expected, due=frozenset(), logged=opened.logged)
+            stage_step(late, self._facts(opened.expected, frozenset(), applied=False), self._parts.staging)
+        self._parts.staging.advance()
+        self._way().close(self._parts.config.close_timeout_seconds, exit_code=exit_code, reason=reason)
+
+    @guarded
+    def load(self, state: Mapping[str, Any], *, keep_step: bool) -> None:
+        """Go on where a checkpoint was made; the run's id counts until the first hook has been called."""
+        if self._transport is not None:
+            self.notice("late-state", "load_state_dict() came after the first step: the run's id stays what it is.")
+        self._state = dict(state)
+        self.epoch = int(state.get("epoch", 0))
+        if not keep_step:
+            self.last_step = int(state["step"])
+            self._opened = None
+
+    # --------------------------------------------------------------------------------------- inside
+
+    def notice(self, code: str, text: str, level: str = "warning") -> None:
+        """Say something once, here and in the run."""
+        if self._parts.console.once(code, text):
+            self._way().submit(Notice(text=f"sidestep: {text}", code=code, level=level, step=self.last_step + 1))
+
+    def _way(self) -> Transport:
+        """The transport, opened at the first use: what ``load_state_dict`` says comes before."""
+        if self._transport is None:
+            self._transport = self._parts.introduction.open(self._state, self.last_step + 1)
+            self._control = Control(self._transport.take_command)
+        return self._transport
+
+    def _now(self) -> OpenStep:
+        if self._opened is None:
+            self._way()
+            expected = self.last_step + 1
+            self._opened = OpenStep(expected=expected, due=frozenset(self._schedule.due_families(expected)))
+        return self._opened
+
+    def _step_that_nobody_ended(self, *, closing: bool = False) -> None:
+        if self._opened is not None and self._opened.stepped and (closing or not self._explicit_steps):
+            self._end(self.last_step + 1, applied=True)
+
+    def _take_gradients(self, opened: OpenStep, *, clipped: bool) -> None:
+        if not self._parts.takes_gradients:
+            return
+        if not self._table.fits(self._parts.model):
+            self._table = self._renewed_table()
+        held, without = self._table.gradients()
+        if held:
+            scale = carried_scale(self._parts.optimizer, self._parts.scaler)
+            opened.gradients = StepGradients(reduce_gradients(held, scale), tuple(without), clipped)
+
+    def _renewed_table(self) -> ParameterTable:
+        """The table with the parameters of now; rows keep their numbers, which the worker knows."""
+        renewed = self._parts.make_table()
+        if [row.name for row in renewed.rows] == [row.name for row in self._table.rows]:
+            return renewed
+        self.notice("parameters", "parameters were replaced since attach(): gradients of those known then are shown.")
+        return self._table
+
+    def _end(self, step: int, *, applied: bool) -> None:
+        """End the open step as ``step``: launch its copies, generate, and say what was sent."""
+        opened = self._now()
+        self._opened, self._outputs = None, self._outputs if self._overriding else None
+        self.last_step = step
+        if self._parts.scaler is not None and not opened.stepped:
+            applied = False  # the scaler did not call the optimizer
+        due = self._schedule.due_families(step)
+        counts = StepCounts()
+        try:
+            counts = stage_step(opened, self._facts(step, frozenset(due), applied=applied), self._parts.staging)
+        except Exception as error:  # noqa: BLE001  (counted and said; the step still has its end)
+            self.guard.failed("staging", error)
+        self._generate(step, due, counts)
+        self._parts.staging.advance()
+        self._way().submit(
+            StepEnd(
+                step=step,
+                unix_time=time.time(),
+                applied=applied,
+                epoch=self.epoch,
+                sent=dict(counts.sent),
+                dropped=dict(counts.dropped),
+                due=due,
+                hook_seconds=self.guard.take_seconds(),
+            )
+        )
+        self._look_back(opened)
+
+    def _facts(self, step: int, due: frozenset[str], *, applied: bool) -> StepFacts:
+        return StepFacts(
+            step=step,
+            epoch=self.epoch,
+            applied=applied,
+            due=due,
+            world_size=self._parts.topology.world_size,
+            staging_bytes=self._parts.config.staging_bytes,
+        )
+
+    def _generate(self, step: int, due: tuple[str, ...], counts: StepCounts) -> None:
+        if self._parts.generator is None or ("generation" not in due and "collapse" not in due):
+            return
+        began = time.thread_time()
+        try:
+            self._way().submit(self._parts.generator.run(step))
+            counts.sent["generation"] += 1
+        except Exception as error:  # noqa: BLE001  (its samples' failures are its own; this is another: counted, said)
+            self.guard.failed("generation", error)
+        finally:
+            self.guard.exclude(time.thread_time() - began)
+
+    def _look_back(self, opened: OpenStep) -> None:
+        """Learn from the step how the trainer uses the hooks, and say once what it seems to have forgotten."""
+        seen = opened.microbatches
+        if seen and not any(batch.captured for batch in seen):
+            self._overriding = True
+        for code, text in self._missing.after_step(opened):
+            self.notice(code, text)
+        self._look_for_wandb()
+
+    def _look_for_wandb(self) -> None:
+        if self._wandb_looked_for and getattr(sys.modules.get("wandb"), "run", None) is not None:
+            self._wandb_looked_for = False
+            self.notice("wandb", WANDB_NOTICE)
+
+
+def _remember(logits: torch.Tensor | None, loss: Any) -> Outputs:
+    return Outputs(
+        weakref.ref(logits) if isinstance(logits, torch.Tensor) else None,
+        weakref.ref(loss) if isinstance(loss, torch.Tensor) else None,
+    )
+
+
+def _completed(batch: Batch, outputs: Outputs) -> Batch:
+    """An explicit batch, with the logits and the loss of its forward where the trainer did not pass them."""
+    logits = outputs.logits() if outputs.logits is not None and batch.logits is None else batch.logits
+    loss = outputs.loss() if outputs.loss is not None and batch.loss is None else batch.loss
+    shape = (batch.labels if batch.labels is not None else batch.input_ids)
+    fits = logits is not None and shape is not None and logits.shape[:-1].numel() == shape.numel()
+    wanted = batch.token_losses is None and batch.hidden is None
+    return replace(batch, logits=logits if batch.logits is not None or (fits and wanted) else None, loss=loss)
