@@ -34,8 +34,8 @@ CONTEXT = RunContext(run_id="r", attempt=0, text=NoText())
 def message(step: int, lengths: Iterable[int], epoch: int = 0, **fields: Any) -> Answers:
     distinct, counts = np.unique(np.array(list(lengths), np.int32), return_counts=True)
     return Answers(
-        step=step, epoch=epoch, lengths=distinct.astype(np.int32), counts=counts.astype(np.int64), labelled=9, batches=1,
-        **fields,
+        step=step, epoch=epoch, lengths=distinct.astype(np.int32), counts=counts.astype(np.int64), labelled=9,
+        batches=1, **fields,
     )  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def test_a_rollback_beyond_the_memory_falls_back_on_totals_and_says_so(monkeypat
 def test_the_state_is_bounded() -> None:
     counts = started()
     random = np.random.default_rng(0)
-    for step in range(6_000):
+    for step in range(3_000):
         counts.add(attempt=0, step=step, epoch=0, lengths={int(n): 3 for n in random.integers(1, 400, 25)})
     assert len(encode_table(counts.state())) < 160_000
 

@@ -238,7 +238,9 @@ def test_parameters_without_gradient_are_absent_and_counted_once() -> None:
 
 
 def test_blocks_and_modules_are_coarser() -> None:
-    rows = [row(n, 0, (4,)) for n in ("blocks.0.attn.weight", "blocks.0.mlp.weight", "blocks.1.attn.weight", "head.weight")]
+    rows = [
+        row(n, 0, (4,)) for n in ("blocks.0.attn.weight", "blocks.0.mlp.weight", "blocks.1.attn.weight", "head.weight")
+    ]
     gradients = {i: np.arange(4.0) + i for i in range(4)}
     part = Part(rank=0, message=report(gradients, dict.fromkeys(range(4), 0)))
     blocks = measure_gradients([part], context(table(rows)), detail="block").values
