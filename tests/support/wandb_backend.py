@@ -1,8 +1,8 @@
 """A W&B backend on loopback that an unmodified SDK takes for the real one.
 
 It answers the GraphQL operations, file streams and uploads of an online run and keeps what they say as plain values, so
-that a test can assert on it: every history line with its offset, holes and changed lines counted. Faults are part of its
-interface: the next n requests of a kind fail, or are answered late.
+that a test can assert on it: every history line with its offset, holes and changed lines counted. Faults are part of
+its interface: the next n requests of a kind fail, or are answered late.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 ENTITY = "lab"
 HISTORY, SUMMARY, OUTPUT = "wandb-history.jsonl", "wandb-summary.json", "output.log"
@@ -101,7 +101,9 @@ class WandbBackend:
         self.artifacts: dict[str, dict[str, Any]] = {}
         self.operations: Counter[str] = Counter()
         self.faults: dict[str, Fault] = {}
-        """``filestream``, ``filestream_answer`` (stored, then failing), ``upload``, ``graphql`` or an operation's name."""
+        """``filestream`` (of one run: ``filestream ID``), ``filestream_answer`` (stored, then failing), ``upload``,
+        ``graphql``
+    or an operation's name."""
         self.stopped_runs: set[str] = set()
         """Runs whose page says stop."""
         self.lock = threading.RLock()
@@ -118,7 +120,8 @@ class WandbBackend:
     def environment(self) -> dict[str, str]:
         """Variables that point an SDK here."""
         return {
-            "WANDB_BASE_URL": self.url, "WANDB_API_KEY": "0" * 40, "WANDB_ERROR_REPORTING": "false", "WANDB_MODE": "online",
+            "WANDB_BASE_URL": self.url, "WANDB_API_KEY": "0" * 40, "WANDB_ERROR_REPORTING": "false", "WANDB_MODE":
+            "online",
         }  # fmt: skip
 
     def start(self) -> None:
@@ -136,7 +139,7 @@ class WandbBackend:
             self._thread.join()
             self._server = None
 
-    def __enter__(self) -> WandbBackend:
+    def __enter__(self) -> Self:
         self.start()
         return self
 
@@ -206,11 +209,10 @@ class WandbBackend:
         model = {"id": "p", "name": variables.get("project"), "entity": {"id": "e", "name": ENTITY}}
         if run is None:
             return {"model": {**model, "bucket": None}}
-        history = run.history
         bucket = {
             **_bucket(run), "displayName": run.display_name, "summaryMetrics": (run.lines(SUMMARY) or ["{}"])[-1],
             "logLineCount": len(run.lines(OUTPUT)), "eventsLineCount": 0, "eventsTail": "[]", "tags": run.tags,
-            "historyTail": json.dumps(history[-1:]), "notes": None, "wandbConfig": json.dumps({"t": 1}),
+            "historyTail": json.dumps(run.lines(HISTORY)[-1:]), "notes": None, "wandbConfig": json.dumps({"t": 1}),
         }  # fmt: skip
         return {"model": {**model, "bucket": bucket}}
 
@@ -246,7 +248,7 @@ class WandbBackend:
         return {"artifactManifest": {"id": artifact, "file": file}}
 
     def _create_artifact_files(self, variables: Mapping[str, Any]) -> dict[str, Any]:
-        edges = []
+        edges: list[dict[str, Any]] = []
         for spec in (variables.get("input") or variables)["artifactFiles"]:
             artifact, name = spec["artifactID"], spec["name"]
             edges.append({"node": {
@@ -302,7 +304,7 @@ class _Connection(BaseHTTPRequestHandler):
             if not (self._fails("graphql") or self._fails(operation)):
                 self._reply(backend.answer(operation, query.get("variables") or {}))
         elif match := _STREAM_PATH.match(self.path):
-            if self._fails("filestream"):
+            if self._fails("filestream") or self._fails(f"filestream {match[1]}"):
                 return
             answer = backend.stream(match[1], json.loads(body))
             if not self._fails("filestream_answer"):

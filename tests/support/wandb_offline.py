@@ -21,14 +21,16 @@ class OfflineRun:
     """What one or more fragments hold, in their order."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
-    """History records; nested keys are joined by dots; ``_step`` counts over all fragments, as ``wandb sync`` has it."""
+    """History records; nested keys are joined by dots; ``_step`` counts over all fragments, as ``wandb sync`` has
+    it."""
     alerts: list[tuple[str, str, str]] = field(default_factory=list)
     """Title, text, level."""
     log_lines: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     axes: dict[str, str] = field(default_factory=dict)
     """Metric's name or glob to its step metric."""
-    files: list[Path] = field(default_factory=list)
+    artifacts: list[dict[str, Path]] = field(default_factory=list)
+    """Per artifact its files, by their names in it."""
     exit_codes: list[int | None] = field(default_factory=list)
     """Per fragment; None: it was never finished."""
     names: set[tuple[str, str, str]] = field(default_factory=set)
@@ -37,22 +39,22 @@ class OfflineRun:
     starts: list[float] = field(default_factory=list)
     """When each fragment's run began, in unix seconds."""
 
-    def tables(self, key: str) -> list[dict[str, Any]]:
-        """Return the tables that were logged under ``key``, as their JSON."""
-        prefix = f"/media/table/{key}_"
-        return [json.loads(p.read_bytes()) for p in self.files if prefix in str(p) and p.name.endswith(".table.json")]
+    def tables(self, key: str) -> list[tuple[dict[str, Any], dict[str, Path]]]:
+        """Return the tables that were logged under ``key``: their JSON, and the files that it names (pictures)."""
+        name = f"{key}.table.json"
+        return [(json.loads(files[name].read_bytes()), files) for files in self.artifacts if name in files]
 
 
 def read_fragments(folder: Path) -> OfflineRun:
     """Read every fragment under ``folder/wandb``, oldest first."""
     run = OfflineRun()
     for place in sorted((folder / "wandb").glob("offline-run-*")):
-        (log,) = place.glob("run-*.wandb")
         run.exit_codes.append(None)
-        for content in whole_records(log.read_bytes()):
-            record = pb.Record()
+        logs = sorted(place.glob("run-*.wandb"))  # none where the writer was killed before its first record
+        for content in whole_records(logs[0].read_bytes() if logs else b""):
+            record: Any = getattr(pb, "Record")()  # noqa: B009 (the generated module has no types)
             record.ParseFromString(content)
-            _add(run, record, place)
+            _add(run, record)
     return run
 
 
@@ -74,7 +76,7 @@ def whole_records(content: bytes) -> Iterator[bytes]:
             yield joined
 
 
-def _add(run: OfflineRun, record: Any, place: Path) -> None:
+def _add(run: OfflineRun, record: Any) -> None:
     kind = record.WhichOneof("record_type")
     if kind == "history":
         row = _values(record.history.item)
@@ -86,8 +88,8 @@ def _add(run: OfflineRun, record: Any, place: Path) -> None:
         run.log_lines.append(record.output_logger.line)
     elif kind == "metric":
         run.axes[record.metric.name or record.metric.glob_name] = record.metric.step_metric
-    elif kind == "files":
-        run.files += [place / "files" / file.path for file in record.files.files]
+    elif kind == "artifact":
+        run.artifacts.append({entry.path: Path(entry.local_path) for entry in record.artifact.manifest.contents})
     elif kind == "config":
         run.config |= _values(record.config.update)
     elif kind == "run":

@@ -14,8 +14,8 @@ NAME = "console"
 class ConsoleSink:
     """Shows ``run``, ``notice`` and ``finish`` entries on a text stream; rows and alerts are counted, not shown.
 
-    A notice is shown exactly as it is (docs/metrics.md, "Early warnings"). A stream that is closed or gone is counted in
-    ``statistics()["unwritten"]``, and no reason for the worker to stop.
+    A notice is shown exactly as it is (docs/metrics.md, "Early warnings"). A stream that is closed or gone is counted
+    in ``statistics()["unwritten"]``, and no reason for the worker to stop.
     """
 
     name = NAME

@@ -13,12 +13,9 @@ from typing import Final
 from urllib.parse import quote
 
 from sidestep.worker.home import INDEX_FILE
-from sidestep.worker.outbox import ENTRY_KINDS, NUMBERED_KINDS, StoredEntry
-
-
+from sidestep.worker.outbox import StoredEntry
 
 _BUSY_SECONDS: Final = 5.0
-_UNNUMBERED: Final = ", ".join(f"'{kind}'" for kind in ENTRY_KINDS if kind not in NUMBERED_KINDS)
 
 
 class OutboxReader:
@@ -35,15 +32,15 @@ class OutboxReader:
     def after(self, position: int, limit: int, *, from_row: int = 0) -> list[StoredEntry]:
         """Return up to ``limit`` entries whose position is greater than ``position`` (-1: from the start), ascending.
 
-        Rows and tables below row number ``from_row`` are left out, as are entries of a kind that a newer version wrote
-        and that is no row. Raises sqlite3.Error where the index is broken.
+        Rows and tables below row number ``from_row`` are left out. Kinds that a newer version wrote come as they are.
+        Raises sqlite3.Error where the index is broken.
         """
         connection = self._connected()
         if connection is None:
             return []
         query = (
             "SELECT position, kind, row_number, payload FROM outbox WHERE run_id = ? AND position > ? "
-            f"AND (row_number >= ? OR (row_number IS NULL AND kind IN ({_UNNUMBERED}))) ORDER BY position LIMIT ?"
+            "AND (row_number IS NULL OR row_number >= ?) ORDER BY position LIMIT ?"
         )
         with closing(connection.execute(query, (self.run_id, position, from_row, limit))) as rows:
             return [
@@ -57,7 +54,15 @@ class OutboxReader:
 
     def num_rows(self) -> int:
         """Return how many rows and tables the run has, which is the ``row_number`` of the next one."""
-        return self._number("SELECT MAX(row_number) + 1 FROM outbox WHERE run_id = ?", 0)
+        query = (
+            "SELECT row_number + 1 FROM outbox WHERE run_id = ? AND row_number IS NOT NULL "
+            "ORDER BY position DESC LIMIT 1"
+        )
+        return self._number(query, 0)
+
+    def position_of_row(self, row_number: int) -> int:
+        """Return where a row or table stands, -1 where there is no such row."""
+        return self._number("SELECT MAX(position) FROM outbox WHERE run_id = ? AND row_number = ?", -1, row_number)
 
     def close(self) -> None:
         """Close the connection; a later call opens it again."""
@@ -65,13 +70,13 @@ class OutboxReader:
             self._connection.close()
             self._connection = None
 
-    def _number(self, query: str, absent: int) -> int:
+    def _number(self, query: str, absent: int, *values: int) -> int:
         connection = self._connected()
         if connection is None:
             return absent
-        with closing(connection.execute(query, (self.run_id,))) as rows:
-            value: int | None = rows.fetchone()[0]
-        return absent if value is None else value
+        with closing(connection.execute(query, (self.run_id, *values))) as rows:
+            found: tuple[int | None] | None = rows.fetchone()
+        return absent if found is None or found[0] is None else found[0]
 
     def _connected(self) -> sqlite3.Connection | None:
         if self._connection is not None:

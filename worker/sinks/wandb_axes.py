@@ -1,13 +1,13 @@
 """Which keys are drawn against which axis.
 
 Every family of docs/metrics.md stands against ``train/step`` by one glob. All other keys are named one by one when they
-first appear, because W&B resolves overlapping globs at random: names given here are disjoint. ``data/`` has two axes, the
-values of an epoch (``..._epoch_3``) stand against ``train/step`` and those without the suffix against ``epoch``.
+first appear, because W&B resolves overlapping globs at random: names given here are disjoint. ``data/`` has two axes,
+the values of an epoch (``..._epoch_3``) stand against ``train/step`` and those without the suffix against ``epoch``.
 
 The dashboard's six sections (Generation Quality, Collapse Detection, Loss Analysis, Token Statistics, Gradient Health,
-Data Quality) are the prefixes ``generation/``, ``collapse/``, ``loss/``, ``tokens/``, ``gradients/`` and ``data/``: W&B's
-workspace makes one section of panels of each prefix by itself. Their titles and order belong to a saved workspace, which
-only the server's interface can make; the SDK, offline or online, sets neither.
+Data Quality) are the prefixes ``generation/``, ``collapse/``, ``loss/``, ``tokens/``, ``gradients/`` and ``data/``:
+W&B's workspace makes one section of panels of each prefix by itself. Their titles and order belong to a saved
+workspace, which only the server's interface can make; the SDK, offline or online, sets neither.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from sidestep.protocol.metric_names import FAMILIES
 STEP_KEY: Final = "train/step"
 EPOCH_KEY: Final = "epoch"
 AXES_KEY: Final = "_axes"
-"""A row's own entry of key to step key, for values that the trainer logs against an axis of its own; it is not logged."""
+"""A row's own entry of key to step key, for values that the trainer logs against an axis of its own; it is not
+logged."""
 
 _STEP_PREFIXES: Final = frozenset({*FAMILIES, "incidents", "sidecar"}) - {"data"}
 _WITH_EPOCH: Final = re.compile(r"(data/.+)_epoch_\d+")

@@ -23,13 +23,19 @@ _LOG: Final = logging.getLogger(__name__)
 _BATCH_ENTRIES: Final = 100
 _POLL_SECONDS: Final = 0.2
 _REPORT_SECONDS: Final = 0.25
+_MAX_REASON_CHARACTERS: Final = 500
 _BEAT_SECONDS: Final = 5.0
 _ALERT_SETTLE_SECONDS: Final = 5.0
-_MAX_ALERTS_PER_MINUTE: Final = 20
+_FLOOD_SECONDS: Final = 60.0
+_MAX_FLOOD_ALERTS: Final = 20
 
 
 class ForeignRowsError(Exception):
     """W&B's run and the outbox do not belong together; sending on would put rows under wrong steps."""
+
+
+class RefusedValueError(Exception):
+    """An entry's values cannot be told to W&B, now or later; nothing of it was logged."""
 
 
 class TrackedRun(Protocol):
@@ -40,16 +46,19 @@ class TrackedRun(Protocol):
         """The ``_step`` that W&B gives to the next row."""
 
     def log_row(self, row: Mapping[str, Any]) -> None:
-        """Log one row; ValueError where a value cannot be told to W&B, and nothing was logged."""
+        """Log one row; raises RefusedValueError."""
 
     def log_table(self, table: Mapping[str, Any]) -> None:
-        """Log one table as one row; ValueError as above."""
+        """Log one table as one row; raises RefusedValueError."""
 
     def alert(self, title: str, text: str, level: str) -> None:
         """Send an alert."""
 
     def log_line(self, text: str) -> None:
         """Add a line to the run's log."""
+
+    def wait_for_core(self) -> None:
+        """Return when wandb-core has taken everything that was logged so far; raises where it does not answer."""
 
     def finish(self, exit_code: int) -> None:
         """Finish the run and wait for its uploads."""
@@ -112,21 +121,25 @@ class Follower:
         self._reader, self._run, self._marks = reader, run, marks
         self._pace, self._report_line, self._wishes = pace, report, wishes
         self._first_row = self._num_rows = run.next_row
+        marks.confirm_alerts_before(run.next_row)
+        self._last_row_position = reader.position_of_row(run.next_row - 1)
         self._position = -1
         self._finish: tuple[int, int] | None = None
         self._alerts_sent = self._alerts_suppressed = self._refused = 0
-        self._alert_times: list[float] = []
-        self._alerts_tried: set[str] = set()
+        self._alert_times: dict[str, float] = {}
         self._tables: list[int] = []
-        self._reported_at = 0.0
+        self._reported_at, self._reported_position = 0.0, -1
         self._handled_stop = False
 
     def follow(self) -> SinkState:
         """Send until there is nothing left to do; return how the child ends. Raises what the run's calls raise."""
         held = self._reader.num_rows()
         if self._first_row > held:
-            raise ForeignRowsError(f"W&B's run has {self._first_row} rows, this outbox {held}: they are not the same run")
+            raise ForeignRowsError(
+                f"W&B's run has {self._first_row} rows, this outbox {held}: they are not the same run"
+            )
         self._report(SinkState.RUNNING)
+        self._tell_of_lost_rows()
         while True:
             newest = self._reader.newest_position()
             entries = self._reader.after(self._position, _BATCH_ENTRIES, from_row=self._first_row)
@@ -156,7 +169,8 @@ class Follower:
             end = SinkState.SUSPENDED
         if end is not None:
             return self._suspended(end)
-        self._report_if_due(_BEAT_SECONDS)
+        moved = self._reported_position != self._position
+        self._report_if_due(0.0 if moved else _BEAT_SECONDS)
         return None
 
     # ------------------------------------------------------------------------------------------------------- entries
@@ -189,14 +203,14 @@ class Follower:
             elif entry.kind == "table":
                 self._run.log_table(value)
             else:
-                raise ValueError(f"rows of kind {entry.kind} are of a newer version")
-        except ValueError as error:
+                raise RefusedValueError(f"rows of kind {entry.kind} are of a newer version")
+        except RefusedValueError as error:
             # The row's number is spent whatever it holds, so that all later ones stay W&B's.
             _LOG.exception("row %d cannot be told to W&B", entry.row_number)
             self._refused += 1
             stamp = value.get("_timestamp")
             self._run.log_row({
-                "sidecar/refused_row": f"{type(error).__name__}: {error}"[:500],
+                "sidecar/refused_row": str(error)[:_MAX_REASON_CHARACTERS],
                 **({"_timestamp": stamp} if isinstance(stamp, float | int) else {}),
             })  # fmt: skip
         else:
@@ -205,49 +219,49 @@ class Follower:
         self._num_rows += 1
 
     def _take_alert(self, incident_id: str, value: Mapping[str, Any]) -> None:
-        if incident_id in self._marks.alerts_sent and incident_id not in self._alerts_tried:
+        if incident_id in self._marks.alerts_sent and incident_id not in self._alert_times:
             return  # an earlier child's
         now = time.monotonic()
-        self._alert_times = [at for at in self._alert_times if now - at < 60.0]
-        flood = len(self._alert_times) >= _MAX_ALERTS_PER_MINUTE
-        if flood or incident_id in self._alerts_tried or not self._marks.begin_alert(incident_id):
+        flood = sum(now - at < _FLOOD_SECONDS for at in self._alert_times.values()) >= _MAX_FLOOD_ALERTS
+        if flood or incident_id in self._alert_times or not self._marks.begin_alert(incident_id, self._num_rows):
             self._alerts_suppressed += 1
             return
-        self._alerts_tried.add(incident_id)
-        self._alert_times.append(now)
+        self._alert_times[incident_id] = now
         text = f"{value.get('text', '')}\n{alert_tag(incident_id)}"
         self._run.alert(str(value.get("title", "sidestep")), text, str(value.get("level", "warning")))
         self._alerts_sent += 1
 
     def _take_notice(self, position: int, value: Mapping[str, Any]) -> None:
-        if position <= self._marks.notice_position:
-            return
-        self._marks.notice_position = position
-        self._marks.save()
-        self._run.log_line(str(value.get("text", "")))
+        if position > self._last_row_position:  # W&B has what was handed over before a row that it has
+            self._run.log_line(str(value.get("text", "")))
 
     def _settle_alerts(self) -> None:
-        if self._alert_times and time.monotonic() - self._alert_times[-1] > _ALERT_SETTLE_SECONDS:
-            self._marks.confirm_alerts()
+        now = time.monotonic()
+        self._marks.confirm_alerts([i for i, at in self._alert_times.items() if now - at > _ALERT_SETTLE_SECONDS])
 
     # ----------------------------------------------------------------------------------------------------------- ends
 
     def _must_look_again(self) -> bool:
-        """Whether only a new child can tell the page's stop from a refused upload (``Marks.stop_check_rows``)."""
+        """Whether only a new child can tell the page's stop from a refused upload: both are asked for alike."""
         asked_at_rows = self._marks.stop_check_rows
         self._marks.stop_check_rows = self._num_rows if asked_at_rows < 0 else -1
         self._marks.save()
         if asked_at_rows < 0:
             return True
-        # The server has every row of the child that was asked to stop, so nothing was refused: the page asks.
-        self._handled_stop = self._first_row >= asked_at_rows
-        self._report(SinkState.STOPPED_BY_PAGE if self._handled_stop else SinkState.UPLOAD_REFUSED)
+        self._handled_stop = True  # the server has every row of the child before, so nothing was refused
+        self._report(SinkState.STOPPED_BY_PAGE)
         return False
+
+    def _tell_of_lost_rows(self) -> None:
+        if self._first_row < self._marks.stop_check_rows:
+            self._marks.stop_check_rows = -1
+            self._marks.save()
+            self._report(SinkState.UPLOAD_REFUSED)
 
     def _finished(self, exit_code: int, position: int) -> SinkState:
         self._report(SinkState.FINISHING)
         self._run.finish(exit_code)
-        self._marks.confirm_alerts()
+        self._marks.confirm_alerts(self._alert_times)
         self._marks.finished_position = position
         self._marks.save()
         return SinkState.FINISHED
@@ -255,7 +269,7 @@ class Follower:
     def _suspended(self, state: SinkState) -> SinkState:
         self._report(SinkState.FINISHING)
         self._run.suspend()
-        self._marks.confirm_alerts()
+        self._marks.confirm_alerts(self._alert_times)
         return state
 
     # -------------------------------------------------------------------------------------------------------- reports
@@ -276,10 +290,11 @@ class Follower:
 
     def _report_if_due(self, seconds: float) -> None:
         if time.monotonic() - self._reported_at >= seconds:
+            self._run.wait_for_core()  # a stopped core takes hundreds of rows into its socket's buffer: no progress
             self._report(SinkState.RUNNING)
 
     def _report(self, state: SinkState) -> None:
-        self._reported_at = time.monotonic()
+        self._reported_at, self._reported_position = time.monotonic(), self._position
         self._report_line(self.progress(state))
 
 

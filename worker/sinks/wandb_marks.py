@@ -1,9 +1,10 @@
-"""What the W&B sink must remember over a kill and cannot read back from W&B: one small JSON file in its output folder."""
+"""What the W&B sink must remember over a kill and cannot read back from W&B: a small JSON file in its output folder."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -18,10 +19,10 @@ class Marks:
     path: Path
     alert_attempts: dict[str, int] = field(default_factory=dict)
     """Incident id to how often it was handed to W&B without a sign that it arrived; written before each attempt."""
+    alert_rows: dict[str, int] = field(default_factory=dict)
+    """Incident id to the number of the row that followed its last attempt."""
     alerts_sent: set[str] = field(default_factory=set)
     """Incident ids that are known to have arrived."""
-    notice_position: int = -1
-    """Notices up to here are in the run's log lines; written before they are sent, so a kill may lose one, not double it."""
     finished_position: int = -1
     """The run was finished with everything up to here sent."""
     fragment_rows: dict[str, int] = field(default_factory=dict)
@@ -39,7 +40,9 @@ class Marks:
         try:
             return cls(path=path, **{**fields, "alerts_sent": set(fields["alerts_sent"])})
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} does not hold the W&B sink's marks; move it away to start without them") from error
+            raise ValueError(
+                f"{path} does not hold the W&B sink's marks; move it away to start without them"
+            ) from error
 
     def save(self) -> None:
         """Write the marks and wait until they are on the disk; raises OSError."""
@@ -53,18 +56,25 @@ class Marks:
             os.fsync(file.fileno())
         draft.replace(self.path)
 
-    def begin_alert(self, incident_id: str) -> bool:
+    def begin_alert(self, incident_id: str, next_row: int) -> bool:
         """Mark an attempt at an alert; False where it has arrived, or was tried often enough."""
         attempts = self.alert_attempts.get(incident_id, 0)
         if incident_id in self.alerts_sent or attempts >= _MAX_ALERT_ATTEMPTS:
             return False
         self.alert_attempts[incident_id] = attempts + 1
+        self.alert_rows[incident_id] = next_row
         self.save()
         return True
 
-    def confirm_alerts(self) -> None:
-        """Take every attempt so far as arrived."""
-        if self.alert_attempts:
-            self.alerts_sent.update(self.alert_attempts)
-            self.alert_attempts.clear()
+    def confirm_alerts(self, incident_ids: Iterable[str]) -> None:
+        """Take what was attempted as arrived."""
+        confirmed = self.alert_attempts.keys() & set(incident_ids)
+        for incident_id in confirmed:
+            del self.alert_attempts[incident_id], self.alert_rows[incident_id]
+        if confirmed:
+            self.alerts_sent |= confirmed
             self.save()
+
+    def confirm_alerts_before(self, row: int) -> None:
+        """Take alerts as arrived that went before a row that W&B has: an alert is sent at once, a row later."""
+        self.confirm_alerts([incident_id for incident_id, next_row in self.alert_rows.items() if next_row < row])

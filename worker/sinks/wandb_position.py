@@ -1,8 +1,9 @@
 """How far W&B's own files of a run reach, read back from the offline transaction logs.
 
 A killed writer loses the tail of its log, so only the log says which rows survived (docs/delivery.md, section 4): each
-restart makes a new fragment folder ``offline-run-<time>-<run id>``, whose rows count from 0, and ``wandb sync`` joins the
-fragments in the order of their start. The run's next row is therefore the number of whole history records of them all.
+restart makes a new fragment folder ``offline-run-<time>-<run id>``, whose rows count from 0, and ``wandb sync`` joins
+the fragments in the order of their start. The run's next row is therefore the number of whole history records of them
+all.
 
 The log is LevelDB's: after seven bytes of header, blocks of 32 KiB with records of ``crc32 u32, length u16, type u8``.
 Of the protobuf record only the two fields that are needed are looked at, so nothing of wandb is imported here.
@@ -26,6 +27,7 @@ _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
 _HISTORY_FIELD: Final = 2  # of wandb_internal.Record
 _ALERT_FIELD: Final = 10
+_RUN_FIELD: Final = 17
 _ALERT_TEXT_FIELD: Final = 2  # of AlertRecord
 _LENGTH_DELIMITED: Final = 2
 _FIXED_BYTES: Final = {1: 8, 5: 4}
@@ -41,6 +43,9 @@ class Fragment:
     """Whole history records."""
     alert_texts: tuple[str, ...]
     """Texts of the alerts that were recorded, in order."""
+    has_run: bool
+    """Whether the log came as far as the record that says whose it is; without it ``wandb sync`` refuses all
+    fragments."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,14 +63,28 @@ def fragment_folders(folder: Path, run_id: str) -> list[Path]:
     """Return the run's offline fragments under ``folder/wandb``, oldest first."""
     pattern = re.compile(rf"offline-run-\d{{8}}_\d{{6}}-{re.escape(run_id)}")
     places = (folder / "wandb", folder / ".wandb")  # the SDK takes a ``.wandb`` that is already there
-    return sorted(path for place in places if place.is_dir() for path in place.iterdir() if pattern.fullmatch(path.name))
+    return sorted(
+        path for place in places if place.is_dir() for path in place.iterdir() if pattern.fullmatch(path.name)
+    )
+
+
+def set_aside_empty(folder: Path, run_id: str) -> list[Path]:
+    """Rename fragments whose writer was killed before the log said anything; return their new places.
+
+    ``wandb sync`` of a run stops at such a fragment, with nothing of the others sent. No writer may be at work.
+    """
+    return [
+        place.rename(place.with_name(f"empty-{place.name}"))
+        for place in fragment_folders(folder, run_id)
+        if not read_fragment(place, run_id).has_run
+    ]
 
 
 def offline_position(folder: Path, run_id: str, known: Mapping[str, int]) -> OfflinePosition:
     """Return where the run's next row stands; OSError where a log cannot be read.
 
-    ``known`` names fragments counted before: one whose folder is gone since (``wandb sync --clean``) still counts, as its
-    rows are in W&B.
+    ``known`` names fragments counted before: one whose folder is gone since (``wandb sync --clean``) still counts, as
+    its rows are in W&B.
     """
     rows, texts = dict(known), list[str]()
     for place in fragment_folders(folder, run_id):
@@ -78,15 +97,17 @@ def offline_position(folder: Path, run_id: str, known: Mapping[str, int]) -> Off
 def read_fragment(place: Path, run_id: str) -> Fragment:
     """Read one fragment's folder; a log that is missing or not yet begun holds nothing."""
     log = place / f"run-{run_id}.wandb"
-    num_rows, texts = 0, list[str]()
+    num_rows, texts, has_run = 0, list[str](), False
     if log.is_file():
         for record in log_records(log):
             for number, value in _fields(record):
                 if number == _HISTORY_FIELD:
                     num_rows += 1
+                elif number == _RUN_FIELD:
+                    has_run = True
                 elif number == _ALERT_FIELD:
                     texts += [text.decode("utf-8", "replace") for n, text in _fields(value) if n == _ALERT_TEXT_FIELD]
-    return Fragment(name=place.name, num_rows=num_rows, alert_texts=tuple(texts))
+    return Fragment(name=place.name, num_rows=num_rows, alert_texts=tuple(texts), has_run=has_run)
 
 
 def log_records(log: Path) -> Iterator[bytes]:

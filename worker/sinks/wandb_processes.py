@@ -26,7 +26,7 @@ def mark_of(out: Path, run_id: str) -> str:
 
 
 def marked_processes(mark: str) -> set[int]:
-    """Return the processes of this user that carry the mark and live, the caller left out; stopped ones are among them."""
+    """Return the other processes of this user that carry the mark and live; stopped ones are among them."""
     needle = f"{MARK_VARIABLE}={mark}".encode()
     found = set()
     for entry in _PROC.iterdir():
@@ -55,7 +55,7 @@ class SinkLock:
     """An exclusive lock on an output folder's run, held as long as the process lives."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a+")  # noqa: SIM115: held for the process's life
+        self._file = path.open("a+")
 
     def try_take(self) -> bool:
         """Take the lock if nobody holds it."""

@@ -3,9 +3,9 @@
     python -m sidestep.worker.sinks.wandb_sink --journal DIR --run RUN_ID --out DIR --mode offline|online|disabled
 
 It is a process because nothing less can be guarded: with wandb-core stopped, ``run.log``, ``teardown`` and the
-interpreter's own exit wait without limit (docs/delivery.md, section 4). wandb_supervisor.py starts, watches and kills it;
-it ends by ``os._exit`` for the same reason. Any call into W&B that raises ends the process too: the next one begins at the
-row where W&B really stands, so nothing is sent twice and nothing is left out.
+interpreter's own exit wait without limit (docs/delivery.md, section 4). wandb_supervisor.py starts, watches and kills
+it; it ends by ``os._exit`` for the same reason. Any call into W&B that raises ends the process too: the next one begins
+at the row where W&B really stands, so nothing is sent twice and nothing is left out.
 
 This is the one module that imports wandb, and it does so only when there is something to send.
 """
@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import io
+import json
 import logging
 import os
 import signal
@@ -22,7 +24,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -31,9 +33,9 @@ from PIL import Image
 from sidestep.worker.outbox import StoredEntry
 from sidestep.worker.sinks import wandb_axes
 from sidestep.worker.sinks.outbox_reader import OutboxReader
-from sidestep.worker.sinks.wandb_follow import Follower, ForeignRowsError, Pace, Wishes, alert_tag
+from sidestep.worker.sinks.wandb_follow import Follower, ForeignRowsError, Pace, RefusedValueError, Wishes, alert_tag
 from sidestep.worker.sinks.wandb_marks import Marks
-from sidestep.worker.sinks.wandb_position import fragment_folders, offline_position
+from sidestep.worker.sinks.wandb_position import fragment_folders, offline_position, set_aside_empty
 from sidestep.worker.sinks.wandb_processes import MARK_VARIABLE, SinkLock, end_marked, mark_of
 from sidestep.worker.sinks.wandb_progress import EXIT_AGAIN, EXIT_NEVER, Progress, SinkState
 
@@ -49,11 +51,13 @@ _SUSPENDED_EXIT_CODE: Final = 1  # with mark_preempting W&B shows the run as pre
 
 
 class WandbRun:
-    """A W&B run that is open (``TrackedRun``). Every call may block without limit; that is the supervisor's business."""
+    """A W&B run that is open (``TrackedRun``). Any call may block without limit: that is the supervisor's business."""
 
-    def __init__(self, opening: Mapping[str, Any], *, out: Path, run_id: str, mode: str, on_stop: Callable[[], None]) -> None:
+    def __init__(
+        self, opening: Mapping[str, Any], *, out: Path, run_id: str, mode: str, on_stop: Callable[[], None]
+    ) -> None:
         """Open the run, or resume it where it stands; raises what ``wandb.init`` raises."""
-        import wandb  # noqa: PLC0415: 1.4 s and 70 MB, for which there must be a reason
+        import wandb  # noqa: PLC0415 (1.4 s and 70 MB, only where there is something to send)
 
         self._wandb = wandb
         self._axes = wandb_axes.Axes()
@@ -103,12 +107,18 @@ class WandbRun:
         return self._offline_rows + int(self._run.starting_step)
 
     def log_row(self, row: Mapping[str, Any]) -> None:
-        """Log a row; histograms are made of their counts and edges."""
-        self._log({key: self._value(value) for key, value in row.items()})
+        """Log a row; histograms are made of their counts and edges. Raises RefusedValueError."""
+        with _refusing():
+            self._log({key: self._value(value) for key, value in row.items()})
 
     def log_table(self, table: Mapping[str, Any]) -> None:
-        """Log a table, whole and never to be changed, beside the row's own scalars."""
-        columns, key = [str(column) for column in table["columns"]], str(table["key"])
+        """Log a table, whole and never to be changed, beside the row's own scalars. Raises RefusedValueError."""
+        with _refusing():
+            self._log_table(table)
+
+    def _log_table(self, table: Mapping[str, Any]) -> None:
+        columns: list[str | int] = [str(column) for column in table["columns"]]
+        key = str(table["key"])
         cells = [[self._cell(cell) for cell in row] for row in table["rows"]]
         if any(len(row) != len(columns) for row in cells):
             raise ValueError(f"a row of table {key} has other columns than {columns}")
@@ -134,6 +144,10 @@ class WandbRun:
         """Add a line to the run's page of logs."""
         self._run.write_logs(text)
 
+    def wait_for_core(self) -> None:
+        """Ask wandb-core for something that it answers after all that was logged before; TimeoutError after 30 s."""
+        _ = self._run.step
+
     def finish(self, exit_code: int) -> None:
         """Finish the run, 0 as finished and otherwise as failed."""
         self._run.finish(exit_code=exit_code)
@@ -153,10 +167,24 @@ class WandbRun:
 
     def _cell(self, cell: Any) -> Any:
         if isinstance(cell, dict) and cell.get("_type") == "image":
-            picture = Image.open(io.BytesIO(base64.b64decode(cell["png"], validate=True)))
-            picture.load()
+            try:
+                picture = Image.open(io.BytesIO(base64.b64decode(cell["png"], validate=True)))
+                picture.load()
+            except OSError as error:
+                raise ValueError(f"a picture cannot be read: {error}") from error
             return self._wandb.Image(picture)
         return cell
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """Tell values that W&B can never take, which it says before anything is sent, from calls that failed."""
+    try:
+        yield
+    except json.JSONDecodeError:  # a server's answer
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise RefusedValueError(f"{type(error).__name__}: {error}") from error
 
 
 def _shown_config(opening: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,9 +194,9 @@ def _shown_config(opening: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _trainer_pid(environment: Mapping[str, Any]) -> int | None:
-    """Return the trainer's process where it is surely visible from here, so that its GPUs are the ones that are charted.
+    """Return the trainer's process where it is surely visible from here, so that its own GPUs are charted.
 
-    The same host name does not mean the same pid namespace (two containers of one pod), so the command line is compared.
+    One host name does not mean one pid namespace (two containers of a pod), so the command line is compared.
     """
     pid, command = environment.get("pid"), environment.get("command")
     if environment.get("host") != socket.gethostname() or not isinstance(pid, int) or not isinstance(command, list):
@@ -233,9 +261,11 @@ class WandbSink:
         return run
 
     def _offline_rows(self, marks: Marks) -> int:
+        for place in set_aside_empty(self._out, self._run_id):
+            _LOG.info("%s: a fragment that never began", place)
         position = offline_position(self._out, self._run_id, marks.fragment_rows)
         written = "\n".join(position.alert_texts)
-        marks.alerts_sent = {*marks.alerts_sent, *(i for i in marks.alert_attempts if alert_tag(i) in written)}
+        marks.confirm_alerts([incident_id for incident_id in marks.alert_attempts if alert_tag(incident_id) in written])
         marks.fragment_rows = dict(position.fragments)
         marks.save()
         return position.next_row
@@ -292,7 +322,9 @@ def _listen(wishes: Wishes, *, owner_on_stdin: bool) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m sidestep.worker.sinks.wandb_sink", description="Follow an outbox into W&B.")
+    parser = argparse.ArgumentParser(
+        prog="python -m sidestep.worker.sinks.wandb_sink", description="Follow an outbox into W&B."
+    )
     parser.add_argument("--journal", type=Path, required=True, help="folder of the journal")
     parser.add_argument("--run", required=True, help="the run's id")
     parser.add_argument("--out", type=Path, required=True, help="folder under which W&B keeps its own files")
@@ -311,6 +343,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report(Progress(state=SinkState.DISABLED))
         return 0
     os.environ[MARK_VARIABLE] = mark_of(options.out, options.run)  # wandb-core inherits it
+    # Offline tables are known by the absolute paths of their staged files, so these stay beside the run's own.
+    os.environ.setdefault("WANDB_DATA_DIR", str(options.out.resolve() / "wandb-data"))
     wishes = Wishes(stop=threading.Event(), orphaned=threading.Event(), stop_run=threading.Event())
     _listen(wishes, owner_on_stdin=options.owner_on_stdin)
     report(Progress(state=SinkState.STARTING))
@@ -319,7 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ForeignRowsError as error:
         report(Progress(state=SinkState.FAILED, detail=str(error)))
         return EXIT_NEVER
-    except Exception as error:  # noqa: BLE001: reported, and the next child begins where W&B stands
+    except Exception as error:  # noqa: BLE001 (reported, and the next child begins where W&B stands)
         _LOG.exception("a call into W&B failed")
         report(Progress(state=SinkState.FAILED, detail=f"{type(error).__name__}: {error}"[:500]))
         return EXIT_AGAIN

@@ -76,7 +76,8 @@ class WandbStatus:
     """Rows and tables of the outbox that W&B was not given yet."""
     entries_behind: int
     counts: Mapping[str, int]
-    """Exact counts: starts, respawns, stalls, failures, unreadable_reports, stop_requests, ``unconfirmed_tables``."""
+    """Exact counts: starts, respawns, stalls, failures, unreadable_reports, stop_requests (of the run's page),
+    refused_uploads, unconfirmed_tables."""
     detail: str
     """What the child last complained of."""
     alerts_sent: int
@@ -94,7 +95,14 @@ class WandbSupervisor:
         self._child: subprocess.Popen[bytes] | None = None
         self._unread = b""
         self._counts: Counter[str] = Counter(
-            starts=0, respawns=0, stalls=0, failures=0, unreadable_reports=0, stop_requests=0, unconfirmed_tables=0
+            starts=0,
+            respawns=0,
+            stalls=0,
+            failures=0,
+            unreadable_reports=0,
+            stop_requests=0,
+            refused_uploads=0,
+            unconfirmed_tables=0,
         )
         self._totals: Counter[str] = Counter()  # of the children before this one
         idle = SinkState.DISABLED if config.mode == "disabled" else SinkState.STARTING
@@ -114,7 +122,7 @@ class WandbSupervisor:
         self.poll()
 
     def poll(self) -> None:
-        """Hear the child, and start or kill it as needed; never waits. Raises sqlite3.Error where the index is broken."""
+        """Hear the child, start or kill it as needed; never waits. Raises sqlite3.Error where the index is broken."""
         now = time.monotonic()
         self._look(now)
         self._hear(now)
@@ -293,6 +301,9 @@ class WandbSupervisor:
         if report.state is SinkState.STOPPED_BY_PAGE:
             self._stop_reported = True
             self._counts["stop_requests"] += 1
+        elif report.state is SinkState.UPLOAD_REFUSED:
+            self._counts["refused_uploads"] += 1
+            self._detail = "the server refused an upload for good; its rows are sent again"
         self._progress = report
 
     def _lose_uploads(self, now: float) -> None:

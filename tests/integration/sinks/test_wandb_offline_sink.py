@@ -2,58 +2,59 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+from tests.integration.sinks.conftest import RunSink
 from tests.support.outbox_writing import START_SECONDS, OutboxWriter, row_entry, run_entry, table_entry
 from tests.support.wandb_offline import OfflineRun, read_fragments
 
 from sidestep.worker.outbox import entry
 
-
-@pytest.fixture
-def outbox(tmp_path: Path) -> Iterator[OutboxWriter]:
-    writer = OutboxWriter(tmp_path / "journal")
-    yield writer
-    writer.close()
-
-
-def run_sink(outbox: OutboxWriter, out: Path, *options: str) -> tuple[int, list[dict[str, Any]]]:
-    """Run a child to its end; return its exit code and its reports."""
-    command = [
-        sys.executable, "-m", "sidestep.worker.sinks.wandb_sink",
-        "--journal", str(outbox.folder), "--run", outbox.run_id, "--out", str(out), *options,
-    ]  # fmt: skip
-    done = subprocess.run(command, check=False, capture_output=True, timeout=50)
-    assert done.stdout, done.stderr.decode()
-    return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
+Run = tuple[OfflineRun, list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[OfflineRun, list[dict[str, Any]]]:
+def whole_run(tmp_path_factory: pytest.TempPathFactory, run_sink: RunSink) -> Run:
     """Bring one run with one entry of every kind to W&B."""
     folder = tmp_path_factory.mktemp("whole")
     outbox = OutboxWriter(folder / "journal")
     histogram = {"_type": "histogram", "counts": [3, 1], "edges": [0.0, 1.0, 2.0]}
     outbox.write([run_entry()])
-    outbox.write([row_entry(0), row_entry(1, **{"gradients/vision/histogram": histogram, "collapse/collapse_reason": "none"})])
-    outbox.write([table_entry(2, "t-2", rows=3), entry("notice", {"text": "⚠️ MODEL COLLAPSE DETECTED: x", "level": "critical", "code": "c"})])
-    outbox.write([entry("alert", {"id": "inc-1", "title": "Model collapse " * 9, "text": "all answers are A", "level": "critical"})])
-    own = {"val/accuracy": 0.5, "val/epoch": 2, "loss/val": 1.5, "_axes": {"val/accuracy": "val/epoch", "loss/val": "val/epoch"}}
+    outbox.write(
+        [row_entry(0), row_entry(1, **{"gradients/vision/histogram": histogram, "collapse/collapse_reason": "none"})]
+    )
+    outbox.write(
+        [
+            table_entry(2, "t-2", rows=3),
+            entry("notice", {"text": "⚠️ MODEL COLLAPSE DETECTED: x", "level": "critical", "code": "c"}),
+        ]
+    )
+    outbox.write(
+        [
+            entry(
+                "alert",
+                {"id": "inc-1", "title": "Model collapse " * 9, "text": "all answers are A", "level": "critical"},
+            )
+        ]
+    )
+    own = {
+        "val/accuracy": 0.5,
+        "val/epoch": 2,
+        "loss/val": 1.5,
+        "_axes": {"val/accuracy": "val/epoch", "loss/val": "val/epoch"},
+    }
     epoch = {"data/answer_length_mean": 3.5, "data/answer_length_mean_epoch_2": 3.5, "epoch": 2}
     outbox.write([row_entry(3, **own), row_entry(4, **epoch), entry("finish", {"exit_code": 3, "reason": "killed"})])
     outbox.close()
-    code, reports = run_sink(outbox, folder / "out")
-    assert code == 0, reports
-    return read_fragments(folder / "out"), reports
+    result = run_sink(outbox, folder / "out")
+    assert result.exit_code == 0, result.log
+    return read_fragments(folder / "out"), result.reports
 
 
-def test_row_k_of_the_outbox_is_step_k_with_its_own_time(whole_run: tuple[OfflineRun, list[dict[str, Any]]]) -> None:
+def test_row_k_of_the_outbox_is_step_k_with_its_own_time(whole_run: Run) -> None:
     run, reports = whole_run
     assert [row["train/step"] for row in run.rows] == [0, 25, 50, 75, 100]
     assert [row["_timestamp"] for row in run.rows] == [START_SECONDS + k for k in range(5)]
@@ -63,35 +64,37 @@ def test_row_k_of_the_outbox_is_step_k_with_its_own_time(whole_run: tuple[Offlin
     assert sorted(number for report in reports for number in report["tables"]) == [2]
 
 
-def test_a_histogram_is_its_counts_and_edges(whole_run: tuple[OfflineRun, list[dict[str, Any]]]) -> None:
+def test_a_histogram_is_its_counts_and_edges(whole_run: Run) -> None:
     row = whole_run[0].rows[1]
     assert row["gradients/vision/histogram._type"] == "histogram"
     assert row["gradients/vision/histogram.values"] == [3, 1]
     assert row["gradients/vision/histogram.bins"] == [0.0, 1.0, 2.0]
 
 
-def test_a_table_has_its_pictures(whole_run: tuple[OfflineRun, list[dict[str, Any]]]) -> None:
+def test_a_table_has_its_pictures(whole_run: Run) -> None:
     run, _ = whole_run
-    (table,) = run.tables("generation/samples")
+    ((table, files),) = run.tables("generation/samples")
     assert table["columns"] == ["step", "image", "question", "generated", "target", "length"]
     assert [row[2] for row in table["data"]] == ["question 0", "question 1", "question 2"]
-    assert [(row[1]["_type"], row[1]["width"], row[1]["height"]) for row in table["data"]] == [("image-file", 4, 3)] * 3
+    for shade, row in enumerate(table["data"]):
+        with Image.open(files[row[1]["path"]]) as picture:
+            assert (picture.size, picture.getpixel((0, 0))) == ((4, 3), (shade, 2 * shade, 255 - shade))
     assert run.rows[2]["sidecar/table_id"] == "t-2"
     assert run.rows[2]["generation/samples.nrows"] == 3
 
 
-def test_an_alert_names_its_incident(whole_run: tuple[OfflineRun, list[dict[str, Any]]]) -> None:
+def test_an_alert_names_its_incident(whole_run: Run) -> None:
     ((title, text, level),) = whole_run[0].alerts
     assert text == "all answers are A\n[incident inc-1]"
     assert level == "ERROR"
     assert len(title) < 64
 
 
-def test_a_notice_is_a_line_of_the_log(whole_run: tuple[OfflineRun, list[dict[str, Any]]]) -> None:
+def test_a_notice_is_a_line_of_the_log(whole_run: Run) -> None:
     assert [line.rstrip("\n") for line in whole_run[0].log_lines] == ["⚠️ MODEL COLLAPSE DETECTED: x"]
 
 
-def test_the_run_carries_the_trainers_configuration(whole_run: tuple[OfflineRun, list[dict[str, Any]]]) -> None:
+def test_the_run_carries_the_trainers_configuration(whole_run: Run) -> None:
     run, _ = whole_run
     assert run.config["lr"] == 0.001
     assert run.config["model"] == {"depth": 4}
@@ -103,7 +106,7 @@ def test_the_run_carries_the_trainers_configuration(whole_run: tuple[OfflineRun,
     assert run.exit_codes == [3]
 
 
-def test_every_key_has_one_axis(whole_run: tuple[OfflineRun, list[dict[str, Any]]]) -> None:
+def test_every_key_has_one_axis(whole_run: Run) -> None:
     axes = whole_run[0].axes
     assert axes["loss/*"] == axes["gradients/*"] == axes["generation/*"] == axes["collapse/*"] == "train/step"
     assert axes["data/answer_length_mean_epoch_*"] == axes["train/attempt"] == "train/step"
@@ -112,3 +115,63 @@ def test_every_key_has_one_axis(whole_run: tuple[OfflineRun, list[dict[str, Any]
     assert axes["train/step"] == axes["epoch"] == axes["val/epoch"] == ""
     assert "loss/val" not in axes
     assert not any("_axes" in key for row in whole_run[0].rows for key in row)
+
+
+def test_disabled_needs_nothing(outbox: OutboxWriter, tmp_path: Path, run_sink: RunSink) -> None:
+    result = run_sink(outbox, tmp_path / "out", "--mode", "disabled")
+    assert (result.exit_code, [report["state"] for report in result.reports]) == (0, ["disabled"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_run_is_not_opened_again_until_there_is_more(
+    outbox: OutboxWriter, tmp_path: Path, run_sink: RunSink
+) -> None:
+    out = tmp_path / "out"
+    outbox.write([run_entry(), row_entry(0), entry("finish", {"exit_code": 1, "reason": "crashed"})])
+    assert run_sink(outbox, out).last["state"] == "finished"
+    again = run_sink(outbox, out)
+    assert (again.exit_code, again.last["state"], again.last["position"]) == (0, "finished", 2)
+    assert read_fragments(out).exit_codes == [1]
+
+    outbox.write([row_entry(1), entry("finish", {"exit_code": 0, "reason": ""})])  # a second attempt of the run
+    assert run_sink(outbox, out).last["num_rows"] == 2
+    run = read_fragments(out)
+    assert [row["train/step"] for row in run.rows] == [0, 25]
+    assert run.exit_codes == [1, 0]
+    assert [int(start) for start in run.starts] == sorted({int(start) for start in run.starts})
+
+
+def test_a_row_that_cannot_be_told_keeps_its_number(outbox: OutboxWriter, tmp_path: Path, run_sink: RunSink) -> None:
+    ragged = {"_timestamp": 1.7e9, "train/step": 5, "key": "generation/samples", "columns": ["a"], "rows": [[1, 2]]}
+    torn = {**ragged, "rows": [[{"_type": "image", "png": "bm8gcGljdHVyZQ=="}]]}
+    crooked = {"_type": "histogram", "counts": [1], "edges": [0.0]}
+    outbox.write(
+        [run_entry(), entry("table", ragged), entry("table", torn), row_entry(2, **{"loss/histogram": crooked})]
+    )
+    outbox.write([row_entry(3), entry("finish", {"exit_code": 0, "reason": ""})])
+    result = run_sink(outbox, tmp_path / "out")
+    assert (result.last["num_rows"], result.last["entries_refused"]) == (4, 3)
+    rows = read_fragments(tmp_path / "out").rows
+    assert [row.get("train/step") for row in rows] == [None, None, None, 75]
+    assert all("sidecar/refused_row" in row for row in rows[:3])
+    assert "other columns" in rows[0]["sidecar/refused_row"]
+
+
+def test_rows_of_another_outbox_end_the_sink_for_good(tmp_path: Path, run_sink: RunSink) -> None:
+    for journal, rows, code in (("first", 3, 0), ("second", 2, 65)):
+        outbox = OutboxWriter(tmp_path / journal)
+        outbox.write([run_entry(), *map(row_entry, range(rows)), entry("finish", {"exit_code": 0, "reason": ""})])
+        outbox.close()
+        result = run_sink(outbox, tmp_path / "out")
+        assert result.exit_code == code
+        (tmp_path / "out" / "wandb-sink-run1.json").unlink(missing_ok=True)  # lost with the first journal
+    assert result.last["state"] == "failed"
+    assert "has 3 rows, this outbox 2" in result.last["detail"]
+    assert len(read_fragments(tmp_path / "out").rows) == 3
+
+
+def test_a_call_that_fails_is_reported_with_its_reason(outbox: OutboxWriter, tmp_path: Path, run_sink: RunSink) -> None:
+    outbox.write([run_entry(project="no/slash"), row_entry(0)])
+    result = run_sink(outbox, tmp_path / "out")
+    assert (result.exit_code, result.last["state"]) == (75, "failed")
+    assert "no/slash" in result.last["detail"]

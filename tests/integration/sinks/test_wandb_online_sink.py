@@ -1,0 +1,94 @@
+"""The W&B child process, online against a backend on loopback that counts holes and changed lines."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+from tests.integration.sinks.conftest import Supervise
+from tests.support.outbox_writing import OutboxWriter, row_entry, run_entry
+from tests.support.wandb_backend import Fault, WandbBackend
+from tests.support.wandb_supervising import (
+    FINISH,
+    assert_every_row_once,
+    is_finished,
+    sink_processes,
+    until,
+    write_and_kill,
+)
+
+
+@pytest.mark.slow
+def test_kills_online_lose_no_row_and_double_none(
+    outbox: OutboxWriter, supervise: Supervise, backend: WandbBackend, tmp_path: Path
+) -> None:
+    supervisor = supervise(backend)
+    write_and_kill(supervisor, outbox, tmp_path, rows=150, seed=random.randrange(1 << 30))
+    assert supervisor.status().counts["respawns"] >= 3
+    run = backend.runs["run1"]
+    assert_every_row_once(run, 150)
+    texts = {alert["text"] for alert in run.alerts}
+    assert sorted(texts) == sorted(f"x\n[incident i{n}]" for n in range(0, 150, 40))
+    assert run.config["lr"] == {"value": 0.001}
+    assert set(supervisor.take_unconfirmed_tables()) <= {7, 32, 57, 82, 107, 132}
+    assert supervisor.take_unconfirmed_tables() == ()
+
+
+@pytest.mark.slow
+def test_an_unreachable_server_delays_nobody_and_loses_nothing(
+    outbox: OutboxWriter, supervise: Supervise, backend: WandbBackend, tmp_path: Path
+) -> None:
+    supervisor = supervise(backend)
+    outbox.write([run_entry(), row_entry(0), row_entry(1)])
+    supervisor.start()
+    until(supervisor, lambda: supervisor.status().num_rows == 2)
+    backend.stop()
+    outbox.write([row_entry(2), row_entry(3)])
+    until(supervisor, lambda: supervisor.status().num_rows == 4)
+    for pid in sink_processes(tmp_path):
+        os.kill(pid, signal.SIGKILL)
+    until(supervisor, lambda: supervisor.status().counts["failures"] == 1)
+    backend.start()
+    outbox.write([row_entry(4), FINISH])
+    until(supervisor, lambda: is_finished(supervisor))
+    assert_every_row_once(backend.runs["run1"], 5)
+
+
+@pytest.mark.slow
+def test_the_pages_stop_and_a_refused_upload_are_told_apart(
+    outbox: OutboxWriter, supervise: Supervise, backend: WandbBackend, tmp_path: Path
+) -> None:
+    """W&B asks for both alike. The page's stop is told once and the run goes on; what was refused is sent again."""
+    refused = OutboxWriter(tmp_path / "other-journal", "run2")
+    page = supervise(backend)
+    fatal = supervise(backend, journal=refused.folder, run_id="run2", out=tmp_path / "other")
+    refused.write([run_entry(), row_entry(0)])
+    fatal.start()
+    until(fatal, lambda: fatal.status().num_rows == 1)
+    backend.faults["filestream run2"] = Fault(status=403, requests=1)
+    refused.write([row_entry(1), row_entry(2)])
+
+    backend.stopped_runs.add("run1")
+    outbox.write([run_entry(), row_entry(0), row_entry(1)])
+    page.start()
+
+    def both_are_told() -> bool:
+        fatal.poll()
+        return page.status().counts["stop_requests"] + fatal.status().counts["refused_uploads"] == 2
+
+    until(page, both_are_told)
+    assert page.take_stop_request()
+    assert not page.take_stop_request()
+    outbox.write([row_entry(2), FINISH])
+    until(page, lambda: is_finished(page))
+    assert_every_row_once(backend.runs["run1"], 3)
+    assert page.status().counts["failures"] == 0
+
+    refused.write([row_entry(3), FINISH])
+    refused.close()
+    until(fatal, lambda: is_finished(fatal))
+    assert_every_row_once(backend.runs["run2"], 4)
+    assert not fatal.take_stop_request()

@@ -1,0 +1,72 @@
+"""Supervised W&B sinks: waiting for one, and killing its processes while rows are written."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.support.outbox_writing import OutboxWriter, row_entry, run_entry, table_entry
+from tests.support.wandb_backend import BackendRun
+
+from sidestep.worker.outbox import OutboxEntry, entry
+from sidestep.worker.sinks.wandb_processes import mark_of, marked_processes
+from sidestep.worker.sinks.wandb_progress import SinkState
+from sidestep.worker.sinks.wandb_supervisor import WandbSupervisor
+
+FINISH = entry("finish", {"exit_code": 0, "reason": ""})
+
+
+def sink_processes(tmp_path: Path) -> set[int]:
+    return marked_processes(mark_of(tmp_path / "out", "run1"))
+
+
+def until(supervisor: WandbSupervisor, ready: Callable[[], bool], timeout_seconds: float = 40.0) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while not ready():
+        assert time.monotonic() < deadline, supervisor.status()
+        supervisor.poll()
+        time.sleep(0.02)
+
+
+def is_finished(supervisor: WandbSupervisor) -> bool:
+    status = supervisor.status()
+    return status.state is SinkState.FINISHED and status.entries_behind == 0 and status.position >= 0
+
+
+def some_entry(number: int) -> OutboxEntry:
+    return table_entry(number, f"table-{number}") if number % 25 == 7 else row_entry(number)
+
+
+def write_and_kill(supervisor: WandbSupervisor, outbox: OutboxWriter, tmp_path: Path, *, rows: int, seed: int) -> int:
+    """Write rows one by one while the child, its wandb-core or both are killed; return the number of kills."""
+    chance, number, kills = random.Random(seed), 0, 0
+    outbox.write([run_entry()])
+    supervisor.start()
+    next_kill = time.monotonic() + chance.uniform(0.5, 2.0)
+    while number < rows or kills < 4:
+        supervisor.poll()
+        if number < rows:
+            alert = entry("alert", {"id": f"i{number}", "title": "t", "text": "x", "level": "warning"})
+            outbox.write([some_entry(number), *([alert] if number % 40 == 0 else [])])
+            number += 1
+        child = supervisor.status().pid
+        if child is not None and kills < 4 and time.monotonic() > next_kill:
+            targets = {"all": sink_processes(tmp_path), "child": {child}, "core": sink_processes(tmp_path) - {child}}
+            for pid in targets[chance.choice(["all", "child", "core"])]:
+                os.kill(pid, signal.SIGKILL)
+            kills += 1
+            next_kill = time.monotonic() + chance.uniform(0.2, 2.5)
+        time.sleep(0.02)
+    outbox.write([FINISH])
+    until(supervisor, lambda: is_finished(supervisor))
+    return kills
+
+
+def assert_every_row_once(run: BackendRun, rows: int) -> None:
+    assert [row["_step"] for row in run.history] == list(range(rows))
+    assert [row["train/step"] for row in run.history] == [25 * number for number in range(rows)]
+    assert (run.holes, run.overwritten_lines, run.exit_code) == (0, 0, 0)
