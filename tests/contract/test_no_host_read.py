@@ -34,11 +34,11 @@ class HostReadError(AssertionError):
     """A value went from the device to the host."""
 
 
-class DeviceWatch(TorchDispatchMode):
+class DeviceWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs operations on the host for real, lets those on the device be faked, and refuses the way back."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device_operations = 0
 
     def __torch_dispatch__(
@@ -127,10 +127,16 @@ def sources(name: str) -> dict[str, Any]:
         "token_losses": lambda: {"token_losses": torch.zeros((ROWS, POSITIONS), device=CUDA)},
         "short token_losses": lambda: {"token_losses": torch.zeros(ROWS * (POSITIONS - 1), device=CUDA)},
         "hidden and weight": lambda: {"hidden": hidden, "head": torch.zeros((VOCABULARY, FEATURES), device=CUDA)},
-        "hidden and module": lambda: {"hidden": hidden, "head": nn.Linear(FEATURES, VOCABULARY, device=CUDA)},
+        "hidden and module": lambda: {"hidden": hidden, "head": head_module()},
         "nothing": dict,
     }
     return makers[name]()
+
+
+def head_module() -> nn.Linear:
+    head = nn.Linear(FEATURES, VOCABULARY, bias=False, device="meta")  # a fake device cannot draw initial weights
+    head.weight = nn.Parameter(torch.zeros((VOCABULARY, FEATURES), device=CUDA))
+    return head
 
 
 SOURCES = (
@@ -208,7 +214,7 @@ READS: dict[str, Callable[[Tensor], Any]] = {
     "boolean index": lambda x: x[x > 0],
     "masked_select": lambda x: x.masked_select(x > 0),
     "nonzero": lambda x: x.nonzero(),
-    "unique": lambda x: x.unique(),
+    "unique": torch.unique,
     "bincount": lambda x: x.flatten().bincount(),
     "cpu": lambda x: x.cpu(),
     "to": lambda x: x.to("cpu", non_blocking=True),
@@ -222,7 +228,8 @@ def test_the_proof_sees_every_way_to_read(read: str) -> None:
     with watched():
         values = ids(CUDA)
         assert isinstance(values, FakeTensor)
-        with pytest.raises((HostReadError, RuntimeError, TypeError)) as caught:
+        # Fake tensors refuse with errors of their own, and a build without CUDA some calls even earlier.
+        with pytest.raises((HostReadError, RuntimeError)) as caught:
             READS[read](values)
     if read in {"cpu", "to"}:
         assert caught.type is HostReadError

@@ -97,7 +97,7 @@ def cross_entropy(source: LogitsSource, row: Tensor, position: Tensor, targets: 
     count = row.shape[0]
     if not count:
         return torch.zeros(0, dtype=torch.float32, device=source.device)
-    chunks = zip(row.split(step), position.split(step), targets.split(step), strict=True)
+    chunks = zip(*(torch.split(each, step) for each in (row, position, targets)), strict=True)
     with torch.no_grad(), torch.autocast(source.device.type, enabled=False):
         return torch.cat([_reduced(source.read(of_row, at), wanted) for of_row, at, wanted in chunks])
 
@@ -107,7 +107,8 @@ def _taken(values: Tensor, row: Tensor, position: Tensor) -> Tensor:
     positions = values.shape[1]
     if values.shape[0] == 1 or values.stride(0) == positions * values.stride(1):
         return values.flatten(0, 1).index_select(0, row * positions + position)
-    return torch.ops.aten.index.Tensor(values, [row, position])  # values[row, position]
+    taken: Tensor = torch.ops.aten.index.Tensor(values, [row, position])  # values[row, position]
+    return taken
 
 
 def _reduced(logits: Tensor, targets: Tensor) -> Tensor:

@@ -54,7 +54,9 @@ def find_runs(labelled: Tensor, ends: Tensor, breaks: Tensor | None) -> Runs:
     after_end = F.pad(ends, (1, -1)) & labelled
     latest = torch.where(starts, twice + 1, twice * after_end).cummax(dim=1).values
     unended = labelled & (latest & 1).to(torch.bool)
-    return Runs(starts=starts, content=unended & ends.logical_not(), later=unended & starts.logical_not(), origins=latest >> 1)
+    return Runs(
+        starts=starts, content=unended & ends.logical_not(), later=unended & starts.logical_not(), origins=latest >> 1
+    )
 
 
 def content_lengths(runs: Runs) -> Tensor:
