@@ -183,7 +183,7 @@ def test_nothing_of_the_trainer_is_kept_alive(trainer: Callable[..., Any], token
     packed: weakref.WeakSet[Packed] = weakref.WeakSet()
 
     def pack(tensor: torch.Tensor) -> Packed:
-        made = Packed(tensor)
+        made = Packed(tensor.detach())  # an output that is saved would hold its own graph
         packed.add(made)
         return made
 
