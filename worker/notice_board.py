@@ -7,9 +7,13 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from sidestep.protocol.messages import Json, Notice
+from sidestep.worker.text.clipping import clip
 
 MAX_CODES: Final = 256
 """Codes that are told apart; further ones are counted together and not shown."""
+
+MAX_CODE_BYTES: Final = 256
+"""Longest code that is remembered."""
 
 _OTHERS: Final = "others"
 
@@ -24,7 +28,8 @@ class NoticeBoard:
         """Count a notice; returns whether it is to be shown. One without a code always is."""
         if not notice.code:
             return True
-        code = notice.code if notice.code in self._seen or len(self._seen) < MAX_CODES else _OTHERS
+        code = clip(notice.code, MAX_CODE_BYTES)
+        code = code if code in self._seen or len(self._seen) < MAX_CODES else _OTHERS
         self._seen[code] += 1
         return self._seen[code] == 1 and code != _OTHERS
 

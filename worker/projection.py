@@ -6,6 +6,7 @@ Deterministic: no clock, no I/O; the same steps, contexts and ends give the same
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,9 +28,11 @@ from sidestep.worker.scalar_rows import scalar_rows
 from sidestep.worker.settings import RunSettings
 from sidestep.worker.step_facts import changed, companion_facts, lost_messages, telling_facts
 from sidestep.worker.step_metrics import StepMetrics, measure_step
+from sidestep.worker.text.clipping import clip
 from sidestep.worker.text.tables import table_payload
 
 STATE_VERSION: Final = 1
+LEVELS: Final = ("info", "warning", "critical")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +62,8 @@ class _Draft:
         self.rows.append(entry("row", {**values, **head, "train/attempt": self.attempt}))
 
     def show(self, notice: Notice, *, to_trainer: bool = True) -> None:
-        self.notices.append(entry("notice", {"text": notice.text, "level": notice.level, "code": notice.code}))
+        level = notice.level if notice.level in LEVELS else "warning"
+        self.notices.append(entry("notice", {"text": clip(notice.text), "level": level, "code": clip(notice.code)}))
         if to_trainer:
             self.answers.append(notice)
 
@@ -100,7 +104,7 @@ class RunProjection:
 
     def project(self, step: AssembledStep) -> Projection:
         """Return the entries of one closed step, and the lines that go back to the trainer."""
-        self._unix_time = step.unix_time or self._unix_time
+        self._unix_time = step.unix_time if 0 < step.unix_time < math.inf else self._unix_time
         draft = _Draft(unix_time=self._unix_time, attempt=step.attempt, step=step.step)
         opening = self._open()
         self._begin(step, draft)

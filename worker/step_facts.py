@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import Final
 
-from sidestep.worker.metrics.measurement import Value
+from sidestep.worker.metrics.measurement import Measurement, Value
 from sidestep.worker.records import AssembledStep
+
+MAX_DROPPED: Final = 1 << 40
+"""More messages than a step can lose: a larger count is not believed."""
 
 
 def telling_facts(step: AssembledStep) -> dict[str, Value]:
@@ -23,11 +27,12 @@ def telling_facts(step: AssembledStep) -> dict[str, Value]:
 
 def companion_facts(step: AssembledStep) -> dict[str, Value]:
     """Return the facts that stand in a row that is written anyway."""
-    facts: dict[str, Value] = {"sidecar/lag_seconds": step.lag_seconds}
+    found = Measurement()
+    found.put("sidecar/lag_seconds", step.lag_seconds)
     if step.ends:
-        facts["train/epoch"] = max(end.epoch for end in step.ends.values())
-        facts["sidecar/hook_ms"] = 1_000.0 * max(end.hook_seconds for end in step.ends.values())
-    return facts
+        found.put("train/epoch", max(end.epoch for end in step.ends.values()))
+        found.put("sidecar/hook_ms", 1_000.0 * max(end.hook_seconds for end in step.ends.values()))
+    return found.values
 
 
 def lost_messages(step: AssembledStep, dropped_so_far: Counter[str]) -> dict[str, Value]:
@@ -37,7 +42,7 @@ def lost_messages(step: AssembledStep, dropped_so_far: Counter[str]) -> dict[str
     up in ``dropped_so_far``, which is advanced.
     """
     for end in step.ends.values():
-        dropped_so_far.update(end.dropped)
+        dropped_so_far.update({kind: min(n, MAX_DROPPED) for kind, n in end.dropped.items()})
     facts: dict[str, Value] = {f"sidecar/dropped/{kind}": n for kind, n in sorted(dropped_so_far.items()) if n}
     for kind, (_, dropped, refused) in sorted(step.accounts.items()):
         if dropped:

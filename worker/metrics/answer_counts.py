@@ -21,6 +21,9 @@ MAX_LOG_BYTES: Final = 96 << 10
 MAX_TOTALS: Final = 16
 """Totals kept of steps before the log."""
 
+FIRST_STRIDE: Final = 64
+"""Steps between two of them at first; doubled whenever there are too many."""
+
 MAX_EPOCHS: Final = 3
 """Newest epochs that are kept: a rollback may go back over an epoch's start."""
 
@@ -36,7 +39,7 @@ class AnswerCounts:
         self._log_bytes = 0
         self._folded_step = -1  # the newest step that is no longer in the log
         self._older: list[tuple[int, bytes]] = []  # step, packed totals up to and with it
-        self._older_stride = 1
+        self._older_stride = FIRST_STRIDE
         self._num_folded = 0
         self._starts: dict[int, int] = {}  # attempt to its first step
         self._current_epoch: int | None = None

@@ -17,6 +17,9 @@ from sidestep.worker.metrics.measurement import (
 )
 from sidestep.worker.records import Part, RunContext
 
+MAX_COUNT = 1 << 40
+"""More answers than a step can have: sums of such counts stay exact for ever."""
+
 
 def count_answers(parts: Sequence[Part], context: RunContext, attempt: int, counts: AnswerCounts) -> Measurement:
     """Take the ``Answers`` of a step, and late ones of any step of ``attempt``, into ``counts``.
@@ -41,8 +44,9 @@ def _is_sound(message: Answers) -> bool:
         same_length(message.lengths, message.counts)
         and bool((message.lengths >= 0).all())
         and bool((message.counts >= 0).all())
+        and sum(message.counts.tolist()) <= MAX_COUNT
         and len(set(message.lengths.tolist())) == message.lengths.size
-        and message.batches_without_labels >= 0
+        and 0 <= message.batches_without_labels <= MAX_COUNT
     )
 
 

@@ -114,6 +114,8 @@ class LossPartials:
         if mean is None or std is None:
             return None
         threshold = mean + sigmas * std
+        if not math.isfinite(threshold):
+            return None
         if threshold >= self.high:
             return 0.0
         place = min(max(int(threshold / _BIN_NATS), 0), LOSS_HISTOGRAM_BINS - 1)

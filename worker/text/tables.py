@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from sidestep.worker.metrics.measurement import Table
 from sidestep.worker.metrics.sequences import GeneratedSamples, sample_row
@@ -10,19 +10,23 @@ from sidestep.worker.records import RunContext
 from sidestep.worker.text.clipping import clip
 from sidestep.worker.text.images import image_cell
 
+MAX_ROWS: Final = 256
+"""Rows of one table of samples."""
+
 
 def samples_table(generated: GeneratedSamples, context: RunContext, step: int) -> Table | None:
     """Return ``generation/samples``: step, image where samples have one, question, generated, target, length.
 
-    Length is in content tokens, those before the first EOS. None where no sample was generated.
+    Length is in content tokens, those before the first EOS. None where no sample was generated. Of more than
+    ``MAX_ROWS`` samples the first are shown; all of them count in the metrics.
     """
     if not generated.samples:
         return None
-    asked = [sample_row(context.samples, row) for row in generated.samples]
+    asked = [sample_row(context.samples, row) for row in generated.samples[:MAX_ROWS]]
     images = [image_cell(sample.get("image")) for sample in asked]
     has_images = any(image is not None for image in images)
     rows = []
-    for sample, image, sequence in zip(asked, images, generated.sequences, strict=True):
+    for sample, image, sequence in zip(asked, images, generated.sequences[:MAX_ROWS], strict=True):
         said = (
             str(sample.get("question", "")),
             context.text.text(sequence.content),
