@@ -29,7 +29,7 @@ class ConsoleSink:
         for entry in entries:
             try:
                 line = _line(entry)
-            except (ValueError, KeyError):
+            except (AttributeError, KeyError, TypeError, ValueError):
                 self._counts["unreadable"] += 1
                 continue
             if line is not None:

@@ -176,10 +176,7 @@ class Follower:
     # ------------------------------------------------------------------------------------------------------- entries
 
     def _take(self, entry: StoredEntry) -> None:
-        try:
-            value = entry.value()
-        except ValueError:
-            value = {}
+        value = _readable(entry)
         if entry.row_number is not None:
             self._take_row(entry, value)
         elif entry.kind == "alert":
@@ -198,6 +195,8 @@ class Follower:
             self._report_if_due(_REPORT_SECONDS)
             time.sleep(min(seconds, _REPORT_SECONDS))
         try:
+            if not value:  # W&B takes no step for a row without values
+                raise RefusedValueError("the payload is empty or cannot be read")
             if entry.kind == "row":
                 self._run.log_row(value)
             elif entry.kind == "table":
@@ -296,6 +295,16 @@ class Follower:
     def _report(self, state: SinkState) -> None:
         self._reported_at, self._reported_position = time.monotonic(), self._position
         self._report_line(self.progress(state))
+
+
+def _readable(entry: StoredEntry) -> dict[str, Any]:
+    """Return the payload, or an empty map where it is none."""
+    try:
+        value: Any = entry.value()
+    except ValueError:
+        _LOG.exception("entry %d of the outbox is not JSON", entry.position)
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def alert_tag(incident_id: str) -> str:

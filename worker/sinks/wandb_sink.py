@@ -47,6 +47,8 @@ _LEFTOVER_TIMEOUT_SECONDS: Final = 10.0
 _POLL_SECONDS: Final = 0.1
 _MAX_ALERT_TITLE_CHARACTERS: Final = 63
 _ALERT_LEVELS: Final = {"info": "INFO", "warning": "WARN", "critical": "ERROR"}
+_RESERVED_KEYS: Final = (wandb_axes.AXES_KEY, "_runtime", "_step", "_wandb")
+"""A trainer's scalar of such a name would move W&B's own counter."""
 _SUSPENDED_EXIT_CODE: Final = 1  # with mark_preempting W&B shows the run as preempted, not as failed
 
 
@@ -132,7 +134,8 @@ class WandbRun:
                 self._run.define_metric(name)
             else:
                 self._run.define_metric(name, step_metric=axis, step_sync=False)
-        values.pop(wandb_axes.AXES_KEY, None)
+        for reserved in _RESERVED_KEYS:
+            values.pop(reserved, None)
         self._run.log(values)
 
     def alert(self, title: str, text: str, level: str) -> None:

@@ -11,7 +11,7 @@ from tests.integration.sinks.conftest import RunSink
 from tests.support.outbox_writing import START_SECONDS, OutboxWriter, row_entry, run_entry, table_entry
 from tests.support.wandb_offline import OfflineRun, read_fragments
 
-from sidestep.worker.outbox import entry
+from sidestep.worker.outbox import OutboxEntry, entry
 
 Run = tuple[OfflineRun, list[dict[str, Any]]]
 
@@ -148,12 +148,15 @@ def test_a_row_that_cannot_be_told_keeps_its_number(outbox: OutboxWriter, tmp_pa
     outbox.write(
         [run_entry(), entry("table", ragged), entry("table", torn), row_entry(2, **{"loss/histogram": crooked})]
     )
-    outbox.write([row_entry(3), entry("finish", {"exit_code": 0, "reason": ""})])
+    outbox.write(
+        [entry("row", {}), OutboxEntry(kind="row", payload=b"no json"), OutboxEntry(kind="row", payload=b"[1]")]
+    )
+    outbox.write([row_entry(6, _step=99, _runtime=1), row_entry(7), entry("finish", {"exit_code": 0, "reason": ""})])
     result = run_sink(outbox, tmp_path / "out")
-    assert (result.last["num_rows"], result.last["entries_refused"]) == (4, 3)
+    assert (result.last["num_rows"], result.last["entries_refused"]) == (8, 6)
     rows = read_fragments(tmp_path / "out").rows
-    assert [row.get("train/step") for row in rows] == [None, None, None, 75]
-    assert all("sidecar/refused_row" in row for row in rows[:3])
+    assert [row.get("train/step") for row in rows] == [None, None, None, None, None, None, 150, 175]
+    assert all("sidecar/refused_row" in row for row in rows[:6])
     assert "other columns" in rows[0]["sidecar/refused_row"]
 
 
