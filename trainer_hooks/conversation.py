@@ -157,7 +157,16 @@ class Conversation:
         return self._delivery.num_unacked > 0 and now - self._last_progress > self._patience.progress_seconds
 
     def warn_if_alone(self, now: float, address: str) -> None:
-        """Say once that no worker answers."""
+        """Say once that no worker answers, or that one does not answer any more."""
+        patience = self._patience
+        too_long = patience.warning_seconds + 2 * patience.progress_seconds
+        if self.num_welcomes and self._delivery.num_unacked and now - self._last_progress > too_long:
+            self._console.once(
+                "silent",
+                f"the worker at {address} has stored nothing for {too_long:.0f} s. Training goes on; up to "
+                f"{WINDOW_BYTES >> 20} MiB of measurements are kept until it does, then the cheapest are dropped "
+                "and counted.",
+            )
         if self.num_welcomes == 0 and not self.rejected and now - self._started_at > self._patience.warning_seconds:
             self._console.once(
                 "alone",

@@ -44,6 +44,7 @@ for step in range(30):
     child = os.fork()
     if child == 0:
         submit(10_000 + step)                  # a child inherits the hooks and may call them
+        assert not publisher._submissions, "nobody would ever take them"
         publisher.close(5)
         print("from the child", file=sys.stderr, flush=True)
         sys.exit(0)                            # runs the interpreter's own clean-up, sockets and contexts included
@@ -171,12 +172,12 @@ def test_rank_0_starts_a_worker_in_a_session_of_its_own(tmp_path: Path) -> None:
     launched = ensure_worker(environment=environment, console=Console(lines.append))
     assert launched.pid is not None
     try:
+        command = Path(f"/proc/{launched.pid}/cmdline").read_bytes().split(b"\0")
         assert os.getsid(launched.pid) == launched.pid
         assert os.getpgid(launched.pid) != os.getpgid(0)
         assert launched.journal is not None
         assert launched.journal.parent.parent == tmp_path / "home" / "runs"
         assert (launched.journal.parent / "worker.log").exists()
-        command = Path(f"/proc/{launched.pid}/cmdline").read_bytes().split(b"\0")
         assert b"--owner-pid" in command
         assert str(os.getpid()).encode() in command
     finally:

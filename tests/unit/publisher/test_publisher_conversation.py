@@ -212,6 +212,18 @@ def test_a_trainer_without_worker_says_so_once() -> None:
     assert "no worker answers at ipc:///w" in talk.lines[0]
 
 
+def test_a_worker_that_falls_silent_is_said_once() -> None:
+    talk = Talk()
+    talk.hears(Welcome(instance="a", hello_known=True))
+    talk.delivery.take(end(1))
+    talk.says()
+    for _ in range(8):
+        talk.now += 10
+        talk.conversation.warn_if_alone(talk.now, "ipc:///w")
+        assert len(talk.lines) == (talk.now - 100 > 40)
+    assert "the worker at ipc:///w has stored nothing for 40 s" in talk.lines[0]
+
+
 def test_patience_names_the_field_that_is_wrong() -> None:
     with pytest.raises(ValueError, match=r"Patience\.heartbeat_seconds"):
         Patience(heartbeat_seconds=0)
