@@ -63,7 +63,7 @@ def test_the_protocol_loads_numpy_and_msgpack_only() -> None:
 def test_every_module_of_the_worker_imports_without_torch_and_the_trainer_side() -> None:
     blocked = ("torch", "transformers", "sklearn", "tqdm", "sidestep.trainer_hooks", "sidestep.examples")
     names = loaded_by(modules_of("worker"), blocked=blocked)
-    assert {"sidestep.worker.service", "sidestep.worker.cli", "wandb"} <= names
+    assert {"sidestep.worker.service", "sidestep.worker.cli", "sidestep.worker.sinks.wandb_sink"} <= names
     assert not names & set(blocked)
 
 
