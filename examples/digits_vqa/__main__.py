@@ -37,7 +37,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--collapse-interval", type=int, default=defaults.collapse_interval_steps, help="steps (%(default)s)"
     )
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch (%(default)s)")
+    # One: so small a model gains little from two, and threads that spin for each other crawl once a core is shared.
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch (%(default)s)")
     parser.add_argument("--device", default=defaults.device, help="torch device (%(default)s)")
     return parser
 
