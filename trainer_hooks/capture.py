@@ -136,7 +136,9 @@ class ForwardReader:
         if self._head_size:
             return width == self._head_size
         if self._vocabulary_size:
-            most = max(self._vocabulary_size * _PADDED_VOCABULARY_SHARE, self._vocabulary_size + _PADDED_VOCABULARY_ROWS)
+            most = max(
+                self._vocabulary_size * _PADDED_VOCABULARY_SHARE, self._vocabulary_size + _PADDED_VOCABULARY_ROWS
+            )
             return self._vocabulary_size <= width <= most
         return named
 

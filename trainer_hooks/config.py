@@ -12,7 +12,13 @@ GRADIENT_DETAILS = ("param", "block", "module")
 COLLAPSE_VERDICTS = ("literal", "target_relative")
 
 _USER_INTERVALS = ("generation_eval_interval", "gradient_log_interval", "collapse_detection_interval")
-_INTERVALS = (*_USER_INTERVALS, "token_stats_interval", "loss_breakdown_interval", "answer_length_interval", "lr_interval")
+_INTERVALS = (
+    *_USER_INTERVALS,
+    "token_stats_interval",
+    "loss_breakdown_interval",
+    "answer_length_interval",
+    "lr_interval",
+)
 _RATIOS = ("single_token_dominance", "excessive_eos")
 _AT_LEAST_ONE = (
     "low_diversity_unique_tokens", "low_diversity_min_tokens", "max_new_tokens", "generation_samples",
@@ -108,7 +114,9 @@ class HooksConfig:
         for name in _OPTIONAL_IDS:
             value = getattr(self, name)
             _require(value is None or value >= 0, name, "must be None or at least 0", value)
-        _require(0 < self.high_loss_sigmas < float("inf"), "high_loss_sigmas", "must be positive", self.high_loss_sigmas)
+        _require(
+            0 < self.high_loss_sigmas < float("inf"), "high_loss_sigmas", "must be positive", self.high_loss_sigmas
+        )
         for name, known in (("gradient_detail", GRADIENT_DETAILS), ("collapse_verdict", COLLAPSE_VERDICTS)):
             _require(getattr(self, name) in known, name, f"must be one of {', '.join(known)}", getattr(self, name))
 

@@ -95,7 +95,9 @@ class Generator:
 
     def _all_at_once(self) -> list[list[int]]:
         if self._generate_fn is not None:
-            return self._checked(self._generate_fn(self._model, self._samples, self._max_new_tokens), len(self._samples))
+            return self._checked(
+                self._generate_fn(self._model, self._samples, self._max_new_tokens), len(self._samples)
+            )
         if self._batch is None:
             return [self._alone(place) for place in range(len(self._samples))]
         return self._decoded(self._batch)
@@ -152,7 +154,9 @@ def _encoded(question: str, tokenizer: Any, place: int) -> list[int]:
         raise ValueError(f"samples[{place}] has no prompt_ids and the tokenizer has no encode(): pass prompt_ids")
     ids = encoded["input_ids"] if hasattr(encoded, "keys") else getattr(encoded, "ids", encoded)
     if not len(ids):
-        raise ValueError(f"samples[{place}]: the question encodes to nothing, and a generation needs a token to go on from")
+        raise ValueError(
+            f"samples[{place}]: the question encodes to nothing, and a generation needs a token to go on from"
+        )
     return [int(i) for i in ids]
 
 

@@ -36,7 +36,9 @@ def logged_values(values: Mapping[str, Any], step: int | None, step_key: str | N
             left_out.append(name)
         else:
             plain[name] = known
-    made = LoggedValues(values=plain, tensors=tensors, step_key=step_key or "", key_step=None if step is None else int(step))
+    made = LoggedValues(
+        values=plain, tensors=tensors, step_key=step_key or "", key_step=None if step is None else int(step)
+    )
     return made, left_out
 
 

@@ -28,7 +28,12 @@ class MissingCalls:
         self._num_steps += 1
         self._batch_seen = self._batch_seen or bool(opened.microbatches)
         said: list[tuple[str, str]] = []
-        if opened.gradients is not None and opened.gradients.clipped and self._called and "before_clip" not in self._called:
+        if (
+            opened.gradients is not None
+            and opened.gradients.clipped
+            and self._called
+            and "before_clip" not in self._called
+        ):
             self._num_clipped += 1
             if self._num_clipped >= _INTERVALS:
                 said.append((

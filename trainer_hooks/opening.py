@@ -134,7 +134,9 @@ def find_worker(endpoint: str | None, rank: int, console: Console, *, needed: bo
         return ensure_worker(endpoint, rank=rank, console=console).endpoint
     except LaunchError as error:
         console.line(f"sidestep: {error}")
-        return ensure_worker(endpoint, rank=rank + 1, console=console).endpoint  # where one may still be started by hand
+        return ensure_worker(
+            endpoint, rank=rank + 1, console=console
+        ).endpoint  # where one may still be started by hand
 
 
 def choose_run_id(run_id: str | None) -> tuple[str, bool]:

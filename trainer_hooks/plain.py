@@ -54,7 +54,9 @@ def plain_map(value: Any) -> dict[str, Json]:
         return {}
     made = plain(value)
     if not isinstance(made, dict):
-        raise ValueError(f"run_config must be a mapping, a dataclass or an object with attributes, not {type(value).__name__}")
+        raise ValueError(
+            f"run_config must be a mapping, a dataclass or an object with attributes, not {type(value).__name__}"
+        )
     return made
 
 

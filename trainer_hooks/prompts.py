@@ -62,7 +62,9 @@ def _join(name: str, values: list[Any]) -> Any:
         return torch.cat([value.detach().cpu() for value in present])
     if all(isinstance(value, list | tuple) for value in present):
         return [list(value) if value is not None else [] for value in values]
-    if any(isinstance(value, torch.Tensor | list | tuple) for value in present) or any(v != present[0] for v in present):
+    if any(isinstance(value, torch.Tensor | list | tuple) for value in present) or any(
+        v != present[0] for v in present
+    ):
         raise ValueError(f"Sample.inputs[{name!r}] differs between samples in a way that no batch can hold")
     return present[0]
 

@@ -51,7 +51,9 @@ class Reducer:
                 made.answers = reduce_answers(self._aligned(batch, with_ids=False))
             return made
         aligned = self._aligned(batch, with_ids=True)
-        sources = [value for value in (batch.input_ids, batch.labels, batch.loss, batch.token_losses) if _is_tensor(value)]
+        sources = [
+            value for value in (batch.input_ids, batch.labels, batch.loss, batch.token_losses) if _is_tensor(value)
+        ]
         if batch.labels is not None:
             made.answers = reduce_answers(aligned)
         if tokens_due and aligned.input_ids is not None:
@@ -61,7 +63,9 @@ class Reducer:
         if loss_due and batch.labels is not None:
             made.losses = _owned(self._losses(aligned, batch, step * _SEEDS_PER_STEP + microstep), sources)
             if "losses" not in made.losses:
-                made.reason = "the trainer's forward shows no logits [b, t, v]; pass logits= or token_losses= to on_batch"
+                made.reason = (
+                    "the trainer's forward shows no logits [b, t, v]; pass logits= or token_losses= to on_batch"
+                )
         return made
 
     def _losses(self, aligned: AlignedBatch, batch: Batch, seed: int) -> Tensors:

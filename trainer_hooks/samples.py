@@ -69,7 +69,9 @@ def image_pixels(image: Any) -> NDArray[np.uint8]:
     Raises:
         ValueError: it has not the axes of an image.
     """
-    pixels: NDArray[Any] = image.detach().cpu().float().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
+    pixels: NDArray[Any] = (
+        image.detach().cpu().float().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
+    )
     while pixels.ndim > 3 and pixels.shape[0] >= 1:
         pixels = pixels[0]  # tiles, batches: the first one stands for all
     if pixels.ndim == 2:
@@ -141,7 +143,9 @@ def samples_from_dataset(
                 continue
             prompt, answer = cut
             images = _images_of(row, prompt, image_token_id)
-            question = question_of(item) if question_of is not None else question_text(tokenizer, prompt, image_token_id)
+            question = (
+                question_of(item) if question_of is not None else question_text(tokenizer, prompt, image_token_id)
+            )
             found.append(
                 Sample(
                     question=question,
@@ -155,7 +159,9 @@ def samples_from_dataset(
             if len(found) >= count:
                 return found
     if not found:
-        raise ValueError("no sample could be made: no row has a labelled position after a prompt (are labels all ignored?)")
+        raise ValueError(
+            "no sample could be made: no row has a labelled position after a prompt (are labels all ignored?)"
+        )
     return found
 
 

@@ -180,7 +180,9 @@ class Session:
         made, left_out = logged_values(values, step, step_key)
         self._now().logged.append(made)
         if left_out:
-            self.notice("not-logged", f"log() takes numbers, bools, texts and tensors of one element; left out: {left_out[0]}")
+            self.notice(
+                "not-logged", f"log() takes numbers, bools, texts and tensors of one element; left out: {left_out[0]}"
+            )
 
     @guarded
     def close(self, exit_code: int, reason: str) -> None:
@@ -326,7 +328,7 @@ def _completed(batch: Batch, outputs: Outputs) -> Batch:
     """An explicit batch, with the logits and the loss of its forward where the trainer did not pass them."""
     logits = outputs.logits() if outputs.logits is not None and batch.logits is None else batch.logits
     loss = outputs.loss() if outputs.loss is not None and batch.loss is None else batch.loss
-    shape = (batch.labels if batch.labels is not None else batch.input_ids)
+    shape = batch.labels if batch.labels is not None else batch.input_ids
     fits = logits is not None and shape is not None and logits.shape[:-1].numel() == shape.numel()
     wanted = batch.token_losses is None and batch.hidden is None
     return replace(batch, logits=logits if batch.logits is not None or (fits and wanted) else None, loss=loss)

@@ -17,7 +17,7 @@ def capabilities(
 ) -> dict[str, str]:
     """Per family ``exact`` or ``absent: reason``; and under ``labels`` which convention they follow, and why."""
     schedule = Schedule(config)
-    known = {family: EXACT for family in _FAMILY_ANCHORS}
+    known = dict.fromkeys(_FAMILY_ANCHORS, EXACT)
     if not num_ids:
         known["tokens"] = "absent: neither a tokenizer nor the model's head tells how many ids there are"
     known["gradients"] = gradients_support(topology)

@@ -126,7 +126,9 @@ class Trainer:
     def __post_init__(self) -> None:
         torch.manual_seed(self.seed)
         self.model = TinyVLM().to(self.device)
-        groups = [{"params": list(m.parameters())} for m in (self.model.MP, self.model.vision_encoder, self.model.decoder)]
+        groups = [
+            {"params": list(m.parameters())} for m in (self.model.MP, self.model.vision_encoder, self.model.decoder)
+        ]
         self.optimizer = torch.optim.AdamW(groups, lr=3e-3)
         self.model.train()
         self.rows = torch.Generator().manual_seed(self.seed)
@@ -157,7 +159,14 @@ class Trainer:
         ]
 
     def run(
-        self, steps: int, hooks: Any = None, *, explicit: bool = True, accumulation: int = 2, call: Any = None, first: int = 0
+        self,
+        steps: int,
+        hooks: Any = None,
+        *,
+        explicit: bool = True,
+        accumulation: int = 2,
+        call: Any = None,
+        first: int = 0,
     ) -> None:
         model = self.model if call is None else call
         for step in range(first, first + steps):
@@ -169,7 +178,10 @@ class Trainer:
                 _, loss = model(ids, batch["images"], attention_mask=mask, targets=labels)
                 if hooks is not None and explicit:
                     hooks.on_batch(
-                        input_ids=batch["input_ids"], labels=batch["labels"], attention_mask=batch["attention_mask"], epoch=0
+                        input_ids=batch["input_ids"],
+                        labels=batch["labels"],
+                        attention_mask=batch["attention_mask"],
+                        epoch=0,
                     )
                 (loss / accumulation).backward()
                 total += loss.item()

@@ -81,9 +81,7 @@ def test_a_training_with_hooks_is_bit_for_bit_the_one_without(
     assert len([m for m in ways.opened[0].messages if m.kind.name == "GENERATION"]) == 2
 
 
-def test_over_a_socket_every_step_arrives_whole(
-    trainer: Callable[..., Any], tokenizer: Any, listener: Any
-) -> None:
+def test_over_a_socket_every_step_arrives_whole(trainer: Callable[..., Any], tokenizer: Any, listener: Any) -> None:
     trained = trainer()
     config = {"lr": 3e-3, "out": Path("x"), "wandb_api_key": "s", "dtype": torch.bfloat16}
     with attached(trained, tokenizer, endpoint=listener.address, run_config=config, project="p", tags=["a"]) as hooks:
@@ -108,7 +106,9 @@ def test_over_a_socket_every_step_arrives_whole(
     assert tables["groups"]["names"] == ["modality_projector", "vision_encoder", "language_model"]
     assert len(tables["samples"]["samples"]) == 4
     assert tables["tokenizer"]["eos_id"] == 0
-    assert {message.step_key: message for message in messages if isinstance(message, Scalars)}[""].key_step == TINY_STEPS - 1
+    assert {message.step_key: message for message in messages if isinstance(message, Scalars)}[
+        ""
+    ].key_step == TINY_STEPS - 1
 
 
 def _is_mark(message: Message) -> bool:
@@ -203,7 +203,9 @@ def test_nothing_of_the_trainer_is_kept_alive(trainer: Callable[..., Any], token
     assert model() is None
 
 
-def test_what_a_trainer_changes_afterwards_is_not_what_is_sent(trainer: Callable[..., Any], tokenizer: Any, ways: Ways) -> None:
+def test_what_a_trainer_changes_afterwards_is_not_what_is_sent(
+    trainer: Callable[..., Any], tokenizer: Any, ways: Ways
+) -> None:
     trained = trainer()
     hooks = attached(trained, tokenizer, HooksConfig(token_stats_interval=1, loss_breakdown_interval=1), transport=ways)
     batch = trained.batch()
@@ -279,7 +281,9 @@ def test_evaluation_forwards_are_none_of_ours(trainer: Callable[..., Any], token
     assert len(ways.of(Tokens)) == 1
 
 
-def test_a_skipped_step_publishes_no_gradients_and_no_rate(trainer: Callable[..., Any], tokenizer: Any, ways: Ways) -> None:
+def test_a_skipped_step_publishes_no_gradients_and_no_rate(
+    trainer: Callable[..., Any], tokenizer: Any, ways: Ways
+) -> None:
     trained = trainer()
     config = HooksConfig(gradient_log_interval=1, lr_interval=1)
     with attached(trained, tokenizer, config, transport=ways) as hooks:

@@ -46,7 +46,11 @@ class Model(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, labels: Any = None) -> Any:
         logits = self.lm_head(torch.ones(*input_ids.shape, 4))
-        loss = None if labels is None else nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        loss = (
+            None
+            if labels is None
+            else nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        )
         return SimpleNamespace(logits=logits, loss=loss)
 
 
@@ -75,7 +79,12 @@ class Model(nn.Module):
 )
 def test_mistakes_raise_at_attach_and_leave_no_hook(change: dict[str, Any], error: type[Exception], match: str) -> None:
     model = Model()
-    arguments = {"model": model, "optimizer": torch.optim.SGD(model.parameters()), "transport": InProcessTransport, **change}
+    arguments = {
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters()),
+        "transport": InProcessTransport,
+        **change,
+    }
     with pytest.raises(error, match=match):
         attach(arguments.pop("model"), arguments.pop("optimizer"), **arguments)
     assert not model._forward_hooks
@@ -191,7 +200,9 @@ def test_a_configuration_becomes_plain_and_secrets_are_masked() -> None:
 
 def test_what_is_logged_is_sorted_into_plain_values_and_the_rest_is_named() -> None:
     made, left_out = logged_values(
-        {"a": 1, "b": True, "c": "x", "d": torch.tensor(2.5), "e": np.float32(0.5), "f": {"g": [1]}, "h": float("nan")}, 7, "k"
+        {"a": 1, "b": True, "c": "x", "d": torch.tensor(2.5), "e": np.float32(0.5), "f": {"g": [1]}, "h": float("nan")},
+        7,
+        "k",
     )
     assert {name: value for name, value in made.values.items() if name != "h"} == {
         "a": 1, "b": True, "c": "x", "d": 2.5, "e": 0.5,

@@ -56,7 +56,11 @@ def test_hidden_states_are_never_taken_for_logits() -> None:
 
 @pytest.mark.parametrize(
     "output",
-    [SimpleNamespace(logits=LOGITS, loss=LOSS), {"loss": LOSS, "logits": LOGITS}, OrderedDict(logits=LOGITS, loss=LOSS)],
+    [
+        SimpleNamespace(logits=LOGITS, loss=LOSS),
+        {"loss": LOSS, "logits": LOGITS},
+        OrderedDict(logits=LOGITS, loss=LOSS),
+    ],
 )
 def test_named_outputs_are_read_by_name_and_labels_are_unshifted(output: Any) -> None:
     reader = ForwardReader(LibraryLike(), vocabulary_size=0)

@@ -20,12 +20,18 @@ class TrainConfig:
 
 def test_the_users_train_config_counts_micro_batches() -> None:
     config = HooksConfig.from_train_config(TrainConfig())
-    assert (config.generation_eval_interval, config.gradient_log_interval, config.collapse_detection_interval) == (50, 100, 100)
+    assert (config.generation_eval_interval, config.gradient_log_interval, config.collapse_detection_interval) == (
+        50,
+        100,
+        100,
+    )
     assert config.log_wandb is False
 
 
 def test_a_mapping_is_read_like_an_object_and_what_it_lacks_keeps_its_default() -> None:
-    config = HooksConfig.from_train_config({"generation_eval_interval": 30, "gradient_accumulation_steps": 3}, lr_interval=7)
+    config = HooksConfig.from_train_config(
+        {"generation_eval_interval": 30, "gradient_accumulation_steps": 3}, lr_interval=7
+    )
     assert config.generation_eval_interval == 10
     assert config.gradient_log_interval == 100
     assert config.lr_interval == 7

@@ -128,9 +128,7 @@ def test_after_generating_a_backward_still_works(model: VisionLanguageModel) -> 
 
 def test_a_sample_that_raises_is_counted_and_the_others_are_shown(model: VisionLanguageModel) -> None:
     wrong = Sample(question="q", target="t", prompt_ids=[2, IMAGE], inputs={"images": [torch.zeros(1, 1, 5, 5)]})
-    message = Generator(
-        model, [*samples(2), wrong, wrong], eos_id=EOS, pad_id=EOS, max_new_tokens=NEW
-    ).run(0)
+    message = Generator(model, [*samples(2), wrong, wrong], eos_id=EOS, pad_id=EOS, max_new_tokens=NEW).run(0)
     assert message.samples.tolist() == [0, 1]
     assert message.failed.tolist() == [2, 3]
     assert len(message.failures) == 1

@@ -8,7 +8,13 @@ import torch
 
 from sidestep.trainer_hooks.prompts import Prompts
 from sidestep.trainer_hooks.question import question_text
-from sidestep.trainer_hooks.samples import MAX_IMAGE_SIDE_PIXELS, Sample, image_pixels, samples_from_dataset, samples_table
+from sidestep.trainer_hooks.samples import (
+    MAX_IMAGE_SIDE_PIXELS,
+    Sample,
+    image_pixels,
+    samples_from_dataset,
+    samples_table,
+)
 
 IGNORED = -100
 START, END, IMAGE, NEWLINE = 1, 2, 3, 4
@@ -41,7 +47,9 @@ def conversation(*, shifted: bool) -> dict[str, Any]:
 
 @pytest.mark.parametrize("shifted", [True, False])
 def test_a_prompt_ends_before_the_first_answer(shifted: bool) -> None:
-    [sample] = samples_from_dataset([conversation(shifted=shifted)], WordTokenizer(), shifted=shifted, image_token_id=IMAGE)
+    [sample] = samples_from_dataset(
+        [conversation(shifted=shifted)], WordTokenizer(), shifted=shifted, image_token_id=IMAGE
+    )
     assert sample.prompt() == PROMPT
     assert list(sample.target_ids) == ANSWER
     assert sample.question == "What is it?"
@@ -53,7 +61,9 @@ def test_a_packed_row_gives_its_first_conversation_with_its_own_images() -> None
     one = conversation(shifted=True)
     pad = torch.tensor([END])
     ids = torch.cat((pad.repeat(3), one["input_ids"], pad, one["input_ids"], pad))
-    labels = torch.cat((pad.repeat(3) * 0 + IGNORED, one["labels"], pad * 0 + IGNORED, one["labels"], pad * 0 + IGNORED))
+    labels = torch.cat(
+        (pad.repeat(3) * 0 + IGNORED, one["labels"], pad * 0 + IGNORED, one["labels"], pad * 0 + IGNORED)
+    )
     real, separator = torch.ones(len(one["input_ids"])), torch.zeros(1)
     mask = torch.cat((torch.zeros(3), real, separator, real, separator)).long()
     first, second = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8)
