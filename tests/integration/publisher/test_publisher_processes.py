@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tests.integration.publisher.conftest import RouterWorker
 
 MakeWorker: TypeAlias = "Callable[..., RouterWorker]"
+Eventually: TypeAlias = Callable[[Callable[[], object]], None]
 
 _START = """
 import os, sys, time, warnings
@@ -161,7 +162,7 @@ def test_an_endpoint_that_is_named_starts_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_rank_0_starts_a_worker_in_a_session_of_its_own(tmp_path: Path) -> None:
+def test_rank_0_starts_a_worker_in_a_session_of_its_own(tmp_path: Path, eventually: Eventually) -> None:
     lines: list[str] = []
     environment = {
         **os.environ,
@@ -172,7 +173,9 @@ def test_rank_0_starts_a_worker_in_a_session_of_its_own(tmp_path: Path) -> None:
     launched = ensure_worker(environment=environment, console=Console(lines.append))
     assert launched.pid is not None
     try:
-        command = Path(f"/proc/{launched.pid}/cmdline").read_bytes().split(b"\0")
+        arguments = Path(f"/proc/{launched.pid}/cmdline")
+        eventually(arguments.read_bytes)  # empty while the new program is being loaded
+        command = arguments.read_bytes().split(b"\0")
         assert os.getsid(launched.pid) == launched.pid
         assert os.getpgid(launched.pid) != os.getpgid(0)
         assert launched.journal is not None
