@@ -13,8 +13,8 @@ import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Protocol, cast
+from dataclasses import replace
+from typing import cast
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -31,10 +31,12 @@ from sidestep.protocol.limits import (
     WINDOW_BYTES,
 )
 from sidestep.protocol.messages import Command, Goodbye, Hello, Kind, Message, StepEnd
-from sidestep.trainer_hooks.accounts import KindAccount, Skip
+from sidestep.trainer_hooks.accounts import KindAccount
 from sidestep.trainer_hooks.console import Console
 from sidestep.trainer_hooks.conversation import Conversation, Patience
 from sidestep.trainer_hooks.delivery import Delivery
+from sidestep.trainer_hooks.publisher_statistics import PublisherStatistics
+from sidestep.trainer_hooks.source import Source
 
 _MAX_SUBMISSIONS = 65_536
 """Messages between two ticks; more than that means that the thread does not run, and they are dropped and counted."""
@@ -52,45 +54,6 @@ _JOIN_MARGIN_SECONDS = 0.25
 _BACKOFF_SECONDS = (1.0, 30.0)
 _FATAL_EVENTS = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 """After one of these the socket never tries again, even when the worker is set right (libzmq 4.3.5)."""
-
-
-class Source(Protocol):
-    """Where messages come from that the thread itself finishes (``staging.Staging``)."""
-
-    def advance(self) -> None:
-        """Look, on the training thread, for copies that are done; never wait."""
-
-    def poll(self) -> list[Message]:
-        """Finish, on the publisher thread, what is ready; never wait."""
-
-    def take_skips(self) -> list[Skip]:
-        """Return the messages that never came to be since the last call."""
-
-    @property
-    def num_pending(self) -> int:
-        """Entries that are not finished."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PublisherStatistics:
-    """What the publisher did so far; a snapshot of its last tick."""
-
-    num_ticks: int = 0
-    num_frames_sent: int = 0
-    num_bytes_sent: int = 0
-    num_resends: int = 0
-    num_connections: int = 0
-    num_welcomes: int = 0
-    num_handshake_failures: int = 0
-    num_undecodable: int = 0
-    num_encode_errors: int = 0
-    num_errors: int = 0
-    """Exceptions that a tick raised; none is expected."""
-    num_unsent: int = 0
-    num_unacked: int = 0
-    window_bytes: int = 0
-    """Bytes of lanes and window together."""
-    rejected: bool = False
 
 
 def _is_readable(socket: zmq.Socket[bytes]) -> bool:
