@@ -114,7 +114,7 @@ def test_no_call_waits_for_the_device_and_the_numbers_are_right(batches: list[Si
             wanted.append(expected_losses(model, batch))
             with no_waiting():
                 logits, loss = model(batch.ids, attention_mask=batch.mask, targets=batch.labels)
-                show(hooks, model, batch, logits, loss, told)
+                show(hooks, model, batch, (logits, loss), told=told)
                 (loss / ACCUMULATION).backward()
         with no_waiting():
             if told != "nothing":
@@ -131,7 +131,8 @@ def test_no_call_waits_for_the_device_and_the_numbers_are_right(batches: list[Si
     check(messages, batches, wanted, told)
 
 
-def show(hooks: Any, model: Model, batch: SimpleNamespace, logits: Any, loss: Any, told: str) -> None:
+def show(hooks: Any, model: Model, batch: SimpleNamespace, output: Any, *, told: str) -> None:
+    logits, loss = output
     if told == "host":
         host = batch.host
         hooks.on_batch(input_ids=host.ids, labels=host.labels, attention_mask=host.mask, loss=loss, epoch=0)
@@ -157,11 +158,12 @@ def check(messages: list[Any], batches: list[SimpleNamespace], wanted: list[torc
     for message, values in zip(losses, wanted, strict=True):
         np.testing.assert_allclose(message.losses, values.numpy(), rtol=1e-5, atol=1e-6)
         assert message.labelled == len(values)
-    for message, batch in zip((m for m in messages if isinstance(m, Tokens)), batches, strict=True):
+    tokens: list[Any] = [message for message in messages if isinstance(message, Tokens)]
+    for counted, batch in zip(tokens, batches, strict=True):
         ids, counts = np.unique(batch.host.ids[batch.host.mask != 0].numpy(), return_counts=True)
-        assert message.real_ids.tolist() == ids.tolist()
-        assert message.real_counts.tolist() == counts.tolist()
-        assert (message.padding, message.answers) == (4, B)
+        assert counted.real_ids.tolist() == ids.tolist()
+        assert counted.real_counts.tolist() == counts.tolist()
+        assert (counted.padding, counted.answers) == (4, B)
     answers = [message for message in messages if isinstance(message, Answers)]
     assert [message.lengths.tolist() for message in answers] == [[4]] * STEPS
     assert [message.counts.tolist() for message in answers] == [[B * ACCUMULATION]] * STEPS

@@ -140,7 +140,7 @@ def cases(draw: st.DrawFn) -> Case:
     shifted = draw(st.booleans())
     labels = np.roll(ids, -1, axis=1) if shifted else ids.copy()
     labels[generator.random(shape) >= draw(st.sampled_from((0.0, 0.3, 0.8, 1.0)))] = IGNORE
-    if shifted:
+    if shifted and draw(st.booleans()):  # nanoVLM leaves the last one out, others cut rows from a longer text
         labels[:, -1] = IGNORE
     # Every row begins a document of its own, as cumulated lengths over the flattened rows would have it.
     documents = np.cumsum(generator.random(shape) < 0.2, axis=1) + np.arange(shape[0])[:, None] * 100
@@ -166,7 +166,7 @@ def flattened(case: Case) -> list[Position]:
     return [position for answer in case.answers() for position in answer]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(case=cases(), device_half=st.booleans(), vocabulary=st.sampled_from((VOCABULARY, 4)))
 def test_tokens_are_those_of_plain_counting(case: Case, device_half: bool, vocabulary: int) -> None:
     parts = reduce_tokens(case.batch(device_half=device_half), vocabulary)
@@ -189,7 +189,7 @@ def test_tokens_are_those_of_plain_counting(case: Case, device_half: bool, vocab
     assert message.answers == len(case.answers())
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(steps=st.lists(st.tuples(cases(), st.booleans()), max_size=4))
 def test_answers_of_a_step_add_up_over_its_batches(steps: list[tuple[Case, bool]]) -> None:
     tally = AnswerTally()
@@ -256,7 +256,7 @@ def plain_context(case: Case, position: Position) -> list[int]:
     return context
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(
     case=cases(),
     device_half=st.booleans(),

@@ -87,7 +87,7 @@ def tensors(draw: st.DrawFn) -> Tensor:
     return values.to(draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16))))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(parts=st.lists(st.tuples(tensors(), st.integers(0, 2)), max_size=6))
 def test_partials_are_those_of_float64(parts: list[tuple[Tensor, int]]) -> None:
     gradients = [LocalGradient(10 + index, module, tensor) for index, (tensor, module) in enumerate(parts)]
@@ -111,6 +111,14 @@ def test_partials_are_those_of_float64(parts: list[tuple[Tensor, int]]) -> None:
 def test_std_survives_a_mean_that_is_far_larger(ratio: float) -> None:
     gradient = torch.randn(300_000, generator=torch.Generator().manual_seed(1)) * 1e-4 + ratio * 1e-4
     check(message_of([LocalGradient(0, 0, gradient)]), 0, gradient)
+
+
+def test_what_rounding_leaves_of_a_rows_centre_is_corrected() -> None:
+    gradient = torch.randn(300_000, generator=torch.Generator().manual_seed(1)) * 1e-4 + 10.0
+    message, wide = message_of([LocalGradient(0, 0, gradient)]), gradient.double()
+    got, spread = moments(message, 0), wide.std(unbiased=False).item()
+    assert math.ldexp(got.mean, got.exponent) == pytest.approx(wide.mean().item(), rel=0.0, abs=1e-4 * spread)
+    assert math.ldexp(math.sqrt(got.m2 / got.count), got.exponent) == pytest.approx(spread, rel=5e-6)
 
 
 @pytest.mark.parametrize("magnitude", [1e-45, 1e-40, 1e-38, 1e-20, 1e20, 3e38])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import importlib
+import inspect
 import subprocess
 import sys
 import weakref
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from sidestep.trainer_hooks.parameters import ParameterTable, named_parameters, unwrapped
+from sidestep.trainer_hooks.parameters import _WRAPPERS, ParameterTable, named_parameters, unwrapped
 
 
 class Model(nn.Module):
@@ -176,6 +178,13 @@ def test_the_table_keeps_no_parameter_alive() -> None:
     assert table.gradients() == ([], [])
 
 
+@pytest.mark.parametrize(("home", "name", "attribute"), _WRAPPERS[:5])
+def test_the_wrappers_are_where_they_are_looked_for(home: str, name: str, attribute: str) -> None:
+    wrapper = getattr(importlib.import_module(home), name)
+    assert issubclass(wrapper, nn.Module)
+    assert attribute in inspect.getsource(importlib.import_module(home))
+
+
 SHARDED = """
 import torch
 import torch.distributed as dist
@@ -185,10 +194,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
-from sidestep.trainer_hooks.parameters import ParameterTable
+from sidestep.trainer_hooks.parameters import ParameterTable, named_parameters
 from sidestep.trainer_hooks.reductions.gradients import gradients_message, reduce_gradients
 
 model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 6))
+wrapped = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(1, 1)))
+print([name for name, _ in named_parameters(wrapped)])
 fully_shard(model, mesh=init_device_mesh("cpu", (4,)))
 table = ParameterTable(model)
 for row in table.rows:
@@ -208,6 +219,7 @@ def test_a_shard_knows_its_place_and_is_reduced_alone() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=50)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
+        "['0.weight', '0.bias']",
         "0.weight (8, 4) (2, 0) (2, 4)",
         "0.bias (8,) (2,) (2,)",
         "1.weight (6, 8) (2, 0) (2, 8)",
