@@ -45,7 +45,6 @@ class BackendRun:
     """History lines that were sent beyond the end of what was there."""
     alerts: list[dict[str, Any]] = field(default_factory=list)
     exit_code: int | None = None
-    num_posts: int = 0
 
     def lines(self, file: str) -> list[str]:
         """Return a stream's lines in the order of their numbers."""
@@ -160,7 +159,6 @@ class WandbBackend:
         """Take a post of a file stream."""
         with self.lock:
             run = self.runs.setdefault(run_id, BackendRun(name=run_id))
-            run.num_posts += 1
             for file, chunk in (post.get("files") or {}).items():
                 run.store(file, chunk["offset"], chunk["content"])
             if post.get("complete"):
@@ -290,13 +288,14 @@ class _Server(ThreadingHTTPServer):
 class _Connection(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: _Server
+    _late = False
     json_type: ClassVar = "application/json"
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         """Stay silent."""
 
     def do_POST(self) -> None:
-        backend, body = self.server.backend, self._body()
+        backend, body, self._late = self.server.backend, self._body(), False
         if self.path.split("?")[0] == "/graphql":
             query = json.loads(body)
             match = _OPERATION.search(query["query"])
@@ -307,6 +306,7 @@ class _Connection(BaseHTTPRequestHandler):
             if self._fails("filestream") or self._fails(f"filestream {match[1]}"):
                 return
             answer = backend.stream(match[1], json.loads(body))
+            backend.operations["stored late"] += self._late
             if not self._fails("filestream_answer"):
                 self._reply(answer)
         else:
@@ -328,6 +328,7 @@ class _Connection(BaseHTTPRequestHandler):
             return False
         if fault.delay_seconds:
             time.sleep(fault.delay_seconds)
+            self._late = True
             return False
         if fault.status < 0:
             self.close_connection = True

@@ -23,6 +23,8 @@ class OfflineRun:
     rows: list[dict[str, Any]] = field(default_factory=list)
     """History records; nested keys are joined by dots; ``_step`` counts over all fragments, as ``wandb sync`` has
     it."""
+    own_steps: list[list[int]] = field(default_factory=list)
+    """Per fragment the ``_step`` that W&B gave to each of its rows."""
     alerts: list[tuple[str, str, str]] = field(default_factory=list)
     """Title, text, level."""
     log_lines: list[str] = field(default_factory=list)
@@ -50,6 +52,7 @@ def read_fragments(folder: Path) -> OfflineRun:
     run = OfflineRun()
     for place in sorted((folder / "wandb").glob("offline-run-*")):
         run.exit_codes.append(None)
+        run.own_steps.append([])
         logs = sorted(place.glob("run-*.wandb"))  # none where the writer was killed before its first record
         for content in whole_records(logs[0].read_bytes() if logs else b""):
             record: Any = getattr(pb, "Record")()  # noqa: B009 (the generated module has no types)
@@ -80,6 +83,7 @@ def _add(run: OfflineRun, record: Any) -> None:
     kind = record.WhichOneof("record_type")
     if kind == "history":
         row = _values(record.history.item)
+        run.own_steps[-1].append(row["_step"])
         row["_step"] = len(run.rows)
         run.rows.append(row)
     elif kind == "alert":

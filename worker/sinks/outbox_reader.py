@@ -9,13 +9,10 @@ from __future__ import annotations
 import sqlite3
 from contextlib import closing
 from pathlib import Path
-from typing import Final
 from urllib.parse import quote
 
 from sidestep.worker.home import INDEX_FILE
 from sidestep.worker.outbox import StoredEntry
-
-_BUSY_SECONDS: Final = 5.0
 
 
 class OutboxReader:
@@ -24,8 +21,10 @@ class OutboxReader:
     A journal that has no index yet is an empty outbox. A reader belongs to the thread that made it.
     """
 
-    def __init__(self, journal: Path, run_id: str) -> None:
+    def __init__(self, journal: Path, run_id: str, *, busy_seconds: float = 5.0) -> None:
+        """Wait up to ``busy_seconds`` for a writer that has the index to itself (while it recovers)."""
         self.run_id = run_id
+        self._busy_seconds = busy_seconds
         self._index = Path(journal).resolve() / INDEX_FILE
         self._connection: sqlite3.Connection | None = None
 
@@ -83,7 +82,7 @@ class OutboxReader:
             return self._connection
         if not self._index.is_file():
             return None
-        connection = sqlite3.connect(f"file:{quote(str(self._index))}?mode=ro", uri=True, timeout=_BUSY_SECONDS)
+        connection = sqlite3.connect(f"file:{quote(str(self._index))}?mode=ro", uri=True, timeout=self._busy_seconds)
         try:
             known = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'outbox'").fetchone()
         except sqlite3.Error:

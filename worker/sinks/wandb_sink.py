@@ -20,7 +20,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -35,14 +34,13 @@ from sidestep.worker.sinks import wandb_axes
 from sidestep.worker.sinks.outbox_reader import OutboxReader
 from sidestep.worker.sinks.wandb_follow import Follower, ForeignRowsError, Pace, RefusedValueError, Wishes, alert_tag
 from sidestep.worker.sinks.wandb_marks import Marks
+from sidestep.worker.sinks.wandb_opening import run_settings, shown_config
 from sidestep.worker.sinks.wandb_position import fragment_folders, offline_position, set_aside_empty
 from sidestep.worker.sinks.wandb_processes import MARK_VARIABLE, SinkLock, end_marked, mark_of
 from sidestep.worker.sinks.wandb_progress import EXIT_AGAIN, EXIT_NEVER, Progress, SinkState
 
 _LOG: Final = logging.getLogger(__name__)
 
-_INIT_TIMEOUT_SECONDS: Final = 20.0
-_FINISH_TIMEOUT_SECONDS: Final = 30.0
 _LEFTOVER_TIMEOUT_SECONDS: Final = 10.0
 _POLL_SECONDS: Final = 0.1
 _MAX_ALERT_TITLE_CHARACTERS: Final = 63
@@ -64,39 +62,18 @@ class WandbRun:
         self._wandb = wandb
         self._axes = wandb_axes.Axes()
         self._offline_rows = 0
-        environment = opening.get("environment") or {}
-        stats_pid = _trainer_pid(environment)
-        settings: dict[str, Any] = {
-            "console": "off",
-            "disable_git": True,  # the worker's, which is not the trainer's
-            "finish_timeout": _FINISH_TIMEOUT_SECONDS,
-            "init_timeout": _INIT_TIMEOUT_SECONDS,
-            "silent": True,
-            "stop_fn": on_stop,
-            "stop_on_fatal_error": True,
-            "x_disable_machine_info": stats_pid is None,
-            "x_disable_meta": True,
-            "x_disable_stats": stats_pid is None,
-            "x_file_stream_transmit_interval": 5,
-            "x_save_requirements": False,
-            "x_transaction_log_flush_interval": 1,
-        }
-        if stats_pid is not None:
-            settings["x_stats_pid"] = stats_pid
-        if environment.get("host"):
-            settings["host"] = str(environment["host"])
         self._run = wandb.init(
             project=opening.get("project") or None,
             entity=opening.get("entity") or None,
             name=opening.get("name") or None,
             tags=list(opening.get("tags") or ()),
-            config=_shown_config(opening),
+            config=shown_config(opening),
             id=run_id,
             dir=str(out),
             mode="offline" if mode == "offline" else "online",
             resume="allow",
             reinit="create_new",
-            settings=wandb.Settings(**settings),
+            settings=wandb.Settings(**run_settings(opening), stop_fn=on_stop),
         )
 
     def resume_after(self, num_rows: int) -> None:
@@ -190,31 +167,6 @@ def _refusing() -> Iterator[None]:
         raise RefusedValueError(f"{type(error).__name__}: {error}") from error
 
 
-def _shown_config(opening: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the trainer's configuration, and beside it where and how the run was made."""
-    ours = {key: opening[key] for key in ("environment", "settings") if opening.get(key)}
-    return {**(opening.get("config") or {}), "_sidestep": ours}
-
-
-def _trainer_pid(environment: Mapping[str, Any]) -> int | None:
-    """Return the trainer's process where it is surely visible from here, so that its own GPUs are charted.
-
-    One host name does not mean one pid namespace (two containers of a pod), so the command line is compared.
-    """
-    pid, command = environment.get("pid"), environment.get("command")
-    if environment.get("host") != socket.gethostname() or not isinstance(pid, int) or not isinstance(command, list):
-        return None
-    try:
-        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").split(b"\0")
-    except OSError:
-        return None
-    masked = "***"  # what looks like a secret does not leave the trainer
-    same = len(arguments) == len(command) and all(
-        masked in str(said) or os.fsencode(str(said)) == real for said, real in zip(command, arguments, strict=True)
-    )
-    return pid if same else None
-
-
 class WandbSink:
     """One life of the child process."""
 
@@ -233,7 +185,8 @@ class WandbSink:
         lock = SinkLock(self._out / f"wandb-sink-{self._run_id}.lock")
         if not self._wait_until(lock.try_take):
             return self._ended(SinkState.SUSPENDED)
-        end_marked(mark_of(self._out, self._run_id), _LEFTOVER_TIMEOUT_SECONDS)
+        if left := end_marked(mark_of(self._out, self._run_id), _LEFTOVER_TIMEOUT_SECONDS):
+            raise TimeoutError(f"processes {sorted(left)} of an earlier sink of this run cannot be ended")
         marks = Marks.load(self._out / f"wandb-sink-{self._run_id}.json")
         opening: list[StoredEntry] = []
 
@@ -253,14 +206,17 @@ class WandbSink:
 
     def _opened(self, first: StoredEntry, marks: Marks) -> WandbRun:
         opening = first.value() if first.kind == "run" else {}
-        held = 0
+        held = num_fragments = 0
         if self._mode == "offline":
             held = self._offline_rows(marks)
-            self._wait_for_a_new_second()
+            num_fragments = self._wait_for_a_new_second()
         run = WandbRun(
             opening, out=self._out, run_id=self._run_id, mode=self._mode, on_stop=self._wishes.stop_run.set
         )  # fmt: skip
         run.resume_after(held)
+        if self._mode == "offline" and len(fragment_folders(self._out, self._run_id)) != num_fragments + 1:
+            # The SDK goes to a temporary folder where it cannot write; rows there would be sent again and again.
+            raise OSError(f"W&B does not write under {self._out}")
         return run
 
     def _offline_rows(self, marks: Marks) -> int:
@@ -273,11 +229,12 @@ class WandbSink:
         marks.save()
         return position.next_row
 
-    def _wait_for_a_new_second(self) -> None:
-        """Wait until a fragment's folder, which is named by the second, cannot be one that exists."""
+    def _wait_for_a_new_second(self) -> int:
+        """Wait until a fragment's folder, named by the second, cannot be one that exists; return how many there are."""
         folders = fragment_folders(self._out, self._run_id)
         while folders and folders[-1].name[len("offline-run-") :][:15] >= time.strftime("%Y%m%d_%H%M%S"):
             time.sleep(_POLL_SECONDS)
+        return len(folders)
 
     def _wait_until(self, ready: Callable[[], bool]) -> bool:
         while not ready():

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ _LOG: Final = logging.getLogger(__name__)
 
 _READ_BYTES: Final = 64 * 1024
 _OUTBOX_LOOK_SECONDS: Final = 0.5
+_BUSY_SECONDS: Final = 0.05
 _STOP_POLL_SECONDS: Final = 0.05
 _TABLE_UPLOAD_SECONDS: Final = 60.0
 _MAX_LOG_BYTES: Final = 4 << 20
@@ -47,6 +49,8 @@ class WandbSinkConfig:
     """Upper bound of the rate online, where W&B documents 1,000 rows a minute; 0: no limit."""
     stall_seconds: float = 60.0
     """A child that does not move for so long while entries wait is killed."""
+    start_seconds: float = 60.0
+    """The same for a child that has not opened its run yet: Python, wandb and the server need their time."""
     backoff_first_seconds: float = 0.5
     """Wait before a dead child is started again; doubled with every death that moved nothing."""
     backoff_max_seconds: float = 60.0
@@ -57,7 +61,7 @@ class WandbSinkConfig:
         """Refuse what cannot work; ValueError names the field."""
         if not self.run_id:
             raise ValueError("WandbSinkConfig.run_id: must not be empty")
-        for name in ("stall_seconds", "backoff_first_seconds", "backoff_max_seconds"):
+        for name in ("stall_seconds", "start_seconds", "backoff_first_seconds", "backoff_max_seconds"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"WandbSinkConfig.{name}: must be positive")
 
@@ -77,7 +81,7 @@ class WandbStatus:
     entries_behind: int
     counts: Mapping[str, int]
     """Exact counts: starts, respawns, stalls, failures, unreadable_reports, stop_requests (of the run's page),
-    refused_uploads, unconfirmed_tables."""
+    refused_uploads, unconfirmed_tables, unreadable_outbox (looks that failed)."""
     detail: str
     """What the child last complained of."""
     alerts_sent: int
@@ -90,7 +94,7 @@ class WandbSupervisor:
 
     def __init__(self, config: WandbSinkConfig) -> None:
         self._config = config
-        self._reader = OutboxReader(config.journal, config.run_id)
+        self._reader = OutboxReader(config.journal, config.run_id, busy_seconds=_BUSY_SECONDS)
         self._mark = mark_of(config.out, config.run_id)
         self._child: subprocess.Popen[bytes] | None = None
         self._unread = b""
@@ -102,6 +106,7 @@ class WandbSupervisor:
             unreadable_reports=0,
             stop_requests=0,
             refused_uploads=0,
+            unreadable_outbox=0,
             unconfirmed_tables=0,
         )
         self._totals: Counter[str] = Counter()  # of the children before this one
@@ -122,7 +127,7 @@ class WandbSupervisor:
         self.poll()
 
     def poll(self) -> None:
-        """Hear the child, start or kill it as needed; never waits. Raises sqlite3.Error where the index is broken."""
+        """Hear the child, start or kill it as needed; never waits."""
         now = time.monotonic()
         self._look(now)
         self._hear(now)
@@ -131,7 +136,7 @@ class WandbSupervisor:
             self._bury(self._child, now)
         elif self._child is not None and self._is_stalled(now):
             self._counts["stalls"] += 1
-            self._detail = f"no progress for {self._config.stall_seconds:g} s with {self._waiting()} entries waiting"
+            self._detail = f"no progress for {self._patience_seconds():g} s with {self._waiting()} entries waiting"
             _LOG.warning("the W&B sink of run %s is killed: %s", self._config.run_id, self._detail)
             self._kill()
         if self._child is None and self._is_due(now):
@@ -317,14 +322,22 @@ class WandbSupervisor:
     def _look(self, now: float) -> None:
         if not now or now - self._looked_at >= _OUTBOX_LOOK_SECONDS:
             self._looked_at = now
-            self._newest_position, self._newest_rows = self._reader.newest_position(), self._reader.num_rows()
+            try:
+                self._newest_position, self._newest_rows = self._reader.newest_position(), self._reader.num_rows()
+            except sqlite3.Error as error:  # the numbers before stand until the next look
+                self._counts["unreadable_outbox"] += 1
+                self._detail = f"the outbox cannot be read: {error}"
 
     def _waiting(self) -> int:
         return max(0, self._newest_position - self._progress.position)
 
     def _is_stalled(self, now: float) -> bool:
         busy = self._waiting() > 0 or self._progress.state is SinkState.FINISHING
-        return busy and now - self._moved_at > self._config.stall_seconds
+        return busy and now - self._moved_at > self._patience_seconds()
+
+    def _patience_seconds(self) -> float:
+        starting = self._progress.state is SinkState.STARTING
+        return self._config.start_seconds if starting else self._config.stall_seconds
 
     def _current_status(self) -> WandbStatus:
         progress, totals = self._progress, self._totals

@@ -154,7 +154,9 @@ def test_a_row_that_cannot_be_told_keeps_its_number(outbox: OutboxWriter, tmp_pa
     outbox.write([row_entry(6, _step=99, _runtime=1), row_entry(7), entry("finish", {"exit_code": 0, "reason": ""})])
     result = run_sink(outbox, tmp_path / "out")
     assert (result.last["num_rows"], result.last["entries_refused"]) == (8, 6)
-    rows = read_fragments(tmp_path / "out").rows
+    run = read_fragments(tmp_path / "out")
+    rows = run.rows
+    assert run.own_steps == [list(range(8))]
     assert [row.get("train/step") for row in rows] == [None, None, None, None, None, None, 150, 175]
     assert all("sidecar/refused_row" in row for row in rows[:6])
     assert "other columns" in rows[0]["sidecar/refused_row"]

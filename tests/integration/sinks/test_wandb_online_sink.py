@@ -58,6 +58,27 @@ def test_an_unreachable_server_delays_nobody_and_loses_nothing(
 
 
 @pytest.mark.slow
+def test_a_post_of_a_killed_sink_that_lands_late_changes_nothing(
+    outbox: OutboxWriter, supervise: Supervise, backend: WandbBackend, tmp_path: Path
+) -> None:
+    supervisor = supervise(backend)
+    outbox.write([run_entry(), *map(row_entry, range(6))])
+    supervisor.start()
+    until(supervisor, lambda: supervisor.status().num_rows == 6)
+    backend.faults["filestream"] = Fault(delay_seconds=3.0, requests=1)
+    outbox.write([row_entry(6), row_entry(7)])
+    until(supervisor, lambda: backend.operations["fault filestream"] == 1)
+    for pid in sink_processes(tmp_path):
+        os.kill(pid, signal.SIGKILL)
+    outbox.write([row_entry(8), FINISH])
+    until(supervisor, lambda: is_finished(supervisor))
+    run = backend.runs["run1"]
+    until(supervisor, lambda: backend.operations["stored late"] == 1)
+    assert_every_row_once(run, 9)
+    assert run.repeated_lines >= 6
+
+
+@pytest.mark.slow
 def test_the_pages_stop_and_a_refused_upload_are_told_apart(
     outbox: OutboxWriter, supervise: Supervise, backend: WandbBackend, tmp_path: Path
 ) -> None:

@@ -13,9 +13,9 @@ import pytest
 
 from sidestep.worker.sinks.wandb_follow import Pace
 from sidestep.worker.sinks.wandb_marks import Marks
+from sidestep.worker.sinks.wandb_opening import run_settings, trainer_pid
 from sidestep.worker.sinks.wandb_processes import MARK_VARIABLE, SinkLock, end_marked, mark_of, marked_processes
 from sidestep.worker.sinks.wandb_progress import Progress, SinkState
-from sidestep.worker.sinks.wandb_sink import _trainer_pid
 
 
 def test_marks_survive(tmp_path: Path) -> None:
@@ -107,10 +107,17 @@ def test_one_holds_the_lock_at_a_time(tmp_path: Path) -> None:
 def test_the_trainers_process_is_known_by_host_and_command_line(sleeper: subprocess.Popen[bytes]) -> None:
     command = [sys.executable, "-c", "import time; time.sleep(60)"]
     here = {"host": socket.gethostname(), "pid": sleeper.pid, "command": command}
-    assert _trainer_pid(here) == sleeper.pid
-    assert _trainer_pid({**here, "command": [*command[:2], "***"]}) == sleeper.pid
-    assert _trainer_pid({**here, "command": [*command, "more"]}) is None
-    assert _trainer_pid({**here, "command": ["python", "train.py", "x"]}) is None
-    assert _trainer_pid({**here, "host": "another"}) is None
-    assert _trainer_pid({**here, "pid": 2**22 + 1}) is None
-    assert _trainer_pid({}) is None
+    assert trainer_pid(here) == sleeper.pid
+    assert trainer_pid({**here, "command": [*command[:2], "***"]}) == sleeper.pid
+    assert trainer_pid({**here, "command": [*command, "more"]}) is None
+    assert trainer_pid({**here, "command": ["python", "train.py", "x"]}) is None
+    assert trainer_pid({**here, "host": "another"}) is None
+    assert trainer_pid({**here, "pid": 2**22 + 1}) is None
+    assert trainer_pid({}) is None
+    settings = run_settings({"environment": here})
+    assert (settings["x_stats_pid"], settings["x_disable_stats"], settings["host"]) == (
+        sleeper.pid,
+        False,
+        here["host"],
+    )
+    assert run_settings({})["x_disable_stats"] is True
