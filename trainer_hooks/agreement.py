@@ -1,4 +1,4 @@
-"""What rank 0 decided and the other ranks take over: run, incarnation and endpoint, through the process group's store."""
+"""What rank 0 decided and the other ranks take over: run, incarnation and endpoint, through the group's store."""
 
 from __future__ import annotations
 

@@ -119,9 +119,10 @@ class ForwardReader:
     def outputs(self, output: Any, shape: torch.Size | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Logits [b, t, v] and scalar loss of a forward's output: by name, else by shape in a tuple or alone."""
         named = isinstance(output, Mapping) or hasattr(output, "logits") or hasattr(output, "loss")
-        if named:
-            ask = output.get if isinstance(output, Mapping) else lambda name: getattr(output, name, None)
-            candidates: list[Any] = [ask("logits"), ask("loss")]
+        if isinstance(output, Mapping):
+            candidates: list[Any] = [output.get("logits"), output.get("loss")]
+        elif named:
+            candidates = [getattr(output, "logits", None), getattr(output, "loss", None)]
         else:
             candidates = list(output) if isinstance(output, tuple | list) else [output]
         tensors = [value for value in candidates if isinstance(value, torch.Tensor) and value.is_floating_point()]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from sidestep.trainer_hooks.config import HooksConfig
+from sidestep.trainer_hooks.samples import Sample
 from sidestep.trainer_hooks.topology import Topology
 
 
@@ -27,8 +28,8 @@ def checked_optimizer(optimizer: Any, model: nn.Module) -> Any:
         raise ValueError("optimizer has no parameters: attach after its parameter groups are filled")
     if not any(id(parameter) in held for parameter in model.parameters()):
         raise ValueError(
-            "optimizer holds none of the model's parameters: pass the model that it trains, and make the optimizer after "
-            "wrapping or sharding the model"
+            "optimizer holds none of the model's parameters: pass the model that it trains, and make the optimizer "
+            "after wrapping or sharding the model"
         )
     return optimizer
 
@@ -38,43 +39,76 @@ def check_arguments(
     config: object,
     *,
     step: object,
-    samples: object,
-    tokenizer: object,
-    generate_fn: object,
     scaler: object,
     modules: object,
-    names: Mapping[str, object],
+    texts: Mapping[str, object],
+    tags: object,
 ) -> None:
     """Hold each argument of ``attach`` against what it must be.
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: an argument has a wrong value, or goes without another that it needs.
+        ValueError: a step below 0.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if not isinstance(config, HooksConfig):
         raise TypeError(
-            f"config must be a HooksConfig, not {type(config).__name__}; HooksConfig.from_train_config(cfg) makes one of a "
-            "trainer's configuration"
+            f"config must be a HooksConfig, not {type(config).__name__}; HooksConfig.from_train_config(cfg) makes one "
+            "of a trainer's configuration"
         )
     if isinstance(step, bool) or not isinstance(step, int):
         raise TypeError(f"step must be the number of the next optimizer step, not {step!r}")
     if step < 0:
         raise ValueError(f"step must be at least 0, not {step}")
-    for name, value in names.items():
+    if scaler is not None and not hasattr(scaler, "is_enabled"):
+        raise TypeError(f"scaler must be a torch.amp.GradScaler, not {type(scaler).__name__}")
+    if modules is not None and not _is_text_map(modules):
+        raise TypeError("modules must map prefixes of parameter names to module names")
+    _check_texts(texts, tags)
+
+
+def _check_texts(texts: Mapping[str, object], tags: object) -> None:
+    for name, value in texts.items():
         if value is not None and not isinstance(value, str):
             raise TypeError(f"{name} must be text, not {type(value).__name__}")
+    if isinstance(tags, str) or not isinstance(tags, Iterable) or not all(isinstance(tag, str) for tag in tags):
+        raise TypeError(f"tags must be a list of texts, not {tags!r}")
+
+
+def check_generation(samples: object, tokenizer: object, generate_fn: object) -> None:
+    """Hold what generation needs together.
+
+    Raises:
+        TypeError: ``generate_fn`` cannot be called.
+        ValueError: samples without a tokenizer, or a way to generate without samples.
+    """
     if samples is not None and tokenizer is None:
         raise ValueError("samples need a tokenizer, by which generations are shown as text: pass tokenizer=")
     if generate_fn is not None and not callable(generate_fn):
         raise TypeError("generate_fn must be callable as generate_fn(model, samples, max_new_tokens)")
     if generate_fn is not None and samples is None:
         raise ValueError("generate_fn needs samples to generate from: pass samples=")
-    if scaler is not None and not hasattr(scaler, "is_enabled"):
-        raise TypeError(f"scaler must be a torch.amp.GradScaler, not {type(scaler).__name__}")
-    if modules is not None and not _is_text_map(modules):
-        raise TypeError("modules must map prefixes of parameter names to module names")
+
+
+def check_samples(samples: Iterable[object]) -> list[Sample]:
+    """Samples as a list.
+
+    Raises:
+        TypeError: one of them is no ``Sample``.
+        ValueError: there are none.
+    """
+    listed: list[Sample] = []
+    for sample in samples:
+        if not isinstance(sample, Sample):
+            raise TypeError(
+                f"samples must be sidestep.Sample objects, not {type(sample).__name__}; "
+                "sidestep.trainer_hooks.samples.samples_from_dataset makes them of a dataset"
+            )
+        listed.append(sample)
+    if not listed:
+        raise ValueError("samples is empty: pass some, or leave it out for a run without generation")
+    return listed
 
 
 def _is_text_map(value: object) -> bool:

@@ -124,8 +124,8 @@ class HooksConfig:
     def from_train_config(cls, cfg: object, **overrides: Any) -> Self:
         """Take what a trainer's own configuration says, and divide its intervals by the accumulation.
 
-        In the user's ``TrainConfig`` the three intervals count micro-batches, ``gradient_accumulation_steps * 50`` and so
-        on (docs/metrics.md, "Configuration names that are the user's"); here they count optimizer steps.
+        In the user's ``TrainConfig`` the three intervals count micro-batches, ``gradient_accumulation_steps * 50`` and
+        so on (docs/metrics.md, "Configuration names that are the user's"); here they count optimizer steps.
 
         Args:
             cfg: an object with attributes, or a mapping; what it does not have keeps its default.

@@ -71,8 +71,8 @@ def greedy_loop(
 class CachedLoop:
     """nanoVLM's contract: the forward gives hidden states, the decoder goes on from its cache.
 
-    The cache of the first pass is seen by a hook on the decoder, put on for that pass alone; so images are embedded by the
-    model's own forward, and the ids are those of its greedy ``generate`` up to the first EOS.
+    The cache of the first pass is seen by a hook on the decoder, put on for that pass alone; so images are embedded by
+    the model's own forward, and the ids are those of its greedy ``generate`` up to the first EOS.
     """
 
     masked = True
@@ -144,7 +144,7 @@ class GreedyGenerate:
     def __init__(self, model: nn.Module) -> None:
         self._model: Any = model
         # inference_mode around it would leave inference tensors in the model's caches, and break the next backward
-        function = type(model).generate
+        function: Any = type(model).generate  # type: ignore[attr-defined]  # asked for before it is made
         plain = getattr(function, "__wrapped__", function)
         by_torch = getattr(getattr(function, "__code__", None), "co_filename", "").endswith("_contextlib.py")
         self._generate = plain if by_torch else function

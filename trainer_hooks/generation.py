@@ -27,8 +27,8 @@ _MAX_FAILURE_CHARACTERS = 500
 class Generator:
     """Generates from fixed samples, and leaves the training as it was.
 
-    The prompts are joined once, when it is made, and kept on the CPU. It is the one part of the hooks that costs forward
-    passes and waits for the device (docs/metrics.md, ``generation/``).
+    The prompts are joined once, when it is made, and kept on the CPU. It is the one part of the hooks that costs
+    forward passes and waits for the device (docs/metrics.md, ``generation/``).
 
     Args:
         model: as the trainer calls it; wrappers are taken off.
@@ -126,8 +126,8 @@ def with_prompts(samples: Sequence[Sample], tokenizer: Any) -> list[Sample]:
     A chat template is used where the tokenizer has one.
 
     Raises:
-        ValueError: a sample has inputs or an image but no prompt ids (where would the image's placeholders stand?), or the
-            tokenizer cannot encode.
+        ValueError: a sample has inputs or an image but no prompt ids (where would the image's placeholders stand?), or
+            the tokenizer cannot encode.
     """
     prepared = []
     for place, sample in enumerate(samples):

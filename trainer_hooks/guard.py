@@ -52,7 +52,7 @@ class Guard:
             text = f"{type(error).__name__}: {error}"[:_MAX_SHOWN_CHARACTERS]
             self._console.once(
                 f"failed-{where}",
-                f"a measurement failed in {where} and is left out ({text}{place}); training goes on, further ones are counted.",
+                f"a measurement failed in {where} and is left out ({text}{place}); training goes on, more are counted.",
             )
 
     def enter(self) -> None:
@@ -78,6 +78,11 @@ class Guarded(Protocol):
         ...
 
 
+def _is_capturing() -> bool:
+    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return initialized and torch.cuda.is_current_stream_capturing()
+
+
 Owner = TypeVar("Owner", bound=Guarded)
 
 
@@ -86,8 +91,8 @@ def guarded(
 ) -> Callable[Concatenate[Owner, Params], Result | None]:
     """Make a method that raises nothing, is measured, records no gradient and is never traced by a compiler.
 
-    An exception makes it return None. ``KeyboardInterrupt`` and ``SystemExit`` are the trainer's own and pass. While a CUDA
-    graph is being captured it does nothing: what it launched would be replayed for ever.
+    An exception makes it return None. ``KeyboardInterrupt`` and ``SystemExit`` are the trainer's own and pass. While a
+    CUDA graph is being captured it does nothing: what it launched would be replayed for ever.
     """
 
     @functools.wraps(method)
@@ -95,7 +100,7 @@ def guarded(
         guard = self.guard
         guard.enter()
         try:
-            if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            if _is_capturing():
                 return None
             with torch.no_grad():
                 return method(self, *args, **kwargs)
@@ -105,5 +110,5 @@ def guarded(
         finally:
             guard.leave()
 
-    untraced: Any = torch.compiler.disable(call)
+    untraced: Any = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
     return untraced  # type: ignore[no-any-return]

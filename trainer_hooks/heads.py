@@ -35,7 +35,7 @@ def head_sizes(head: nn.Module | None) -> tuple[int, int] | None:
 
 
 def parameter_names(function: object) -> tuple[str, ...]:
-    """The names of a callable's arguments in order, without ``*args`` and ``**kwargs``; empty where it does not tell."""
+    """The names of a callable's arguments in order, without ``*args`` and ``**kwargs``; empty where unknown."""
     if not callable(function):
         return ()
     try:

@@ -12,24 +12,21 @@ import torch
 from torch import nn
 
 from sidestep.protocol.messages import Command
-from sidestep.trainer_hooks.agreement import Agreed, agree, new_incarnation
-from sidestep.trainer_hooks.capture import Batch, ForwardReader
-from sidestep.trainer_hooks.checks import check_arguments, check_topology, checked_optimizer
+from sidestep.trainer_hooks.attachment import (
+    Training,
+    look_at,
+    make_generator,
+    make_introduction,
+    make_session,
+)
+from sidestep.trainer_hooks.capture import Batch
+from sidestep.trainer_hooks.checks import check_arguments, check_generation, checked_optimizer
 from sidestep.trainer_hooks.config import HooksConfig
-from sidestep.trainer_hooks.console import Console
-from sidestep.trainer_hooks.generation import GenerateFunction, Generator, with_prompts
-from sidestep.trainer_hooks.heads import find_head, head_sizes
-from sidestep.trainer_hooks.opening import Introduction, RunNames, choose_run_id, find_worker, introduce, texts
-from sidestep.trainer_hooks.parameters import ParameterTable, unwrapped
-from sidestep.trainer_hooks.reducing import Reducer
-from sidestep.trainer_hooks.reductions.learning_rate import group_names
-from sidestep.trainer_hooks.samples import Sample, samples_table
-from sidestep.trainer_hooks.session import Parts, Session
-from sidestep.trainer_hooks.staging import Staging
-from sidestep.trainer_hooks.support import EXACT, capabilities
-from sidestep.trainer_hooks.topology import Topology, read_topology
+from sidestep.trainer_hooks.generation import GenerateFunction
+from sidestep.trainer_hooks.opening import Introduction, RunNames
+from sidestep.trainer_hooks.samples import Sample
+from sidestep.trainer_hooks.session import Session
 from sidestep.trainer_hooks.transport import OpenTransport
-from sidestep.trainer_hooks.vocabulary import Vocabulary, read_vocabulary
 
 
 class Hooks:
@@ -80,8 +77,8 @@ class Hooks:
             token_losses: the trainer's own unreduced losses [b, t], in place of logits.
             hidden: last hidden states [b, t, d], with ``head``, where the loss is fused and there are no logits.
             head: the module or weight [v, d] that turns them into logits.
-            shifted: whether ``labels[t]`` is the target of position t; left out, ``HooksConfig.shifted`` and the name of
-                the forward's argument decide.
+            shifted: whether ``labels[t]`` is the target of position t; left out, ``HooksConfig.shifted`` and the name
+                of the forward's argument decide.
             documents: number of the document at each position [b, t], where rows are packed.
             position_ids: [b, t], starting anew with each document.
             cu_seqlens: cumulated lengths of the documents [documents + 1].
@@ -144,7 +141,7 @@ class Hooks:
         return {"run_id": self.run_id, "step": self._session.last_step, "epoch": self._session.epoch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on in a checkpoint's run, after its last step (unless ``attach`` was told a step); before the first step."""
+        """Go on in a checkpoint's run, after its last step unless ``attach`` was told one; before the first step."""
         self._state = dict(state)
         if self._session is not None:
             self._session.load(self._state, keep_step=self._keep_step)
@@ -227,117 +224,21 @@ def attach(
         ValueError: an argument's value is wrong, or misses another argument; the text says what to do.
     """
     config = HooksConfig() if config is None else config
-    names = {"project": project, "entity": entity, "name": name, "endpoint": endpoint, "run_id": run_id}
-    check_arguments(
-        model, config, step=step, samples=samples, tokenizer=tokenizer, generate_fn=generate_fn, scaler=scaler,
-        modules=modules, names=names,
-    )  # fmt: skip
+    texts = {"project": project, "entity": entity, "name": name, "endpoint": endpoint, "run_id": run_id}
+    check_arguments(model, config, step=step, scaler=scaler, modules=modules, texts=texts, tags=tags)
+    check_generation(samples, tokenizer, generate_fn)
     optimizer = checked_optimizer(optimizer, model)
-    run_names = RunNames(
-        project=project or "", entity=entity or "", name=name or "", tags=texts("tags", tags), run_config=run_config
+    names = RunNames(
+        project=project or "", entity=entity or "", name=name or "", tags=tuple(tags), run_config=run_config
     )
     if not config.log_wandb:
         return Hooks(None, None, keep_step=False)
-    topology = read_topology(model)
-    check_topology(topology)
-    vocabulary = read_vocabulary(tokenizer, config)
-    reader = ForwardReader(model, vocabulary.size)
-    num_ids = vocabulary.size or (head_sizes(find_head(unwrapped(model))) or (0, 0))[0]
-    chosen = _chosen_samples(samples, tokenizer, config)
-    known = capabilities(config, topology, reader, num_ids=num_ids, has_samples=bool(chosen))
-    generator = None
-    if known["generation"] == EXACT or known["collapse"] == EXACT:
-        generator = _generator(model, chosen, config, vocabulary, generate_fn, topology)
-    console = Console()
-    staging = Staging(max_host_bytes=config.staging_bytes, console=console)
-    table = ParameterTable(model, optimizer, modules)
-    hello, blobs = introduce(
-        names=run_names,
-        config=config,
-        topology=topology,
-        model=model,
-        tables={
-            "parameters": table.as_json(),
-            "groups": {"names": list(group_names(optimizer, model, table))},
-            **({"tokenizer": vocabulary.as_table()} if tokenizer is not None or vocabulary.eos_id is not None else {}),
-            **({"samples": samples_table(chosen)} if chosen else {}),
-        },
-        capabilities=known,
-        step=step,
+    training = Training(model=model, optimizer=optimizer, config=config, scaler=scaler, modules=modules)
+    seen = look_at(training, tokenizer, samples)
+    generator = make_generator(training, seen, generate_fn)
+    introduction = make_introduction(
+        training, seen, names, step=step, run_id=run_id, endpoint=endpoint, transport=transport
     )
-    told_run_id, given = choose_run_id(run_id)
-    address = find_worker(endpoint, topology.rank, console, needed=transport is None)
-    mine = Agreed(run_id=told_run_id, incarnation=new_incarnation(), endpoint=address)
-    agreed = agree(mine, topology.rank, topology.world_size)
-    if agreed is None:
-        console.line("sidestep: rank 0 was not heard of within 5 s; this rank goes on without hooks.")
+    if introduction is None:
         return Hooks(None, None, keep_step=False)
-    introduction = Introduction(
-        agreed=agreed,
-        run_id_is_given=given,
-        rank=topology.rank,
-        hello=hello,
-        blobs=blobs,
-        staging=staging,
-        console=console,
-        window_bytes=config.window_bytes,
-        open_transport=transport,
-    )
-    introduction.check()
-    session = Session(
-        Parts(
-            model=model,
-            optimizer=optimizer,
-            config=config,
-            make_table=lambda: ParameterTable(model, optimizer, modules),
-            table=table,
-            reader=reader,
-            reducer=Reducer(config, vocabulary, num_ids=num_ids, shifted=reader.shifted),
-            generator=generator,
-            staging=staging,
-            console=console,
-            scaler=scaler,
-            topology=topology,
-            takes_gradients=known["gradients"] == EXACT and (topology.rank == 0 or topology.sharded),
-            introduction=introduction,
-        ),
-        step,
-    )
-    return Hooks(session, introduction, keep_step=step > 0)
-
-
-def _chosen_samples(samples: Sequence[Sample] | None, tokenizer: Any, config: HooksConfig) -> list[Sample]:
-    """The first samples of those given, with their prompts."""
-    if samples is None:
-        return []
-    listed = list(samples)
-    wrong = next((sample for sample in listed if not isinstance(sample, Sample)), None)
-    if wrong is not None:
-        raise TypeError(
-            f"samples must be sidestep.Sample objects, not {type(wrong).__name__}; "
-            "sidestep.trainer_hooks.samples.samples_from_dataset makes them of a dataset"
-        )
-    if not listed:
-        raise ValueError("samples is empty: pass some, or leave it out for a run without generation")
-    return with_prompts(listed[: config.generation_samples], tokenizer)
-
-
-def _generator(
-    model: nn.Module,
-    samples: Sequence[Sample],
-    config: HooksConfig,
-    vocabulary: Vocabulary,
-    generate_fn: GenerateFunction | None,
-    topology: Topology,
-) -> Generator | None:
-    """On rank 0 alone: replicas would generate the same."""
-    if topology.rank != 0:
-        return None
-    return Generator(
-        model,
-        samples,
-        eos_id=vocabulary.eos_id,
-        pad_id=vocabulary.pad_id,
-        max_new_tokens=config.max_new_tokens,
-        generate_fn=generate_fn,
-    )
+    return Hooks(make_session(training, seen, generator, introduction, step), introduction, keep_step=step > 0)

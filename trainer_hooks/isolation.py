@@ -16,8 +16,8 @@ from torch import nn
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients, autocast or compiled code; everything is put back, whatever is raised within.
 
-    Every sub-module returns to its own mode (a frozen encoder in evaluation mode stays so), and the random state of torch
-    (CPU and the CUDA devices in use), numpy and ``random`` is what it was (docs/metrics.md, ``generation/``).
+    Every sub-module returns to its own mode (a frozen encoder in evaluation mode stays so), and the random state of
+    torch (CPU and the CUDA devices in use), numpy and ``random`` is what it was (docs/metrics.md, ``generation/``).
     """
     with ExitStack() as stack:
         stack.enter_context(_random_state())
@@ -32,7 +32,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Set each module's mode by its attribute: an overridden ``train()`` may do more than that (merge adapters, say)."""
+    """Set each module's mode by its attribute: an overridden ``train()`` may do more (merge adapters, say)."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in modes:
@@ -46,7 +46,8 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _random_state() -> Iterator[None]:
     cpu = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    in_use: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    cuda = torch.cuda.get_rng_state_all() if in_use else []
     of_numpy: Any = np.random.get_state()  # noqa: NPY002  (the global generator is what a trainer may be using)
     of_python = random.getstate()
     try:

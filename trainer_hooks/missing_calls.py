@@ -6,6 +6,18 @@ from sidestep.trainer_hooks.open_step import OpenStep
 from sidestep.trainer_hooks.schedule import FAMILIES, Schedule
 
 _INTERVALS = 2
+_NO_BEFORE_CLIP = (
+    "hooks.before_clip() is never called: gradients are taken at the optimizer's step, after any clipping "
+    "(gradients/global/clipped is 1). Call it once per step, after the last backward."
+)
+_NO_AFTER_STEP = (
+    "hooks.after_step(step) is never called: steps are counted by the optimizer's own calls and end when the next "
+    "forward begins. Call it once per optimizer step, with your own step number."
+)
+_NO_BATCH = (
+    "no training batch was seen: attach() to the module that the loop calls, after wrapping and compiling it, or pass "
+    "batches to hooks.on_batch(input_ids=..., labels=..., logits=...)."
+)
 
 
 class MissingCalls:
@@ -28,31 +40,15 @@ class MissingCalls:
         self._num_steps += 1
         self._batch_seen = self._batch_seen or bool(opened.microbatches)
         said: list[tuple[str, str]] = []
-        if (
-            opened.gradients is not None
-            and opened.gradients.clipped
-            and self._called
-            and "before_clip" not in self._called
-        ):
+        clipped = opened.gradients is not None and opened.gradients.clipped
+        if clipped and self._called and "before_clip" not in self._called:
             self._num_clipped += 1
             if self._num_clipped >= _INTERVALS:
-                said.append((
-                    "no-before-clip",
-                    "hooks.before_clip() is never called: gradients are taken at the optimizer's step, after any clipping "
-                    "(gradients/global/clipped is 1). Call it once per step, after the last backward.",
-                ))  # fmt: skip
+                said.append(("no-before-clip", _NO_BEFORE_CLIP))
         if self._called and "after_step" not in self._called and self._due(self._patience_steps):
-            said.append((
-                "no-after-step",
-                "hooks.after_step(step) is never called: steps are counted by the optimizer's own calls and end when the "
-                "next forward begins. Call it once per optimizer step, with your own step number.",
-            ))  # fmt: skip
+            said.append(("no-after-step", _NO_AFTER_STEP))
         if not self._batch_seen and self._due(self._batch_patience_steps):
-            said.append((
-                "no-batch",
-                "no training batch was seen: attach() to the module that the loop calls, after wrapping and compiling it, "
-                "or pass batches to hooks.on_batch(input_ids=..., labels=..., logits=...).",
-            ))  # fmt: skip
+            said.append(("no-batch", _NO_BATCH))
         return said
 
     def _due(self, patience_steps: int) -> bool:

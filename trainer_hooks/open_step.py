@@ -1,4 +1,4 @@
-"""One optimizer step while it goes on: what was reduced so far, and how it becomes messages once its number is known."""
+"""One optimizer step while it goes on: what was reduced so far, and how it becomes messages at its end."""
 
 from __future__ import annotations
 

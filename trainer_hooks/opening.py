@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,15 +76,6 @@ class Introduction:
             window_bytes=self.window_bytes,
         ).start()
 
-    def check(self) -> None:
-        """Encode the introduction once, so that what cannot travel is said at attach.
-
-        Raises:
-            EncodeError: something in it is too large.
-        """
-        envelope = Envelope(run_id=self.agreed.run_id, incarnation=self.agreed.incarnation, rank=self.rank)
-        frames.encode(envelope, self.hello)
-
 
 def introduce(
     *,
@@ -99,7 +90,7 @@ def introduce(
     """Put the Hello together, and the tables that it names by their hashes.
 
     Raises:
-        EncodeError: a table is too large.
+        EncodeError: a table or the configuration is too large.
         ValueError: ``run_config`` is no configuration.
     """
     contents = {name: encode_table(table) for name, table in tables.items()}
@@ -119,6 +110,7 @@ def introduce(
         tables=digests,
         capabilities=capabilities,
     )
+    frames.encode(Envelope(run_id="", incarnation="", rank=topology.rank), hello)  # what cannot travel is said here
     return hello, {digests[name]: content for name, content in contents.items()}
 
 
@@ -143,10 +135,3 @@ def choose_run_id(run_id: str | None) -> tuple[str, bool]:
     """The run's id, and whether the caller or the environment gave it."""
     told = run_id or os.environ.get("SIDESTEP_RUN_ID", "")
     return (told, True) if told else (secrets.token_hex(4), False)
-
-
-def texts(name: str, values: Sequence[str] | str) -> tuple[str, ...]:
-    """Tags as a tuple; raises ValueError for what is no list of texts."""
-    if isinstance(values, str) or not all(isinstance(value, str) for value in values):
-        raise ValueError(f"{name} must be a list of texts, not {values!r}")
-    return tuple(values)

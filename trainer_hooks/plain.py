@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from enum import Enum
 from typing import Any
 
@@ -24,16 +25,12 @@ def plain(value: Any, level: int = 0) -> Json:
     masked.
     """
     if isinstance(value, Enum):
-        return plain(value.value, level)
-    if value is None or isinstance(value, bool | float):
-        return value if value is None or isinstance(value, bool) else float(value)
-    if isinstance(value, int):
-        return int(value) if -_INT64 <= value < _INT64 else str(value)
-    if isinstance(value, str):
-        return str(value)[:_MAX_TEXT_CHARACTERS]
+        value = value.value
+    if value is None or isinstance(value, bool | int | float | str):
+        return _scalar(value)
     if level >= MAX_NESTING_LEVELS - 1:
         return _text(value)
-    if isinstance(value, list | tuple | Set):
+    if isinstance(value, list | tuple | AbstractSet):
         return [plain(item, level + 1) for item in list(value)[:_MAX_ENTRIES]]
     entries = _entries(value)
     if entries is None:
@@ -42,6 +39,15 @@ def plain(value: Any, level: int = 0) -> Json:
         str(name): "***" if is_secret(str(name)) and item else plain(item, level + 1)
         for name, item in list(entries.items())[:_MAX_ENTRIES]
     }
+
+
+def _scalar(value: float | str | None) -> Json:
+    """A scalar of exactly its plain type: subclasses (numpy's float64, a text enum) do not travel."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return int(value) if -_INT64 <= value < _INT64 else str(value)
+    return float(value) if isinstance(value, float) else str(value)[:_MAX_TEXT_CHARACTERS]
 
 
 def plain_map(value: Any) -> dict[str, Json]:

@@ -37,9 +37,8 @@ class Reducer:
 
     def is_shifted(self, batch: Batch) -> bool:
         """Explicit, else configured, else told by the argument's name, else as Hugging Face: not shifted."""
-        told = (batch.shifted, self._config.shifted, self._shifted)
-        if self._config.shifted is not None and batch.captured:
-            told = (self._config.shifted,)
+        explicit = None if batch.captured else batch.shifted
+        told = (explicit, self._config.shifted, batch.shifted, self._shifted)
         return next((value for value in told if value is not None), False)
 
     def reduce(self, batch: Batch, due: frozenset[str], step: int, microstep: int) -> MicroBatch:

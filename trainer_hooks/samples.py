@@ -31,7 +31,7 @@ class Sample:
     image: Any = None
     """For the table: a PIL image, or an array or tensor [h, w], [h, w, c] or [c, h, w]."""
     prompt_ids: Sequence[int] | torch.Tensor | None = None
-    """Ids up to where the answer begins [t]; None: ``question``, encoded by the tokenizer when the hooks are attached."""
+    """Ids up to where the answer begins [t]; None: ``question``, encoded by the tokenizer at attach."""
     target_ids: Sequence[int] | torch.Tensor = ()
     """Ids of the gold answer, for the verdict ``target_relative`` [k]."""
     inputs: Mapping[str, Any] = field(default_factory=dict)
@@ -123,8 +123,8 @@ def samples_from_dataset(
 
     Args:
         items: a dataset of rows or a loader of batches; each a mapping with ``input_ids`` and ``labels`` [t] or [b, t],
-            perhaps ``attention_mask`` and ``images`` (a list of tile tensors a row, as in nanoVLM). Positions with mask 0
-            separate packed conversations.
+            perhaps ``attention_mask`` and ``images`` (a list of tile tensors a row, as in nanoVLM). Positions with mask
+            0 separate packed conversations.
         tokenizer: anything with ``decode(ids)``.
         count: how many samples to make; at most.
         shifted: True where ``labels[t]`` is the target of position t (nanoVLM), False where it is the id at t.
@@ -138,7 +138,7 @@ def samples_from_dataset(
     found: list[Sample] = []
     for item in items:
         for row in _rows(item):
-            cut = _cut(row, shifted, ignore_index)
+            cut = _cut(row, ignore_index, shifted=shifted)
             if cut is None:
                 continue
             prompt, answer = cut
@@ -179,7 +179,7 @@ def _rows(item: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _cut(row: Mapping[str, Any], shifted: bool, ignore_index: int) -> tuple[list[int], list[int]] | None:
+def _cut(row: Mapping[str, Any], ignore_index: int, *, shifted: bool) -> tuple[list[int], list[int]] | None:
     """The ids before the row's first answer, within its conversation, and that answer's own."""
     ids: list[int] = row["input_ids"].tolist()
     labels: list[int] = row["labels"].tolist()

@@ -1,7 +1,7 @@
 """The hooks at work: what is seen of forwards and optimizer steps, put together step by step.
 
-One ``Session`` lives on the training thread; what it hands over goes on in staging and on the publisher's thread. All its
-entrances are guarded: nothing is raised into the training (docs/trainer.md, "After attach").
+One ``Session`` lives on the training thread; what it hands over goes on in staging and on the publisher's thread. All
+its entrances are guarded: nothing is raised into the training (docs/trainer.md, "After attach").
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from torch import nn
 from sidestep.protocol.messages import Command, Notice, StepEnd
 from sidestep.trainer_hooks.capture import Batch, ForwardReader, Outputs
 from sidestep.trainer_hooks.config import HooksConfig
-from sidestep.trainer_hooks.console import Console
 from sidestep.trainer_hooks.control import Control
 from sidestep.trainer_hooks.generation import Generator
 from sidestep.trainer_hooks.gradient_scale import carried_scale
@@ -33,13 +32,13 @@ from sidestep.trainer_hooks.reducing import Reducer
 from sidestep.trainer_hooks.reductions.gradients import reduce_gradients
 from sidestep.trainer_hooks.reductions.learning_rate import reduce_learning_rates
 from sidestep.trainer_hooks.schedule import Schedule
-from sidestep.trainer_hooks.staging import Staging
 from sidestep.trainer_hooks.topology import Topology
 from sidestep.trainer_hooks.transport import Transport
 
 WANDB_NOTICE = (
-    "this process has a live wandb.run of its own: the worker opens the run, so there will be two. Leave out wandb.init() and "
-    "pass what you log to hooks.log({...}, step=...); project, entity, name, tags and run_config go to sidestep.attach()."
+    "this process has a live wandb.run of its own, and the worker opens one: there will be two runs. Leave out "
+    "wandb.init(), pass what you log to hooks.log({...}, step=...), and project, entity, name, tags and run_config "
+    "to attach()."
 )
 
 
@@ -56,8 +55,6 @@ class Parts:
     reader: ForwardReader
     reducer: Reducer
     generator: Generator | None
-    staging: Staging
-    console: Console
     scaler: Any
     topology: Topology
     takes_gradients: bool
@@ -70,7 +67,7 @@ class Session:
 
     def __init__(self, parts: Parts, step: int) -> None:
         self._parts = parts
-        self.guard = Guard(parts.console)
+        self.guard = Guard(parts.introduction.console)
         self._schedule = Schedule(parts.config)
         self._missing = MissingCalls(self._schedule)
         self._transport: Transport | None = None
@@ -193,8 +190,8 @@ class Session:
         opened = self._opened
         if opened is not None and opened.logged:  # what was logged after the last step belongs to no step that will end
             late = OpenStep(expected=opened.expected, due=frozenset(), logged=opened.logged)
-            stage_step(late, self._facts(opened.expected, frozenset(), applied=False), self._parts.staging)
-        self._parts.staging.advance()
+            stage_step(late, self._facts(opened.expected, frozenset(), applied=False), self._parts.introduction.staging)
+        self._parts.introduction.staging.advance()
         self._way().close(self._parts.config.close_timeout_seconds, exit_code=exit_code, reason=reason)
 
     @guarded
@@ -212,7 +209,7 @@ class Session:
 
     def notice(self, code: str, text: str, level: str = "warning") -> None:
         """Say something once, here and in the run."""
-        if self._parts.console.once(code, text):
+        if self._parts.introduction.console.once(code, text):
             self._way().submit(Notice(text=f"sidestep: {text}", code=code, level=level, step=self.last_step + 1))
 
     def _way(self) -> Transport:
@@ -261,11 +258,13 @@ class Session:
         due = self._schedule.due_families(step)
         counts = StepCounts()
         try:
-            counts = stage_step(opened, self._facts(step, frozenset(due), applied=applied), self._parts.staging)
+            counts = stage_step(
+                opened, self._facts(step, frozenset(due), applied=applied), self._parts.introduction.staging
+            )
         except Exception as error:  # noqa: BLE001  (counted and said; the step still has its end)
             self.guard.failed("staging", error)
         self._generate(step, due, counts)
-        self._parts.staging.advance()
+        self._parts.introduction.staging.advance()
         self._way().submit(
             StepEnd(
                 step=step,

@@ -1,4 +1,4 @@
-"""Where messages go: one interface, two ways. The publisher is the one that users run; the other stays in the process."""
+"""Where messages go: one interface, two ways. Users run the publisher; the other stays in the process."""
 
 from __future__ import annotations
 

@@ -68,8 +68,8 @@ def read_vocabulary(tokenizer: Any, config: HooksConfig) -> Vocabulary:
     decode = getattr(tokenizer, "decode", None)
     if content is None and not callable(decode):
         raise ValueError(
-            f"tokenizer: a {type(tokenizer).__name__} can neither be written as JSON (to_str, backend_tokenizer) nor decode "
-            "ids; pass a tokenizers.Tokenizer or a Hugging Face tokenizer, or leave it out"
+            f"tokenizer: a {type(tokenizer).__name__} can neither be written as JSON (to_str, backend_tokenizer) nor "
+            "decode ids; pass a tokenizers.Tokenizer or a Hugging Face tokenizer, or leave it out"
         )
     padding = getattr(backend, "padding", None)
     padding_id = padding.get("pad_id") if isinstance(padding, dict) else None

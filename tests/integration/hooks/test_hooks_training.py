@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from sidestep.protocol.messages import Goodbye, Gradients, Losses, Message, Notice, Scalars, StepEnd, Tokens
+from sidestep.protocol.messages import Answers, Goodbye, Gradients, Losses, Message, Notice, Scalars, StepEnd, Tokens
 from sidestep.protocol.tables import decode_table
 from sidestep.trainer_hooks.config import HooksConfig
 from sidestep.trainer_hooks.hooks import attach
@@ -173,7 +173,7 @@ def test_a_captured_batch_is_overridden_never_doubled(trainer: Callable[..., Any
             trained.optimizer.step()
             hooks.after_step(step)
     assert Counter(m.step for m in ways.of(Tokens)) == dict.fromkeys(range(4), 3)
-    assert [m.batches for m in ways.opened[0].messages if m.kind.name == "ANSWERS"] == [3] * 4
+    assert [m.batches for m in ways.of(Answers)] == [3] * 4
 
 
 def test_nothing_of_the_trainer_is_kept_alive(trainer: Callable[..., Any], tokenizer: Any, ways: Ways) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from sidestep.protocol.messages import Losses
 from sidestep.trainer_hooks.config import HooksConfig
 from sidestep.trainer_hooks.hooks import attach
 from sidestep.trainer_hooks.logged import logged_values
@@ -64,7 +65,7 @@ class Model(nn.Module):
         ({"step": -1}, ValueError, "at least 0"),
         ({"step": 1.5}, TypeError, "optimizer step"),
         ({"project": 3}, TypeError, "project must be text"),
-        ({"tags": "abc"}, ValueError, "tags"),
+        ({"tags": "abc"}, TypeError, "tags"),
         ({"samples": [SAMPLE]}, ValueError, "tokenizer"),
         ({"samples": [], "tokenizer": Tokenizer()}, ValueError, "samples is empty"),
         ({"samples": ["q"], "tokenizer": Tokenizer()}, TypeError, "samples_from_dataset"),
@@ -134,7 +135,7 @@ def test_model_outputs_with_unshifted_labels_are_seen_by_attach_alone() -> None:
         optimizer.step()
         model(input_ids=ids, labels=labels)
     assert hooks.failures() == {}
-    [losses] = [m for m in opened[0].messages if m.kind.name == "LOSSES"]
+    [losses] = [m for m in opened[0].messages if isinstance(m, Losses)]
     assert losses.target_ids.tolist() == [5, 2]
     assert losses.losses.mean() == pytest.approx(out.loss.item(), rel=1e-5)
     assert losses.trainer_loss.tolist() == [pytest.approx(out.loss.item())]
@@ -186,8 +187,11 @@ class Settings:
 def test_a_configuration_becomes_plain_and_secrets_are_masked() -> None:
     settings = Settings(Path("a/b"), Colour.RED, "hf_x", {"dtype": torch.float16, "sizes": (1, 2), "api_key": ""})
     assert plain_map(settings) == {
-        "path": "a/b", "colour": "red", "hf_token": "***", "nested": {"dtype": "torch.float16", "sizes": [1, 2], "api_key": ""},
-    }  # fmt: skip
+        "path": "a/b",
+        "colour": "red",
+        "hf_token": "***",
+        "nested": {"dtype": "torch.float16", "sizes": [1, 2], "api_key": ""},
+    }
     assert plain_map(argparse.Namespace(lr=0.1, n=np.int64(3)))["lr"] == 0.1
     assert plain(1 << 70) == str(1 << 70)
     deep: dict[str, Any] = {}

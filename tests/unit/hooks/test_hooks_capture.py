@@ -71,7 +71,7 @@ def test_named_outputs_are_read_by_name_and_labels_are_unshifted(output: Any) ->
 
 
 def test_a_wrapped_model_is_read_by_its_inner_forward() -> None:
-    wrapped = torch.compile(NanoLike(), backend="eager")
+    wrapped: Any = torch.compile(NanoLike(), backend="eager")
     batch = ForwardReader(wrapped, vocabulary_size=0).read((IDS, [], MASK, LABELS), {}, (LOGITS, LOSS))
     assert batch is not None
     assert batch.labels is LABELS

@@ -93,7 +93,7 @@ def test_modes_random_state_and_gradients_are_as_before(model: VisionLanguageMod
     torch.manual_seed(11)
     np.random.seed(11)  # noqa: NPY002
     random.seed(11)
-    states = (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate())  # type: ignore[union-attr,index]  # noqa: NPY002
+    states = (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate())  # type: ignore[index]  # noqa: NPY002
 
     def drawing(_model: nn.Module, given: Sequence[Sample], _limit: int) -> list[list[int]]:
         assert not torch.is_grad_enabled()
@@ -192,7 +192,7 @@ def test_a_forward_without_a_mask_is_given_one_prompt_at_a_time() -> None:
 
 
 class Tokenizer:
-    chat_template = None
+    chat_template: str | None = None
 
     def encode(self, text: str) -> list[int]:
         return [3 + ord(c) % 20 for c in text]

@@ -18,7 +18,7 @@ B, T, V, D = 2, 7, 11, 5
 EVERYTHING = frozenset({"tokens", "loss"})
 
 
-class NoCopyToTheHost(TorchDispatchMode):
+class NoCopyToTheHost(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Refuses what a fake tensor lets pass: a copy from the device to the host."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -49,7 +49,7 @@ def batch_of(what: str, *, mask: bool) -> Batch:
 def test_no_path_of_a_device_batch_reads_it(what: str, shifted: bool, mask: bool, due: frozenset[str]) -> None:
     config = HooksConfig(eos_id=1, pad_id=2, vocabulary_size=V, shifted=shifted)
     reducer = Reducer(config, read_vocabulary(None, config), num_ids=V, shifted=None)
-    with FakeTensorMode(), NoCopyToTheHost(), torch.no_grad():
+    with FakeTensorMode(), NoCopyToTheHost(), torch.no_grad():  # type: ignore[no-untyped-call]
         made = reducer.reduce(batch_of(what, mask=mask), due, 0, 0)
     assert made.answers is not None
     assert bool(made.tokens) == bool(due)

@@ -115,8 +115,11 @@ def test_the_table_holds_texts_ids_and_pixels() -> None:
     sample = Sample(question="q", target="t", image=picture, prompt_ids=[1], target_ids=torch.tensor([[5, 6]]))
     [row] = samples_table([sample])["samples"]
     assert row == {
-        "question": "q", "target": "t", "target_ids": [5, 6], "image": {"shape": [2, 2, 3], "pixels": picture.tobytes()},
-    }  # fmt: skip
+        "question": "q",
+        "target": "t",
+        "target_ids": [5, 6],
+        "image": {"shape": [2, 2, 3], "pixels": picture.tobytes()},
+    }
 
 
 def test_prompts_are_padded_on_the_left_and_their_inputs_joined() -> None:

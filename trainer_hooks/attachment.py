@@ -1,0 +1,184 @@
+"""What ``attach`` looks at, and what it makes of that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from sidestep.trainer_hooks.agreement import Agreed, agree, new_incarnation
+from sidestep.trainer_hooks.capture import ForwardReader
+from sidestep.trainer_hooks.checks import check_samples, check_topology
+from sidestep.trainer_hooks.config import HooksConfig
+from sidestep.trainer_hooks.console import Console
+from sidestep.trainer_hooks.generation import GenerateFunction, Generator, with_prompts
+from sidestep.trainer_hooks.heads import find_head, head_sizes
+from sidestep.trainer_hooks.opening import Introduction, RunNames, choose_run_id, find_worker, introduce
+from sidestep.trainer_hooks.parameters import ParameterTable, unwrapped
+from sidestep.trainer_hooks.reducing import Reducer
+from sidestep.trainer_hooks.reductions.learning_rate import group_names
+from sidestep.trainer_hooks.samples import Sample, samples_table
+from sidestep.trainer_hooks.session import Parts, Session
+from sidestep.trainer_hooks.staging import Staging
+from sidestep.trainer_hooks.support import EXACT, capabilities
+from sidestep.trainer_hooks.topology import Topology, read_topology
+from sidestep.trainer_hooks.transport import OpenTransport
+from sidestep.trainer_hooks.vocabulary import Vocabulary, read_vocabulary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """What is trained, and how it is to be watched."""
+
+    model: nn.Module
+    """As the trainer calls it."""
+    optimizer: Any
+    config: HooksConfig
+    scaler: Any
+    modules: Mapping[str, str] | None
+
+    def table(self) -> ParameterTable:
+        """The parameters as they are now."""
+        return ParameterTable(self.model, self.optimizer, self.modules)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """What was found out about it."""
+
+    topology: Topology
+    vocabulary: Vocabulary
+    reader: ForwardReader
+    table: ParameterTable
+    samples: Sequence[Sample]
+    num_ids: int
+    """Ids that there are, by the tokenizer, else by the model's head; 0 where neither tells."""
+    capabilities: Mapping[str, str]
+
+
+def look_at(training: Training, tokenizer: Any, samples: Sequence[Sample] | None) -> Seen:
+    """Read topology, tokenizer, forward and parameters.
+
+    Raises:
+        TypeError: a sample is none.
+        ValueError: the model is not wrapped, or the tokenizer or the samples cannot be used.
+    """
+    config, model = training.config, training.model
+    topology = read_topology(model)
+    check_topology(topology)
+    vocabulary = read_vocabulary(tokenizer, config)
+    reader = ForwardReader(model, vocabulary.size)
+    num_ids = vocabulary.size or (head_sizes(find_head(unwrapped(model))) or (0, 0))[0]
+    chosen: list[Sample] = []
+    if samples is not None:
+        chosen = with_prompts(check_samples(samples)[: config.generation_samples], tokenizer)
+    return Seen(
+        topology=topology,
+        vocabulary=vocabulary,
+        reader=reader,
+        table=training.table(),
+        samples=chosen,
+        num_ids=num_ids,
+        capabilities=capabilities(config, topology, reader, num_ids=num_ids, has_samples=bool(chosen)),
+    )
+
+
+def make_generator(training: Training, seen: Seen, generate_fn: GenerateFunction | None) -> Generator | None:
+    """Where generation or the collapse rules are wanted and possible; on rank 0 alone, as replicas say the same.
+
+    Raises:
+        ValueError: the samples cannot be joined, or the model offers no way to generate.
+    """
+    wanted = EXACT in {seen.capabilities["generation"], seen.capabilities["collapse"]}
+    if not wanted or seen.topology.rank != 0:
+        return None
+    return Generator(
+        training.model,
+        seen.samples,
+        eos_id=seen.vocabulary.eos_id,
+        pad_id=seen.vocabulary.pad_id,
+        max_new_tokens=training.config.max_new_tokens,
+        generate_fn=generate_fn,
+    )
+
+
+def make_introduction(
+    training: Training,
+    seen: Seen,
+    names: RunNames,
+    *,
+    step: int,
+    run_id: str | None,
+    endpoint: str | None,
+    transport: OpenTransport | None,
+) -> Introduction | None:
+    """The run, the tables and the way to the worker; None on a rank that does not hear from rank 0.
+
+    Raises:
+        EncodeError: a table or the run's configuration is too large.
+        EndpointError: the endpoint is malformed.
+        ValueError: ``run_config`` is no configuration.
+    """
+    config, topology, console = training.config, seen.topology, Console()
+    tables = {
+        "parameters": seen.table.as_json(),
+        "groups": {"names": list(group_names(training.optimizer, training.model, seen.table))},
+        "tokenizer": seen.vocabulary.as_table(),
+    }
+    if seen.samples:
+        tables["samples"] = samples_table(seen.samples)
+    hello, blobs = introduce(
+        names=names,
+        config=config,
+        topology=topology,
+        model=training.model,
+        tables=tables,
+        capabilities=seen.capabilities,
+        step=step,
+    )
+    told_run_id, is_given = choose_run_id(run_id)
+    address = find_worker(endpoint, topology.rank, console, needed=transport is None)
+    mine = Agreed(run_id=told_run_id, incarnation=new_incarnation(), endpoint=address)
+    agreed = agree(mine, topology.rank, topology.world_size)
+    if agreed is None:
+        console.line("sidestep: rank 0 was not heard of within 5 s; this rank goes on without hooks.")
+        return None
+    if seen.samples and topology.sharded and topology.rank == 0:
+        console.line(f"sidestep: generation is off: {seen.capabilities['generation'].removeprefix('absent: ')}.")
+    return Introduction(
+        agreed=agreed,
+        run_id_is_given=is_given,
+        rank=topology.rank,
+        hello=hello,
+        blobs=blobs,
+        staging=Staging(max_host_bytes=config.staging_bytes, console=console),
+        console=console,
+        window_bytes=config.window_bytes,
+        open_transport=transport,
+    )
+
+
+def make_session(
+    training: Training, seen: Seen, generator: Generator | None, introduction: Introduction, step: int
+) -> Session:
+    """Put the hooks on the model and the optimizer."""
+    topology = seen.topology
+    return Session(
+        Parts(
+            model=training.model,
+            optimizer=training.optimizer,
+            config=training.config,
+            make_table=training.table,
+            table=seen.table,
+            reader=seen.reader,
+            reducer=Reducer(training.config, seen.vocabulary, num_ids=seen.num_ids, shifted=seen.reader.shifted),
+            generator=generator,
+            scaler=training.scaler,
+            topology=topology,
+            takes_gradients=seen.capabilities["gradients"] == EXACT and (topology.rank == 0 or topology.sharded),
+            introduction=introduction,
+        ),
+        step,
+    )

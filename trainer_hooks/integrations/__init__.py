@@ -1,0 +1,1 @@
+"""Adapters for trainers that have their own idea of a step; nanoVLM needs none (docs/trainer.md)."""
