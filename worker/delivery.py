@@ -10,7 +10,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
@@ -56,6 +56,16 @@ def _has_netrc_entry(environment: Mapping[str, str]) -> bool:
     return any(words[at : at + 2] == ["machine", host] for at in range(len(words)))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageNews:
+    """What came back from W&B."""
+
+    stopped: tuple[str, ...] = ()
+    """Runs that somebody stopped on their page."""
+    unconfirmed_tables: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Run to the row numbers of tables that a killed child may not have uploaded."""
+
+
 class Deliveries:
     """Brings entries to the console as they are written, and keeps one W&B child per run at work."""
 
@@ -90,9 +100,10 @@ class Deliveries:
         """Give entries that have just been written to the console."""
         self._console.take(list(entries))
 
-    def poll(self) -> list[str]:
-        """Watch the children; return the runs that somebody stopped on their W&B page."""
-        stopped = []
+    def poll(self) -> PageNews:
+        """Watch the children; return what they say that the worker has to act upon."""
+        stopped: list[str] = []
+        unconfirmed: dict[str, tuple[int, ...]] = {}
         for run_id, supervisor in self._supervisors.items():
             try:
                 supervisor.poll()
@@ -103,7 +114,9 @@ class Deliveries:
                 continue
             if supervisor.take_stop_request():
                 stopped.append(run_id)
-        return stopped
+            if tables := supervisor.take_unconfirmed_tables():
+                unconfirmed[run_id] = tables
+        return PageNews(stopped=tuple(stopped), unconfirmed_tables=unconfirmed)
 
     def waiting(self, run_ids: Iterable[str]) -> dict[str, int]:
         """Return, of these runs, those that W&B has not all of yet, or is still finishing, and what it lacks."""
@@ -136,7 +149,7 @@ class Deliveries:
 
     def statistics(self) -> dict[str, Any]:
         """Return how the sinks stand, for /healthz."""
-        runs = {run_id: asdict(supervisor.status()) for run_id, supervisor in self._supervisors.items()}
+        runs = {run_id: asdict(supervisor.status()) for run_id, supervisor in list(self._supervisors.items())}
         for status in runs.values():
             status["state"] = str(getattr(status["state"], "value", status["state"]))
         return {"console": dict(self._console.statistics()), "wandb": cast("dict[str, Any]", runs)}

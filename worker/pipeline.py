@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -14,7 +14,7 @@ from sidestep.worker.contexts import is_whole, survey
 from sidestep.worker.errors import JournalWriteError
 from sidestep.worker.intake.assembler import Assembler
 from sidestep.worker.intake.assembly import Journaled
-from sidestep.worker.intake.decisions import Closure, ContextRecord, Ending, Incarnation
+from sidestep.worker.intake.decisions import Closure, ContextRecord, Ending, Incarnation, Repeat
 from sidestep.worker.intake.journal import Journal
 from sidestep.worker.outbox import StoredEntry
 from sidestep.worker.projector import RunProjector
@@ -61,6 +61,7 @@ class RunPipeline:
         self._context_since: dict[int, float] = {}
         self._survey_due = True
         self._batch = _Batch()
+        self._repeats: list[int] = []
         self._write_at = 0.0
         self._taken_arrival = -1
         self._counts: Counter[str] = Counter()
@@ -149,6 +150,10 @@ class RunPipeline:
         if incarnation in self._assemblers:
             self._assemblers[incarnation].pass_over(rank, sequence)
 
+    def repeat(self, row_numbers: Sequence[int]) -> None:
+        """Append these tables once more: a sink that was killed may have left their upload undone."""
+        self._repeats += row_numbers
+
     # ------------------------------------------------------------------------------------------------ going on
 
     def advance(self, now: float, lost: Mapping[str, str]) -> Outcome:
@@ -173,7 +178,17 @@ class RunPipeline:
         done, self._batch = self._batch, _Batch()
         return Outcome(entries=tuple(entries), notices=tuple(done.notices), closings=len(done.closures))
 
+    def _repeat(self) -> None:
+        attempt = max(self._contexts)
+        decision = Repeat(run_id=self.run_id, attempt=attempt, row_numbers=tuple(sorted(self._repeats)))
+        entries = self._journal.index.entries_of_rows(self.run_id, decision.row_numbers)
+        self._batch.closures.append(Closure(closing=decision, entries=entries))
+        self._repeats = []
+
     def _close(self, now: float, lost: Mapping[str, str]) -> None:
+        if self._repeats and self._contexts:
+            self._repeat()
+            return
         newest = self.newest.incarnation
         for name, assembler in self._assemblers.items():
             if name in self._ended:
@@ -242,11 +257,11 @@ class RunPipeline:
 
     def statistics(self) -> dict[str, int]:
         """Return exact counts since the start, and what is open."""
-        late = sum(each.late_parts for each in self._assemblers.values())
+        assemblers = list(self._assemblers.values())  # asked for on another thread
         return {
             **dict(self._counts),
-            "open_steps": sum(each.open_steps for each in self._assemblers.values()),
-            "late_parts": late,
-            "attempts": len(self._assemblers),
+            "open_steps": sum(each.open_steps for each in assemblers),
+            "late_parts": sum(each.late_parts for each in assemblers),
+            "attempts": len(assemblers),
             "unprojected": self._projector.failures,
         }

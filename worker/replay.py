@@ -13,11 +13,12 @@ from typing import Final
 
 from sidestep.worker.errors import JournalError
 from sidestep.worker.intake.assembly import assemble
-from sidestep.worker.intake.decisions import Closure, ContextRecord, Decision, Ending
+from sidestep.worker.intake.decisions import Closure, ContextRecord, Ending, Repeat
 from sidestep.worker.intake.index import Index
 from sidestep.worker.intake.journal import Journal
 from sidestep.worker.outbox import StoredEntry, canonical
 from sidestep.worker.projector import RunProjector
+from sidestep.worker.records import StepClosing
 
 ROWS_FILE: Final = "rows.jsonl"
 _BATCH_DECISIONS: Final = 256
@@ -57,7 +58,11 @@ def replay_run(source: Journal, run_id: str, target: Index) -> Comparison:
     batch: list[Closure] = []
     decisions = source.index.closings(run_id)
     for decision in decisions:
-        batch.append(_redone(source, projector, decision))
+        if isinstance(decision, Repeat):
+            target.write(run_id, batch)  # what is repeated has to be there
+            batch = [Closure(closing=decision, entries=target.entries_of_rows(run_id, decision.row_numbers))]
+        else:
+            batch.append(_redone(source, projector, decision))
         if len(batch) >= _BATCH_DECISIONS:
             target.write(run_id, batch)
             batch = []
@@ -74,7 +79,7 @@ def _copy_opening(source: Index, run_id: str, target: Index) -> None:
             target.add_hello(incarnation, rank, incarnation.first_seen, body)
 
 
-def _redone(source: Journal, projector: RunProjector, decision: Decision) -> Closure:
+def _redone(source: Journal, projector: RunProjector, decision: StepClosing | Ending | ContextRecord) -> Closure:
     if isinstance(decision, ContextRecord):
         projector.adopt(decision)
         return Closure(closing=decision)

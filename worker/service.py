@@ -32,6 +32,7 @@ _LOG: Final = logging.getLogger(__name__)
 _TICK_SECONDS: Final = 0.05
 _SINK_POLL_SECONDS: Final = 0.2
 _STUCK_SECONDS: Final = 10.0
+_TAKES_PER_TURN: Final = 8
 _RUNS_DELIVERED_AGAIN: Final = 8
 """Of the runs that had ended when a worker starts, so many are looked at for entries that W&B lacks."""
 
@@ -117,8 +118,8 @@ class WorkerService:
             self._remember()
             ready(self.address)
             while not self._is_over():
-                self._feed.wait(_TICK_SECONDS)
-                self._turn(time.monotonic())
+                if not self._turn(time.monotonic()):
+                    self._feed.wait(_TICK_SECONDS)
             return self._end()
         finally:
             if self._health is not None:
@@ -198,9 +199,12 @@ class WorkerService:
                     self._reception.send(pipeline.run_id, notice)
         if now - self._sinks_polled_at >= _SINK_POLL_SECONDS:
             self._sinks_polled_at = now
-            for run_id in self._deliveries.poll():
+            news = self._deliveries.poll()
+            for run_id in news.stopped:
                 reason = "the run was stopped on its W&B page"
                 self._reception.send(run_id, Command(action="stop", command_id=f"page-{self.instance}", reason=reason))
+            for run_id, tables in news.unconfirmed_tables.items():
+                self._pipelines[run_id].repeat(tables)
         return moved
 
     def _take_in(self, now: float) -> bool:
@@ -213,11 +217,12 @@ class WorkerService:
                 self._trainers.refresh(event.incarnation)
         moved = False
         try:
-            while messages := self._feed.take():
-                moved = True
+            for _ in range(_TAKES_PER_TURN):
+                messages = self._feed.take()
+                moved = moved or bool(messages)
                 for each in messages:
                     self._pipeline_of(each.envelope.run_id).add(each, now)
-                if self._feed.next_arrival >= self._recovered_arrival:
+                if not messages:
                     break
         except JournalError as error:
             if str(error) != self._unreadable:

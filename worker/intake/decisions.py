@@ -53,13 +53,23 @@ class ContextRecord:
     closed_number: int = -1
 
 
-Decision: TypeAlias = StepClosing | Ending | ContextRecord
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repeat:
+    """Tables whose upload a killed sink may have left undone: their rows are appended once more."""
+
+    run_id: str
+    attempt: int
+    row_numbers: tuple[int, ...]
+    closed_number: int = -1
+
+
+Decision: TypeAlias = StepClosing | Ending | ContextRecord | Repeat
 """What is recorded in the order it was decided, and obeyed by a replay."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Closure:
-    """One closing (or ending, or context) with all that it makes the run's outbox say."""
+    """One decision with all that it makes the run's outbox say."""
 
     closing: Decision
     entries: tuple[OutboxEntry, ...] = ()
@@ -104,3 +114,10 @@ def context_of_row(row: tuple[Any, ...]) -> ContextRecord:
         run_id=run_id, attempt=attempt, revision=revision, closed_number=number, incarnation=incarnation,
         ranks=tuple(rank for rank, _ in unpack_pairs(ranks)), missing=tuple(str(missing).split()),
     )  # fmt: skip
+
+
+def repeat_of_row(row: tuple[Any, ...]) -> Repeat:
+    """Return a row of ``repeat``."""
+    run_id, attempt, number, rows = row
+    numbers = tuple(row_number for row_number, _ in unpack_pairs(rows))
+    return Repeat(run_id=run_id, attempt=attempt, closed_number=number, row_numbers=numbers)

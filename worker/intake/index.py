@@ -20,9 +20,11 @@ from sidestep.worker.intake.decisions import (
     Decision,
     Ending,
     Incarnation,
+    Repeat,
     State,
     context_of_row,
     ending_of_row,
+    repeat_of_row,
     step_closing_of_row,
 )
 from sidestep.worker.intake.schema import INDEX_SCHEMA, SCHEMA_VERSION, pack_pairs
@@ -140,7 +142,9 @@ class Index:
                 "SELECT MAX(n) + 1 FROM (SELECT -1 AS n"
                 " UNION ALL SELECT closed_number FROM step_closed WHERE run_id = ?"
                 " UNION ALL SELECT closed_number FROM ending WHERE run_id = ?"
-                " UNION ALL SELECT closed_number FROM context WHERE run_id = ?)",
+                " UNION ALL SELECT closed_number FROM context WHERE run_id = ?"
+                " UNION ALL SELECT closed_number FROM repeat WHERE run_id = ?)",
+                run_id,
                 run_id,
                 run_id,
                 run_id,
@@ -193,6 +197,9 @@ class Index:
                     closing.unix_time, closing.newest_step, closure.pending_arrival,
                 ),
             )  # fmt: skip
+        elif isinstance(closing, Repeat):
+            rows = pack_pairs([(row_number, 0) for row_number in closing.row_numbers])
+            connection.execute("INSERT INTO repeat VALUES (?, ?, ?, ?)", (run_id, closing.attempt, number, rows))
         else:
             ranks = pack_pairs([(rank, 0) for rank in closing.ranks])
             connection.execute(
@@ -241,6 +248,7 @@ class Index:
             ("step_closed", step_closing_of_row),
             ("ending", ending_of_row),
             ("context", context_of_row),
+            ("repeat", repeat_of_row),
         ):
             rows = self._rows(f"SELECT * FROM {table} {condition}", run_id, first)  # noqa: S608  (the names above)
             made += [decision_of(row) for row in rows]
@@ -299,6 +307,16 @@ class Index:
         )
         names = ("run_id", "position", "kind", "row_number", "payload")
         return [StoredEntry(**dict(zip(names, row, strict=True))) for row in rows]
+
+    def entries_of_rows(self, run_id: str, row_numbers: Sequence[int]) -> tuple[OutboxEntry, ...]:
+        """Return the run's rows and tables of these numbers, as entries that may be written once more."""
+        found = []
+        for row_number in row_numbers:
+            query = "SELECT kind, payload FROM outbox WHERE run_id = ? AND row_number = ?"
+            found += [
+                OutboxEntry(kind=kind, payload=payload) for kind, payload in self._rows(query, run_id, row_number)
+            ]
+        return tuple(found)
 
     def mark_sink(self, run_id: str, sink: str, position: int, body: bytes = b"") -> None:
         """Remember how far a sink has come that cannot be asked itself.

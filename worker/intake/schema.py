@@ -44,6 +44,9 @@ CREATE TABLE IF NOT EXISTS ending(
 CREATE TABLE IF NOT EXISTS context(
   run_id TEXT NOT NULL, attempt INTEGER NOT NULL, revision INTEGER NOT NULL, closed_number INTEGER NOT NULL,
   incarnation TEXT NOT NULL, ranks BLOB NOT NULL, missing TEXT NOT NULL, PRIMARY KEY(run_id, attempt, revision));
+CREATE TABLE IF NOT EXISTS repeat(
+  run_id TEXT NOT NULL, attempt INTEGER NOT NULL, closed_number INTEGER NOT NULL, row_numbers BLOB NOT NULL,
+  PRIMARY KEY(run_id, closed_number));
 CREATE TABLE IF NOT EXISTS state(
   run_id TEXT NOT NULL, name TEXT NOT NULL, closed_number INTEGER NOT NULL, attempt INTEGER NOT NULL,
   step INTEGER NOT NULL, body BLOB NOT NULL, PRIMARY KEY(run_id, name));

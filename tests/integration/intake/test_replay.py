@@ -13,7 +13,7 @@ from tests.support.worker_process import WorkerProcess, wait_until
 
 from sidestep.protocol.messages import Notice
 from sidestep.worker.intake.journal import Journal
-from sidestep.worker.replay import entries_of, replay
+from sidestep.worker.replay import Comparison, entries_of, replay
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_a_run_that_was_tampered_with_is_told(recorded: WorkerProcess) -> None:
         (tampered / file.name).write_bytes(file.read_bytes())
     with closing(sqlite3.connect(tampered / "index.sqlite")) as connection, connection:
         connection.execute("UPDATE outbox SET payload = '{}' WHERE run_id = 'run-1' AND position = 3")
-    told = []
+    told: list[Comparison] = []
     _, (first, second) = replay(tampered, recorded.folder / "tampered-out", told.append)
     assert told == [first, second]
     assert (first.is_identical, first.first_difference) == (False, 3)

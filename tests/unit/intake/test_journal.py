@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from sidestep.protocol.frames import Envelope, encode
 from sidestep.protocol.messages import Notice
 from sidestep.worker.errors import JournalError, JournalLockedError, JournalWriteError
-from sidestep.worker.intake.decisions import Closure, ContextRecord, Ending, Incarnation
+from sidestep.worker.intake.decisions import Closure, ContextRecord, Decision, Ending, Incarnation
 from sidestep.worker.intake.journal import Journal
 from sidestep.worker.intake.segments import Row
 from sidestep.worker.outbox import OutboxEntry, entry
@@ -185,23 +186,19 @@ def test_decisions_come_back_as_they_were_and_in_order(tmp_path: Path) -> None:
     ending = Ending(
         run_id="run", attempt=0, exit_code=1, reason="gone", tail_unknown=True, unix_time=2.5, newest_step=1
     )
-    decisions = [context, closing(0, ((0, 1), (1, 1))), closing(1), ending]
+    decisions: list[Decision] = [context, closing(0, ((0, 1), (1, 1))), closing(1), ending]
     journal.index.write("run", [Closure(closing=each, pending_arrival=at) for at, each in enumerate(decisions)])
     journal.close()
     again = Journal(tmp_path)
     read = again.index.closings("run")
     assert [each.closed_number for each in read] == [0, 1, 2, 3]
-    assert read[0] == ContextRecord(**{**_fields(context), "closed_number": 0})
-    assert read[3] == Ending(**{**_fields(ending), "closed_number": 3})
+    assert read[0] == replace(context, closed_number=0)
+    assert read[3] == replace(ending, closed_number=3)
     assert isinstance(read[1], StepClosing)
     assert read[1].parts == ((0, 1), (1, 1))
     assert again.index.pending_arrival("run") == 3
     assert again.index.next_closed_number("run") == 4
     again.close()
-
-
-def _fields(record: object) -> dict[str, object]:
-    return {name: getattr(record, name) for name in record.__slots__}  # type: ignore[attr-defined]
 
 
 def test_closings_that_used_late_arrivals_are_found(tmp_path: Path) -> None:
