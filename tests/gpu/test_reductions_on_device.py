@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sidestep.trainer_hooks.reductions.alignment import align
-from sidestep.trainer_hooks.reductions.answers import AnswerTally, answers_message
+from sidestep.trainer_hooks.reductions.answers import answers_message, reduce_answers
 from sidestep.trainer_hooks.reductions.gradients import LocalGradient, gradients_message, reduce_gradients
 from sidestep.trainer_hooks.reductions.learning_rate import learning_rates_message, reduce_learning_rates
 from sidestep.trainer_hooks.reductions.loss import reduce_loss
@@ -35,7 +35,7 @@ class PinnedOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}:
-            source = args[-1] if func is torch.ops.aten.copy_.default else args[0]
+            source = args[1] if func is torch.ops.aten.copy_.default else args[0]
             if isinstance(source, Tensor) and source.device.type == "cpu" and result.device.type == "cuda":
                 assert source.is_pinned(), f"{func} from pageable memory"
         return result
@@ -68,23 +68,21 @@ def test_tokens_and_answers_equal_those_of_the_host(cuda: torch.device, no_sync:
     on_host = align(**batch_arguments(torch.device("cpu")))
     arguments = batch_arguments(cuda)
     reduce_tokens(align(**arguments), VOCABULARY)
-    host_tally, tally = AnswerTally(), AnswerTally()
-    tally.add(align(**arguments))
-    tally.take()
+    answers = reduce_answers(align(**arguments))
     with never_waiting(no_sync):
         for _ in range(REPEATS):
             tokens = reduce_tokens(align(**arguments), VOCABULARY)
-            tally.add(align(**arguments))
-    for _ in range(REPEATS):
-        host_tally.add(on_host)
+            answers = answers + reduce_answers(align(**arguments))
     message = tokens_message(step=0, microstep=0, arrays=arrays(tokens))
     wanted = tokens_message(step=0, microstep=0, arrays=arrays(reduce_tokens(on_host, VOCABULARY)))
     for field in ("positions", "padding", "answers"):
         assert getattr(message, field) == getattr(wanted, field)
     for field in ("real_ids", "real_counts", "labelled_ids", "labelled_counts", "content_counts"):
         np.testing.assert_array_equal(getattr(message, field), getattr(wanted, field))
-    lengths = answers_message(step=0, epoch=0, arrays=arrays(tally.take()))
-    wanted_lengths = answers_message(step=0, epoch=0, arrays=arrays(host_tally.take()))
+    lengths = answers_message(step=0, epoch=0, arrays=arrays({"answers": answers}))
+    wanted_lengths = answers_message(
+        step=0, epoch=0, arrays=arrays({"answers": reduce_answers(on_host) * (1 + REPEATS)})
+    )
     np.testing.assert_array_equal(lengths.lengths, wanted_lengths.lengths)
     np.testing.assert_array_equal(lengths.counts, wanted_lengths.counts)
     assert (lengths.labelled, lengths.batches) == (wanted_lengths.labelled, wanted_lengths.batches)
@@ -204,13 +202,9 @@ def test_all_of_it_runs_where_algorithms_must_be_deterministic(cuda: torch.devic
 
     def everything() -> dict[str, Tensor]:
         batch = align(**arguments)
-        tally = AnswerTally()
-        tally.add(batch)
+        answers = {"answers": reduce_answers(batch)}
         return (
-            reduce_tokens(batch, VOCABULARY)
-            | reduce_loss(batch, logits=logits)
-            | reduce_gradients(gradients)
-            | tally.take()
+            reduce_tokens(batch, VOCABULARY) | reduce_loss(batch, logits=logits) | reduce_gradients(gradients) | answers
         )
 
     with deterministic():

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from sidestep.protocol.messages import Answers
 from sidestep.trainer_hooks.reductions.alignment import AlignedBatch
@@ -23,8 +22,7 @@ def reduce_answers(batch: AlignedBatch) -> Tensor:
 
     Returns:
         int64 [3 + T + 1] on the batch's device: labelled positions, batches (1), batches without labels (0 or 1), then
-        the number of answers of content length 0, 1, ... T. Sums of these, the shorter ones filled up with zeros, are
-        the counts of several micro-batches.
+        the number of answers of content length 0, 1, ... T. Sums of these are the counts of several micro-batches.
     """
     return _count_on_host(batch) if batch.on_host else _count_on_device(batch)
 
@@ -47,33 +45,14 @@ def _count_on_host(batch: AlignedBatch) -> Tensor:
     return torch.from_numpy(counts)
 
 
-class AnswerTally:
-    """The answers of the micro-batches of one step, added up where their labels lie."""
-
-    def __init__(self) -> None:
-        self._sums: dict[torch.device, Tensor] = {}
-
-    def add(self, batch: AlignedBatch) -> None:
-        """Add a micro-batch; on a device this only launches."""
-        counts = reduce_answers(batch)
-        before = self._sums.get(counts.device)
-        self._sums[counts.device] = counts if before is None else _add(before, counts)
-
-    def take(self) -> dict[str, Tensor]:
-        """Return what was added since the last take, ``answers_0`` and so on, one a device; empty where nothing was."""
-        sums, self._sums = self._sums, {}
-        return {f"answers_{number}": counts for number, counts in enumerate(sums.values())}
-
-
-def _add(one: Tensor, other: Tensor) -> Tensor:
-    if one.shape == other.shape:
-        return one + other
-    length = max(one.shape[0], other.shape[0])
-    return F.pad(one, (0, length - one.shape[0])) + F.pad(other, (0, length - other.shape[0]))
-
-
 def answers_message(*, step: int, epoch: int, arrays: Mapping[str, NDArray[Any]]) -> Answers:
-    """Compact what ``AnswerTally.take`` returned, once it is on the host."""
+    """Compact what ``reduce_answers`` returned for the micro-batches of a step, once it is on the host.
+
+    Args:
+        step: the optimizer step.
+        epoch: the epoch it belongs to.
+        arrays: one per micro-batch, or sums of several of one length; the names do not matter.
+    """
     counts = np.zeros(max((array.size for array in arrays.values()), default=_LENGTHS), np.int64)
     for array in arrays.values():
         counts[: array.size] += array
