@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -111,11 +112,19 @@ def test_late_answers_of_a_rolled_back_step_do_not_come_back() -> None:
     counts = started()
     take(counts, 0, message(4, [1]))
     counts.begin(1, 5)
-    take(counts, 0, message(7, [9]), message(3, [2]))
+    take(counts, 0, message(7, [9]), message(3, [2]), message(5, [9]))
     take(counts, 1, message(5, [3]))
     assert counts.lengths(0) == {1: 1, 2: 1, 3: 1}
     assert counts.begin(1, 5), "an attempt begins once"
     assert counts.lengths(0) == {1: 1, 2: 1, 3: 1}
+
+
+def test_tensor_parallel_copies_count_once_however_late_they_come() -> None:
+    mesh = replace(CONTEXT, topologies={0: {"data_parallel_rank": 0}, 1: {"data_parallel_rank": 0}})
+    counts = started()
+    for rank in (1, 0):
+        count_answers([Part(rank=rank, message=message(0, [2]))], mesh, 0, counts)
+    assert counts.lengths(0) == {2: 1}
 
 
 def test_a_rollback_beyond_the_memory_falls_back_on_totals_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

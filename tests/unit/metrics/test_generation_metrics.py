@@ -50,6 +50,7 @@ def test_lengths_are_those_before_the_first_eos() -> None:
 
 def test_a_generation_that_ended_without_eos_below_the_limit_did_not_hit_it() -> None:
     assert measure(message({0: [5, 6]}))["generation/hit_max_ratio"] == 0.0
+    assert measure(message({0: [5, 6, 7, 8, 9, EOS]}))["generation/hit_max_ratio"] == 0.0
     assert measure(message({0: [5, EOS, 6]}), eos_id=None)["generation/max_length"] == 3
 
 

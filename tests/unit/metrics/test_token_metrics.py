@@ -148,6 +148,8 @@ def test_tensor_parallel_copies_count_once() -> None:
         "the copy speaks where the first is missing"
     )
     assert measure_tokens(parts, context()).values["tokens/total_tokens"] == 16
+    unlike = [Part(rank=1, message=message([PACKED])), Part(rank=0, message=message([SHORT]))]
+    assert measure_tokens(unlike, mesh).values["tokens/total_tokens"] == 4, "the lower rank, whatever the order"
 
 
 def test_equally_common_tokens_give_the_smallest_id() -> None:
