@@ -10,6 +10,7 @@ import pytest
 # Read by OpenMP when torch or numpy is first loaded, and by every process that a test starts.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "passive"  # a program that asks for more threads does not spin on shared cores
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 # The caller's own settings must not steer a test, nor a test write to the caller's account.
