@@ -19,6 +19,8 @@ class Decoding(Protocol):
 
     masked: bool
     """Whether padding can be masked; else prompts go one by one."""
+    names: tuple[str, ...]
+    """The model's arguments, by which ``Sample.inputs`` are checked; empty where it takes any."""
 
     def decode(self, prompts: Prompts, max_new_tokens: int) -> list[list[int]]:
         """New ids per prompt, not yet cut at EOS."""
@@ -81,7 +83,7 @@ class CachedLoop:
         self._model = model
         self._decoder: Any = decoder
         self._eos_id = eos_id
-        self._names = parameter_names(model.forward)
+        self.names = parameter_names(model.forward)
         self._required = required_names(model.forward)
         self._cache_name = _cache_name(decoder) or ""
         self._counts_positions = "start_pos" in parameter_names(decoder.forward)
@@ -97,7 +99,7 @@ class CachedLoop:
         def start() -> torch.Tensor:
             hook = self._decoder.register_forward_hook(remember)
             try:
-                hidden = self._model(**prompts.arguments(self._names, self._required))[0]
+                hidden = self._model(**prompts.arguments(self.names, self._required))[0]
             finally:
                 hook.remove()
             return self._logits(hidden)
@@ -124,6 +126,7 @@ class LibraryGenerate:
     """transformers' ``generate``, greedy."""
 
     masked = True
+    names: tuple[str, ...] = ()
 
     def __init__(self, model: nn.Module, pad_id: int) -> None:
         self._model: Any = model
@@ -148,13 +151,13 @@ class GreedyGenerate:
         plain = getattr(function, "__wrapped__", function)
         by_torch = getattr(getattr(function, "__code__", None), "co_filename", "").endswith("_contextlib.py")
         self._generate = plain if by_torch else function
-        self._names = parameter_names(self._generate)[1:]
+        self.names = parameter_names(self._generate)[1:]
         self._required = required_names(self._generate)
-        self.masked = "attention_mask" in self._names
+        self.masked = "attention_mask" in self.names
 
     def decode(self, prompts: Prompts, max_new_tokens: int) -> list[list[int]]:
         """New ids of each prompt."""
-        arguments = prompts.arguments(self._names, self._required)
+        arguments = prompts.arguments(self.names, self._required)
         out = self._generate(self._model, **arguments, max_new_tokens=max_new_tokens, greedy=True)
         return without_prompt(out, prompts.input_ids, max_new_tokens)
 
@@ -165,10 +168,10 @@ class RecomputingLoop:
     def __init__(self, model: nn.Module, eos_id: int | None) -> None:
         self._model = model
         self._eos_id = eos_id
-        self._names = parameter_names(model.forward)
+        self.names = parameter_names(model.forward)
         self._required = required_names(model.forward)
         self._head = find_head(model)
-        self.masked = "attention_mask" in self._names
+        self.masked = "attention_mask" in self.names
 
     def decode(self, prompts: Prompts, max_new_tokens: int) -> list[list[int]]:
         """Greedy ids of each prompt.
@@ -180,8 +183,8 @@ class RecomputingLoop:
 
         def look() -> torch.Tensor:
             now = Prompts(input_ids=ids, attention_mask=mask, inputs=prompts.inputs)
-            arguments = now.arguments(self._names, self._required)
-            if "position_ids" in self._names:
+            arguments = now.arguments(self.names, self._required)
+            if "position_ids" in self.names:
                 arguments["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
             return self._logits(self._model(**arguments))
 

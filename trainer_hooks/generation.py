@@ -13,6 +13,7 @@ from torch import nn
 
 from sidestep.protocol.messages import Generation
 from sidestep.trainer_hooks.decoding import Decoding, choose_decoding, cut
+from sidestep.trainer_hooks.heads import takes_any_keyword
 from sidestep.trainer_hooks.isolation import undisturbed
 from sidestep.trainer_hooks.parameters import unwrapped
 from sidestep.trainer_hooks.prompts import Prompts
@@ -63,6 +64,8 @@ class Generator:
         self._decoding = None if generate_fn is not None else choose_decoding(self._model, eos_id, self._pad_id)
         if generate_fn is None and self._decoding is None:
             raise ValueError("the model offers no way to generate: pass generate_fn=, or no samples")
+        if not takes_any_keyword(self._model.forward):
+            _check_inputs(self._samples, self._decoding)
         self._single = [Prompts.joined([sample], self._pad_id) for sample in samples] if self._decoding else []
         together = self._decoding is not None and self._decoding.masked
         self._batch = Prompts.joined(samples, self._pad_id) if together else None
@@ -118,6 +121,18 @@ class Generator:
         if len(rows) != count:
             raise ValueError(f"{len(rows)} generations came back for {count} samples")
         return [cut(_listed(row), self._eos_ids, self._max_new_tokens) for row in rows]
+
+
+def _check_inputs(samples: Sequence[Sample], decoding: Decoding | None) -> None:
+    """Refuse inputs that the model has no argument for: every generation would fail.
+
+    Raises:
+        ValueError: names the input and what the model takes.
+    """
+    names = decoding.names if decoding is not None else ()
+    unknown = sorted({name for sample in samples for name in sample.inputs} - set(names)) if names else []
+    if unknown:
+        raise ValueError(f"Sample.inputs has {unknown[0]!r}, but the model takes {', '.join(names)}")
 
 
 def with_prompts(samples: Sequence[Sample], tokenizer: Any) -> list[Sample]:

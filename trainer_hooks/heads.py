@@ -56,3 +56,14 @@ def required_names(function: object) -> frozenset[str]:
         return frozenset()  # as above
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return frozenset(p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in kinds)
+
+
+def takes_any_keyword(function: object) -> bool:
+    """Whether a callable has ``**kwargs``, or does not tell."""
+    if not callable(function):
+        return False
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return True  # as above
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)

@@ -25,7 +25,7 @@ from sidestep.trainer_hooks.gradient_scale import carried_scale
 from sidestep.trainer_hooks.guard import Guard, guarded
 from sidestep.trainer_hooks.logged import logged_values
 from sidestep.trainer_hooks.missing_calls import MissingCalls
-from sidestep.trainer_hooks.open_step import OpenStep, StepCounts, StepFacts, StepGradients, stage_step
+from sidestep.trainer_hooks.open_step import LoggedValues, OpenStep, StepCounts, StepFacts, StepGradients, stage_step
 from sidestep.trainer_hooks.opening import Introduction
 from sidestep.trainer_hooks.parameters import ParameterTable
 from sidestep.trainer_hooks.reducing import Reducer
@@ -175,7 +175,10 @@ class Session:
         """Keep what the trainer logs for the end of the step."""
         self._look_for_wandb()
         made, left_out = logged_values(values, step, step_key)
-        self._now().logged.append(made)
+        if step is not None and not step_key and step <= self.last_step:
+            self._send_late(step, [made])  # that step has ended: the worker shows it in a row of its own
+        else:
+            self._now().logged.append(made)
         if left_out:
             self.notice(
                 "not-logged", f"log() takes numbers, bools, texts and tensors of one element; left out: {left_out[0]}"
@@ -189,8 +192,7 @@ class Session:
             handle.remove()
         opened = self._opened
         if opened is not None and opened.logged:  # what was logged after the last step belongs to no step that will end
-            late = OpenStep(expected=opened.expected, due=frozenset(), logged=opened.logged)
-            stage_step(late, self._facts(opened.expected, frozenset(), applied=False), self._parts.introduction.staging)
+            self._send_late(opened.expected, opened.logged)
         self._parts.introduction.staging.advance()
         self._way().close(self._parts.config.close_timeout_seconds, exit_code=exit_code, reason=reason)
 
@@ -278,6 +280,11 @@ class Session:
             )
         )
         self._look_back(opened)
+
+    def _send_late(self, step: int, logged: list[LoggedValues]) -> None:
+        self._way()
+        late = OpenStep(expected=step, due=frozenset(), logged=logged)
+        stage_step(late, self._facts(step, frozenset(), applied=False), self._parts.introduction.staging)
 
     def _facts(self, step: int, due: frozenset[str], *, applied: bool) -> StepFacts:
         return StepFacts(

@@ -112,7 +112,7 @@ def test_over_a_socket_every_step_arrives_whole(trainer: Callable[..., Any], tok
 
 
 def _is_mark(message: Message) -> bool:
-    return isinstance(message, StepEnd | Notice)
+    return isinstance(message, StepEnd | Notice | Scalars)
 
 
 def _comparable(messages: list[Any]) -> list[Any]:
@@ -227,6 +227,18 @@ def test_what_a_trainer_changes_afterwards_is_not_what_is_sent(
     [tokens] = ways.of(Tokens)
     assert len(tokens.real_ids) > 1
     hooks.close()
+
+
+def test_what_is_logged_goes_with_its_step_or_after_it(trainer: Callable[..., Any], tokenizer: Any, ways: Ways) -> None:
+    trained = trainer()
+    with attached(trained, tokenizer, transport=ways) as hooks:
+        hooks.log({"early": 1}, step=0)
+        trained.run(2, hooks)
+        hooks.log({"late": 2.0}, step=1)
+        hooks.log({"other/axis": torch.tensor(3)}, step=40, step_key="evaluation")
+    logged = [(m.step, dict(m.values), m.step_key, m.key_step) for m in ways.of(Scalars)]
+    assert logged == [(0, {"early": 1}, "", 0), (1, {"late": 2.0}, "", 1), (2, {"other/axis": 3}, "evaluation", 40)]
+    assert [end.sent.get("scalars", 0) for end in ways.of(StepEnd)] == [1, 0]
 
 
 def test_without_a_worker_nothing_raises_and_closing_is_bounded(

@@ -143,6 +143,12 @@ def test_a_callers_own_way_is_held_to_its_word(model: VisionLanguageModel) -> No
     assert rows_of(message) == [[4, 4, 4], [4, 4, 4]]
 
 
+def test_inputs_that_the_model_does_not_take_are_refused_at_once(model: VisionLanguageModel) -> None:
+    wrong = Sample(question="q", target="t", prompt_ids=[2], inputs={"pixel_values": torch.zeros(1)})
+    with pytest.raises(ValueError, match="pixel_values"):
+        Generator(model, [wrong], eos_id=EOS, pad_id=EOS, max_new_tokens=NEW)
+
+
 class Library(nn.Module):
     """A transformers-like model: the next id is one more than the last."""
 

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+TRAINER = Path(__file__).with_name("ddp_trainer.py")
+
+
+def train(folder: Path, name: str) -> list[dict[str, Any]]:
+    outs = [folder / f"{name}-{rank}.json" for rank in range(2)]
+    started = [
+        subprocess.Popen([sys.executable, str(TRAINER), str(rank), str(folder / f"{name}-store"), str(out), name])
+        for rank, out in enumerate(outs)
+    ]
+    try:
+        assert [process.wait(50) for process in started] == [0, 0]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    return [json.loads(out.read_text(encoding="utf-8")) for out in outs]
+
+
+def test_ranks_share_run_and_incarnation_and_train_as_without_hooks(tmp_path: Path) -> None:
+    hooked, plain = train(tmp_path, "hooked"), train(tmp_path, "plain")
+    for mine, theirs in zip(hooked, plain, strict=True):
+        assert mine["losses"] == theirs["losses"]
+        assert mine["weights"] == theirs["weights"]
+        assert mine["failures"] == {}
+        assert (mine["topology"]["wrapper"], mine["topology"]["data_parallel_size"]) == ("ddp", 2)
+    assert hooked[0]["run_id"] == hooked[1]["run_id"]
+    assert hooked[0]["incarnation"] == hooked[1]["incarnation"]
+    assert [found["rank"] for found in hooked] == [0, 1]
+    of_all = {"TOKENS": 3, "LOSSES": 3, "ANSWERS": 3, "STEP_END": 3}
+    assert Counter(hooked[0]["kinds"]) == {**of_all, "GRADIENTS": 3, "LEARNING_RATES": 3}  # replicas count once
+    assert Counter(hooked[1]["kinds"]) == of_all
