@@ -33,9 +33,9 @@ def test_kills_offline_lose_no_row_and_double_none_and_the_fragments_sync(
     outbox: OutboxWriter, supervise: Supervise, backend: WandbBackend, tmp_path: Path
 ) -> None:
     supervisor = supervise()
-    write_and_kill(supervisor, outbox, tmp_path, rows=150, seed=random.randrange(1 << 30))
+    kills = write_and_kill(supervisor, outbox, tmp_path, rows=150, seed=random.randrange(1 << 30))
     status = supervisor.status()
-    assert status.counts["respawns"] >= 3
+    assert status.counts["respawns"] >= kills
     assert (status.rows_behind, status.entries_behind, status.num_rows) == (0, 0, 150)
     run = read_fragments(tmp_path / "out")
     assert [row["train/step"] for row in run.rows] == [25 * number for number in range(150)]
