@@ -14,7 +14,7 @@ from sidestep.protocol.messages import Json, Kind, Message, Notice, StepEnd
 
 ClosingReason: TypeAlias = Literal["complete", "ended", "deadline", "tail"]
 """Why a step closed: all parts in; its incarnation ended; the deadline passed; or ``tail``: what came after the last
-step of an incarnation that ended (late parts only, no ``StepEnd``)."""
+step of an incarnation that ended (late parts and notices, no ``StepEnd``), under that step's number."""
 
 
 class TokenText(Protocol):

@@ -191,8 +191,7 @@ class WorkerService:
         moved = self._take_in(now)
         if self._feed.next_arrival >= self._recovered_arrival:
             for pipeline in self._pipelines.values():
-                lost = self._trainers.lost(pipeline.open_incarnations, self._reception.last_heard, now, at_once=is_last)
-                outcome = pipeline.advance(now, lost)
+                outcome = pipeline.advance(now, self._lost(pipeline, now, at_once=is_last))
                 moved = moved or outcome.closings > 0
                 self._deliveries.show(outcome.entries)
                 for notice in outcome.notices:
@@ -206,6 +205,14 @@ class WorkerService:
             for run_id, tables in news.unconfirmed_tables.items():
                 self._pipelines[run_id].repeat(tables)
         return moved
+
+    def _lost(self, pipeline: RunPipeline, now: float, *, at_once: bool) -> dict[str, str]:
+        lost = self._trainers.lost(pipeline.open_incarnations, self._reception.last_heard, now, at_once=at_once)
+        for name, reason in lost.items():
+            made, held = self._reception.account(name)
+            known = f"it had made {made} messages when it was last heard" if made else "it was not heard by this worker"
+            lost[name] = f"{reason}; {known}, {held} are here"
+        return lost
 
     def _take_in(self, now: float) -> bool:
         for event in self._feed.take_events():

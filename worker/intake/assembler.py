@@ -136,7 +136,7 @@ class Assembler:
                 break
             closed.append(self._close(step, reason))
         if ended and not self._open and (self._late or self._notices) and len(closed) < limit:
-            closed.append(self._close(self.last_closed + 1, "tail"))
+            closed.append(self._close(max(0, self.last_closed), "tail"))
         if closed:
             newest = max(each.last_arrival for each in closed)
             closed[-1] = replace(closed[-1], pending_arrival=self._pending_arrival(newest + 1))
@@ -165,7 +165,7 @@ class Assembler:
         return True
 
     def _close(self, step: int, reason: ClosingReason) -> ClosedStep:
-        held = self._open.pop(step, None) or _OpenStep(first_part_at=0.0)
+        held = _OpenStep(first_part_at=0.0) if reason == "tail" else self._open.pop(step)
         own = {**held.messages, **self._notices}
         late, self._late, self._notices = self._late, {}, {}
         closing = StepClosing(
@@ -181,7 +181,8 @@ class Assembler:
         used = {**own, **late}
         for rank, end in held.ends.items():
             self._floors[rank] = max(self._floors.get(rank, 0), end.envelope.sequence)
-        self.last_closed, self._any_closed = step, True
+        if reason != "tail":
+            self.last_closed, self._any_closed = step, True
         last_arrival = max((each.arrival for each in used.values()), default=-1)
         return ClosedStep(
             closing=closing,

@@ -257,7 +257,10 @@ class Index:
     def last_step_closing(self, run_id: str, attempt: int) -> StepClosing | None:
         """Return the attempt's newest closing of a step."""
         rows = self._rows(
-            "SELECT * FROM step_closed WHERE run_id = ? AND attempt = ? ORDER BY step DESC LIMIT 1", run_id, attempt
+            "SELECT * FROM step_closed WHERE run_id = ? AND attempt = ? AND reason <> 'tail'"
+            " ORDER BY step DESC LIMIT 1",
+            run_id,
+            attempt,
         )
         return step_closing_of_row(rows[0]) if rows else None
 

@@ -304,6 +304,13 @@ class Reception:
             replies += [(peer.routing_id, peer.envelope(), message) for peer in chosen]
         return replies
 
+    def account(self, incarnation: str) -> tuple[int, int]:
+        """Return how many messages an incarnation had made when it was last heard, and how many are on disk."""
+        made = sum(count for (name, _), count in list(self.produced.items()) if name == incarnation)
+        segments = self._journal.segments
+        held = sum(len(segments.committed(name, rank)) for name, rank in segments.streams() if name == incarnation)
+        return made, held
+
     def gone(self, routing_id: bytes) -> None:
         """A connection cannot be reached any more."""
         self._counts["unreachable"] += 1

@@ -34,8 +34,8 @@ CREATE TABLE IF NOT EXISTS step_closed(
   run_id TEXT NOT NULL, attempt INTEGER NOT NULL, step INTEGER NOT NULL, reason TEXT NOT NULL,
   incarnation TEXT NOT NULL, parts BLOB NOT NULL, late_parts BLOB NOT NULL, ranks_expected INTEGER NOT NULL,
   closed_number INTEGER NOT NULL, pending_arrival INTEGER NOT NULL, last_arrival INTEGER NOT NULL,
-  PRIMARY KEY(run_id, attempt, step));
-CREATE UNIQUE INDEX IF NOT EXISTS step_closed_number ON step_closed(run_id, closed_number);
+  PRIMARY KEY(run_id, closed_number));
+CREATE UNIQUE INDEX IF NOT EXISTS step_closed_once ON step_closed(run_id, attempt, step) WHERE reason <> 'tail';
 CREATE INDEX IF NOT EXISTS step_closed_arrival ON step_closed(run_id, last_arrival);
 CREATE TABLE IF NOT EXISTS ending(
   run_id TEXT NOT NULL, attempt INTEGER NOT NULL, closed_number INTEGER NOT NULL, exit_code INTEGER NOT NULL,

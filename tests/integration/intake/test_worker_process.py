@@ -104,6 +104,7 @@ def test_a_trainer_that_vanishes_ends_its_run_as_failed_with_an_unknown_tail() -
         kind, value = worker.outbox()[-1]
         assert (kind, value["exit_code"]) == ("finish", 1)
         assert str(gone.pid) in value["reason"]
+        assert "4 are here" in value["reason"]
         assert sum(value.get("sidecar/tail_unknown", 0) for kind, value in worker.outbox() if kind == "row") == 1
     finally:
         worker.remove()

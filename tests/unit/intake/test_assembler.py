@@ -188,14 +188,25 @@ def test_what_comes_after_the_last_step_is_closed_as_a_tail() -> None:
     stream.add(scalars, stream.make(Notice(text="so long")), stream.make(Goodbye()))
     assert stream.close() == []
     (closed,) = stream.close(ended=True)
-    assert steps([closed]) == [(1, "tail")]
+    assert steps([closed]) == [(0, "tail")]
     assert [notice.text for notice in closed.step.notices] == ["so long"]
     assert [part.sequence for part in closed.step.late_parts] == [scalars.envelope.sequence]
     assert closed.step.ends == {}
     assert closed.step.unix_time == 1_700_000_100.0
 
 
-def test_step_minus_one_is_a_step_like_any_other_when_none_has_closed() -> None:
+def test_a_trainer_that_speaks_again_after_a_tail_loses_no_step() -> None:
+    stream = Stream()
+    stream.add(*stream.make_step(0), stream.make(Notice(text="one")))
+    stream.close()
+    for text in ("two", "three"):
+        stream.add(stream.make(Notice(text=text)))
+        assert steps(stream.close(ended=True)) == [(0, "tail")]
+    stream.add(*stream.make_step(1))
+    assert steps(stream.close()) == [(1, "complete")]
+
+
+def test_a_run_may_begin_at_any_step() -> None:
     stream = Stream()
     stream.add(*stream.make_step(1_000))
     assert steps(stream.close()) == [(1_000, "complete")]

@@ -180,6 +180,17 @@ def test_closings_state_and_outbox_are_one_transaction(tmp_path: Path) -> None:
     journal.close()
 
 
+def test_a_step_closes_once_an_attempt_though_its_tail_may_come_again(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    tail = replace(closing(0), reason="tail")
+    journal.index.write("run", [Closure(closing=each) for each in (closing(0), tail, tail)])
+    with pytest.raises(sqlite3.IntegrityError):
+        journal.index.write("run", [Closure(closing=closing(0))])
+    journal.index.write("run", [Closure(closing=replace(closing(0), attempt=1))])
+    assert len(journal.index.closings("run")) == 4
+    journal.close()
+
+
 def test_decisions_come_back_as_they_were_and_in_order(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     context = ContextRecord(run_id="run", attempt=0, revision=0, incarnation="inc", ranks=(0, 3), missing=("aa", "bb"))
