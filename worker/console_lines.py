@@ -20,9 +20,9 @@ def generation_line(step: int, values: Mapping[str, Value]) -> str | None:
     return f"step {step}: average generation length {average:.1f} tokens (min {low}, max {high})"
 
 
-def key_metrics_line(step: int, values: Mapping[str, Value], remembered: Mapping[str, Value]) -> str:
-    """Return the line of key metrics: those of this step, else the last ones known."""
-    known = {**remembered, **values}
+def key_metrics_line(step: int, values: Mapping[str, Value], remembered: Mapping[str, tuple[int, Value]]) -> str:
+    """Return the line of key metrics: those of this step, else the last ones known, with their (step, value)."""
+    known = {**{key: value for key, (_, value) in remembered.items()}, **values}
     loss = "loss/total" if "loss/total" in known else "loss/trainer"
     pieces = [f"step {step}"]
     for label, key, form in (
@@ -35,7 +35,8 @@ def key_metrics_line(step: int, values: Mapping[str, Value], remembered: Mapping
     ):
         value = known.get(key)
         if isinstance(value, int | float):
-            pieces.append(f"{label} {value:{form}}")
+            measured_at = step if key in values else remembered[key][0]
+            pieces.append(f"{label} {value:{form}}" + (f" (step {measured_at})" if measured_at != step else ""))
     if "collapse/collapse_reason" in values:
         pieces.append(f"collapse {values['collapse/collapse_reason']}")
     return " | ".join(pieces)

@@ -92,7 +92,7 @@ class RunProjection:
         self._is_open = False
         self._attempt = -1
         self._unix_time = 0.0
-        self._remembered: dict[str, Value] = {}
+        self._remembered: dict[str, tuple[int, Value]] = {}
         self._dropped: Counter[str] = Counter()
         self._lost_written: dict[str, Value] = {}
 
@@ -172,7 +172,7 @@ class RunProjection:
         self._is_open = bool(saved["is_open"])
         self._attempt = int(saved["attempt"])
         self._unix_time = float(saved["unix_time"])
-        self._remembered = dict(saved["remembered"])
+        self._remembered = {key: (int(at), value) for key, (at, value) in saved["remembered"].items()}
         self._dropped = Counter(saved["dropped"])
         self._lost_written = dict(saved["lost_written"])
         self._board.restore(saved["notices"])
@@ -229,7 +229,7 @@ class RunProjection:
             self._lost_written = lost
         for row in further:
             draft.add_row(row)
-        self._remembered.update({key: found.values[key] for key in REMEMBERED if key in found.values})
+        self._remembered.update({key: (step.step, found.values[key]) for key in REMEMBERED if key in found.values})
         self._add_late_rows(step, draft)
         for table in found.tables:
             payload = table_payload(table, attempt=step.attempt, step=step.step, unix_time=self._unix_time)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Final
 
+from sidestep.protocol.messages import Kind
 from sidestep.worker.metrics.measurement import Measurement, Value
 from sidestep.worker.records import AssembledStep
 
@@ -20,8 +21,10 @@ def telling_facts(step: AssembledStep) -> dict[str, Value]:
         facts["train/skipped"] = 1
     if step.reason != "tail" and step.ranks_seen < step.ranks_expected:
         facts["sidecar/ranks_seen"] = step.ranks_seen
-    if step.late_parts:
-        facts["sidecar/late_parts"] = len(step.late_parts)
+    # What the trainer logs under a step that is over is its own choice, not a message that came too late.
+    num_late = sum(part.message.kind != Kind.SCALARS for part in step.late_parts)
+    if num_late:
+        facts["sidecar/late_parts"] = num_late
     return facts
 
 

@@ -28,6 +28,18 @@ NEEDS_ANOTHER_RUN = {
 """Names that a healthy, exact run of this size must not have."""
 
 
+def folded(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with histograms and tables as one value: W&B stores their fields as ``key.field``."""
+    values: dict[str, Any] = {}
+    for key, value in row.items():
+        name, _, leaf = key.rpartition(".")
+        if name:
+            values.setdefault(name, {})[leaf] = value
+        else:
+            values[key] = value
+    return values
+
+
 class Recorded:
     """What the trainer recorded, and what the run says."""
 
@@ -37,8 +49,9 @@ class Recorded:
         self.shifted = shifted
         size, eos, image = self.arrays["vocabulary"].tolist()
         self.vocabulary = reference.Vocabulary(size=size, eos=eos, image=image)
+        self.rows = [folded(row) for row in run.rows]
         self.by_step: dict[int, dict[str, Any]] = {}
-        for row in run.rows:
+        for row in self.rows:
             self.by_step.setdefault(int(row["train/step"]), {}).update(row)
 
     def batches(self, step: int) -> list[reference.RawBatch]:
@@ -174,18 +187,20 @@ def test_learning_rates_are_those_that_the_step_was_taken_with(recorded: Recorde
 def test_the_samples_table_shows_question_target_and_generation(recorded: Recorded) -> None:
     tables = recorded.run.tables("generation/samples")
     assert len(tables) == 3
-    columns = tables[-1]["columns"]
+    newest, files = tables[-1]
+    columns = newest["columns"]
     for name in ("step", "image", "question", "generated", "target", "length"):
         assert name in columns
-    rows = [dict(zip(columns, row, strict=True)) for row in tables[-1]["data"]]
+    rows = [dict(zip(columns, row, strict=True)) for row in newest["data"]]
     assert len(rows) == 8
     assert all(row["question"] and row["target"] and "<|" not in row["question"] for row in rows)
     lengths = [len(reference.cut(ids, recorded.vocabulary.eos)[0]) for ids in recorded.generated(6)]
     assert [row["length"] for row in rows] == lengths
+    assert all(files[row["image"]["path"]].read_bytes().startswith(b"\x89PNG") for row in rows)
 
 
 def test_every_name_of_the_table_is_in_the_run_and_no_other(recorded: Recorded) -> None:
-    keys = {key for row in recorded.run.rows for key in row}
+    keys = {key for row in recorded.rows for key in row}
     names = {spec.key for key in keys if (spec := spec_of(key)) is not None}
     wanted = {spec.key for spec in METRICS} - set(NEEDS_ANOTHER_RUN)
     assert wanted - names == set()

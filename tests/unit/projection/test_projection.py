@@ -230,13 +230,22 @@ def test_missing_ranks_and_drops_are_shown_when_they_change() -> None:
 def test_a_tail_without_ends_counts_late_parts_and_keeps_the_time() -> None:
     projection = RunProjection(context())
     projection.project(assembled(5))
-    late = Part(rank=0, message=Scalars(step=4, values={"val_loss": 0.5}))
-    tail = assembled(5, ends={}, reason="tail", ranks_seen=0, unix_time=0.0, late_parts=(late,))
+    late = (Part(rank=0, message=losses(4)), Part(rank=0, message=Scalars(step=4, values={"val_loss": 0.5})))
+    tail = assembled(5, ends={}, reason="tail", ranks_seen=0, unix_time=0.0, late_parts=late)
     counted, logged = values(projection.project(tail), "row")
     assert counted["sidecar/late_parts"] == 1
     assert counted["_timestamp"] == 1_005.0
     assert "sidecar/ranks_seen" not in counted
     assert (logged["val_loss"], logged["train/step"]) == (0.5, 4)
+
+
+def test_what_is_logged_under_a_step_that_is_over_is_not_late() -> None:
+    projection = RunProjection(context())
+    projection.project(assembled(5))
+    logged = Part(rank=0, message=Scalars(step=5, values={"held_out": 0.9}))
+    (only,) = values(projection.project(assembled(6, late_parts=(logged,))), "row")
+    assert (only["held_out"], only["train/step"]) == (0.9, 5)
+    assert "sidecar/late_parts" not in only
 
 
 def test_logged_scalars_join_the_row_with_their_own_axis() -> None:
@@ -317,7 +326,7 @@ def test_each_generation_prints_its_average_length_and_a_line_of_key_metrics() -
     found = projection.project(assembled(50, generation(50, collapsed=False)))
     assert lines(found) == [
         "step 50: average generation length 2.0 tokens (min 2, max 2)",
-        "step 50 | epoch 0 | loss 1.5000 | avg generation length 2.0",
+        "step 50 | epoch 0 | loss 1.5000 (step 25) | avg generation length 2.0",
     ]
     assert [notice.text for notice in found.notices] == lines(found)
     judged = projection.project(assembled(100, generation(100, collapsed=False)))
