@@ -42,19 +42,20 @@ def _wrong(name: str, value: object, wanted: str) -> DecodeError:
 
 
 def _check_int(name: str, value: object) -> int:
-    if type(value) is not int:
+    if not isinstance(value, int) or isinstance(value, bool):
         raise _wrong(name, value, "an integer")
+    value = int(value)
     if not -_INT64 <= value < _INT64:
         raise LimitExceededError(f"field {name!r} does not fit 64 bits")
     return value
 
 
 def _check_float(name: str, value: object) -> float:
-    if type(value) is int:
+    if isinstance(value, int) and not isinstance(value, bool):
         value = float(_check_int(name, value))
-    if type(value) is not float:
+    if not isinstance(value, float):
         raise _wrong(name, value, "a number")
-    return value
+    return float(value)
 
 
 def _check_bool(name: str, value: object) -> bool:
@@ -64,8 +65,9 @@ def _check_bool(name: str, value: object) -> bool:
 
 
 def _check_str(name: str, value: object) -> str:
-    if type(value) is not str:
+    if not isinstance(value, str):
         raise _wrong(name, value, "a text")
+    value = str.__str__(value)  # a member of a StrEnum is a text too
     if len(value) * 4 > MAX_TEXT_BYTES and len(value.encode("utf-8", "surrogatepass")) > MAX_TEXT_BYTES:
         raise LimitExceededError(f"field {name!r} is a text of more than {MAX_TEXT_BYTES} bytes")
     return value
@@ -82,10 +84,12 @@ def _check_json(name: str, value: object, level: int = 0) -> object:
         return [_check_json(name, item, level + 1) for item in value]
     if isinstance(value, str):
         return _check_str(name, value)
-    if type(value) is int:
-        return _check_int(name, value)
-    if value is None or type(value) in (bool, float, bytes):
+    if value is None or isinstance(value, bool | bytes):
         return value
+    if isinstance(value, int):
+        return _check_int(name, value)
+    if isinstance(value, float):
+        return float(value)
     raise _wrong(name, value, "a plain value (None, bool, int, float, str, bytes, list, dict)")
 
 

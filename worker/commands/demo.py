@@ -13,7 +13,7 @@ from sidestep.worker.config import load_config
 
 def execute(options: argparse.Namespace, say: Callable[[str], None]) -> int:
     """Train the demo; return its exit code."""
-    chosen = {"--steps": options.steps, "--fail": options.fail, "--seed": options.seed}
+    chosen = {"--steps": options.steps, "--fail": options.fail, "--seed": options.seed, "--out": options.out}
     arguments = [text for name, value in chosen.items() if value is not None for text in (name, str(value))]
     module = ["-m", "sidestep.examples.digits_vqa", *arguments]
     out = [] if options.out is None else ["--out", str(options.out)]

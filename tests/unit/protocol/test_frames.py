@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from enum import IntEnum, StrEnum
 from typing import Any
 
 import msgpack  # type: ignore[import-untyped]
@@ -75,6 +76,22 @@ def test_an_array_of_another_form_is_not_encoded(rates: Any, what: str) -> None:
 def test_values_without_a_plain_form_are_not_encoded(values: Any) -> None:
     with pytest.raises(EncodeError, match="Scalars"):
         encode(ENVELOPE, Scalars(step=1, values=values))
+
+
+class Wish(StrEnum):
+    ONE = "one"
+
+
+class Number(IntEnum):
+    TWO = 2
+
+
+def test_enums_and_numpy_floats_travel_as_what_they_are() -> None:
+    said = Hello(
+        tags=(Wish.ONE,), start_step=Number.TWO, run_config={"a": Wish.ONE, "b": np.float64(0.5), "c": Number.TWO}
+    )
+    _, back = decode(encode(ENVELOPE, said))
+    assert back == Hello(tags=("one",), start_step=2, run_config={"a": "one", "b": 0.5, "c": 2})
 
 
 def test_numbers_that_are_not_finite_may_travel() -> None:
