@@ -60,5 +60,5 @@ def _store() -> Any:
         return None
     from torch.distributed import distributed_c10d  # noqa: PLC0415  (only where there is a process group)
 
-    store = distributed_c10d._get_default_store()  # noqa: SLF001  (torch offers no public way to its own store)
-    return store.clone() if hasattr(store, "clone") else store
+    # Not a clone of it: a FileStore's clone counts as a rank that has left, and the file is then removed too early.
+    return distributed_c10d._get_default_store()  # noqa: SLF001  (torch offers no public way to its own store)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from sidestep.protocol.limits import MAX_EXACT_LOSS_TOKENS_PER_STEP
 from sidestep.protocol.messages import Kind, Message, Scalars
+from sidestep.trainer_hooks.late_answers import LateAnswers
 from sidestep.trainer_hooks.reductions.answers import answers_message
 from sidestep.trainer_hooks.reductions.gradients import gradients_message
 from sidestep.trainer_hooks.reductions.learning_rate import learning_rates_message
@@ -23,6 +24,8 @@ from sidestep.trainer_hooks.staging import Staging
 Tensors = Mapping[str, torch.Tensor]
 Arrays = Mapping[str, NDArray[Any]]
 
+_NOTHING = torch.empty(0)
+
 
 @dataclass(slots=True, eq=False)
 class MicroBatch:
@@ -31,6 +34,8 @@ class MicroBatch:
     captured: bool
     """Seen by the forward hook, not passed by the trainer."""
     answers: torch.Tensor | None = None
+    late_answers: LateAnswers | None = None
+    """In place of ``answers``: labels that are still to be counted."""
     tokens: Tensors = field(default_factory=dict)
     losses: Tensors = field(default_factory=dict)
     reason: str = ""
@@ -119,8 +124,10 @@ def _stage_small(opened: OpenStep, facts: StepFacts, staging: Staging, counts: S
     tensors: dict[str, torch.Tensor] = {}
     kinds: list[Kind] = []
     answers = _summed([batch.answers for batch in opened.microbatches if batch.answers is not None])
-    if answers:
+    late = [batch.late_answers for batch in opened.microbatches if batch.late_answers is not None]
+    if answers or late:
         kinds.append(Kind.ANSWERS)
+        tensors |= {f"labels/{place}": each.labels for place, each in enumerate(late)}
         tensors |= {f"answers/{name}": counted for name, counted in answers.items()}
     with_rates = opened.rates is not None and facts.applied and "lr" in facts.due
     if opened.rates is not None and with_rates:
@@ -133,12 +140,15 @@ def _stage_small(opened: OpenStep, facts: StepFacts, staging: Staging, counts: S
     if not kinds:
         return
     plain = [(entry.values, entry.step_key, entry.key_step) for entry in logged]
-    step, epoch, with_answers = facts.step, facts.epoch, bool(answers)
+    step, epoch, with_answers = facts.step, facts.epoch, bool(answers or late)
+    read_late = [replace(each, labels=_NOTHING) for each in late]  # finish keeps how to read them, not the tensors
 
     def finish(arrays: Arrays) -> Sequence[Message]:
         made: list[Message] = []
         if with_answers:
-            made.append(answers_message(step=step, epoch=epoch, arrays=_below("answers/", arrays)))
+            counted = _below("answers/", arrays)
+            counted |= {f"late_{n}": each.counts(arrays[f"labels/{n}"]) for n, each in enumerate(read_late)}
+            made.append(answers_message(step=step, epoch=epoch, arrays=counted))
         if with_rates:
             made.append(learning_rates_message(step=step, arrays=_below("rates/", arrays)))
         for place, (values, step_key, key_step) in enumerate(plain):

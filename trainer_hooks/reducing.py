@@ -9,6 +9,7 @@ import torch
 
 from sidestep.trainer_hooks.capture import Batch
 from sidestep.trainer_hooks.config import HooksConfig
+from sidestep.trainer_hooks.late_answers import LateAnswers
 from sidestep.trainer_hooks.open_step import MicroBatch, Tensors
 from sidestep.trainer_hooks.reductions.alignment import AlignedBatch, align
 from sidestep.trainer_hooks.reductions.answers import reduce_answers
@@ -47,7 +48,7 @@ class Reducer:
         tokens_due, loss_due = "tokens" in due, "loss" in due
         if not tokens_due and not loss_due:
             if batch.labels is not None:
-                made.answers = reduce_answers(self._aligned(batch, with_ids=False))
+                self._count_answers(made, batch)
             return made
         aligned = self._aligned(batch, with_ids=True)
         sources = [
@@ -66,6 +67,16 @@ class Reducer:
                     "the trainer's forward shows no logits [b, t, v]; pass logits= or token_losses= to on_batch"
                 )
         return made
+
+    def _count_answers(self, made: MicroBatch, batch: Batch) -> None:
+        """Count a micro-batch's answers, or copy its labels to be counted later where they are on the host."""
+        labels = batch.labels
+        documents = (batch.documents, batch.cu_seqlens, batch.position_ids)
+        if labels is None or labels.device.type != "cpu" or any(each is not None for each in documents):
+            made.answers = reduce_answers(self._aligned(batch, with_ids=False))
+            return
+        shifted, eos_id = self.is_shifted(batch), self._vocabulary.eos_id
+        made.late_answers = LateAnswers(labels.detach().clone(), shifted, self._config.ignore_index, eos_id)
 
     def _losses(self, aligned: AlignedBatch, batch: Batch, seed: int) -> Tensors:
         return reduce_loss(

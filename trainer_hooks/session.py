@@ -41,6 +41,9 @@ WANDB_NOTICE = (
     "to attach()."
 )
 
+_NOT_READ = Outputs(None, None)
+"""A forward was seen at a step with nothing due."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
@@ -100,8 +103,8 @@ class Session:
         if self._overriding:
             if self._outputs is not None:  # the one before was not passed to on_batch: from now on all are looked at
                 self._overriding = False
-            self._outputs = _remember(*self._parts.reader.outputs(output, None))
             if self._overriding:
+                self._outputs = _remember(*self._parts.reader.outputs(output, None)) if opened.due else _NOT_READ
                 return
         batch = self._parts.reader.read(args, kwargs, output)
         if batch is None:
@@ -120,7 +123,8 @@ class Session:
         if outputs is not None:
             if opened.microbatches and opened.microbatches[-1].captured:
                 opened.microbatches.pop()
-            batch = _completed(batch, outputs)
+            if opened.due and (batch.logits is None or batch.loss is None):
+                batch = _completed(batch, outputs)
         if batch.epoch is not None:
             self.epoch = batch.epoch
         if batch.input_ids is None and batch.labels is None:
