@@ -155,6 +155,8 @@ def _table(view: TableView) -> str:
     left_out = len(view.earlier) - MAX_EARLIER_TABLES
     if left_out > 0:
         earlier += f'<p class="dim">{left_out} earlier tables are in the journal.</p>'
+    if earlier:
+        earlier = f"<details><summary>{len(view.earlier)} earlier</summary>{earlier}</details>"
     return f"<h3>{_text(view.title)} <small>step {view.newest.step}</small></h3>{_rows(view.newest)}{earlier}"
 
 

@@ -51,6 +51,15 @@ def _keys(family: str, names: Mapping[str, str]) -> dict[str, str]:
     return {f"{family}/{leaf}": name for leaf, name in names.items()}
 
 
+def _unless_zero(history: RunHistory, title: str, key: str) -> Chart | None:
+    """A chart of what should not happen is shown where it did."""
+    return (
+        line_chart(history, title, {key: key})
+        if any(history.series[key].values if key in history.series else ())
+        else None
+    )
+
+
 def _section(
     title: str, summary: str, charts: Iterable[Chart | None], tables: Iterable[TableView | None] = ()
 ) -> Section:
@@ -163,7 +172,7 @@ def _loss(history: RunHistory) -> Section:
                 "First against later",
                 _keys("loss", {"first_vs_later_ratio": "first / later", "high_loss_token_ratio": "high-loss share"}),
             ),
-            line_chart(history, "Tokens with a non-finite loss", _keys("loss", {"nonfinite_tokens": "tokens"})),
+            _unless_zero(history, "Tokens with a non-finite loss", "loss/nonfinite_tokens"),
         ],
         [_table(history, "loss/highest_tokens", "Highest-loss tokens")],
     )
@@ -286,7 +295,7 @@ def _data(history: RunHistory) -> Section:
                 ),
             ),
             line_chart(history, "Answers of one token", _keys("data", {"single_token_answers_ratio": "share"})),
-            line_chart(history, "Micro-batches without labels", _keys("data", {"batches_without_labels": "so far"})),
+            _unless_zero(history, "Micro-batches without labels, so far", "data/batches_without_labels"),
         ],
     )
 
