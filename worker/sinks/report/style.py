@@ -11,8 +11,7 @@ STYLE: Final = """
   :root { --ink:#e8eaf2; --dim:#969db3; --paper:#12141c; --card:#1a1d28; --line:#2b2f3f; }
 }
 * { box-sizing: border-box; }
-body { margin:0; background:var(--paper); color:var(--ink); font:15px/1.5 system-ui,-apple-system,"Segoe
-  UI",sans-serif; }
+body { margin:0; background:var(--paper); color:var(--ink); font:15px/1.5 system-ui,sans-serif; }
 main { max-width:1280px; margin:0 auto; padding:24px 20px 64px; }
 header { display:flex; gap:18px; align-items:center; margin-bottom:18px; }
 .brand { font-weight:700; letter-spacing:.02em; color:#fff; background:var(--accent); padding:6px 12px;
