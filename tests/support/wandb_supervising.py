@@ -6,12 +6,14 @@ import contextlib
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from tests.support.outbox_writing import OutboxWriter, row_entry, run_entry, table_entry
-from tests.support.wandb_backend import BackendRun
+from tests.support.wandb_backend import BackendRun, WandbBackend
 
 from sidestep.worker.outbox import OutboxEntry, entry
 from sidestep.worker.sinks.wandb_processes import mark_of, marked_processes
@@ -74,3 +76,13 @@ def assert_every_row_once(run: BackendRun, rows: int) -> None:
     assert [row["_step"] for row in run.history] == list(range(rows))
     assert [row["train/step"] for row in run.history] == [25 * number for number in range(rows)]
     assert (run.holes, run.overwritten_lines, run.exit_code) == (0, 0, 0)
+
+
+def sync_fragments(out: Path, backend: WandbBackend) -> None:
+    """Bring a folder's offline fragments to the server by W&B's own command, which ends with 0 whatever it met."""
+    fragments = sorted(str(place) for place in (out / "wandb").glob("offline-run-*"))
+    command = [sys.executable, "-m", "wandb", "sync", *fragments]
+    environment = {**os.environ, **backend.environment, "WANDB_SILENT": "false"}
+    done = subprocess.run(command, check=True, env=environment, capture_output=True, timeout=40, text=True)
+    assert done.stderr.count("Finished syncing") == len(fragments), done.stderr
+    assert "ERROR" not in done.stderr

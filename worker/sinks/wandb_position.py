@@ -11,6 +11,7 @@ Of the protobuf record only the two fields that are needed are looked at, so not
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 import zlib
@@ -80,6 +81,22 @@ def set_aside_empty(folder: Path, run_id: str) -> list[Path]:
     ]
 
 
+def cut_torn_logs(folder: Path, run_id: str) -> list[Path]:
+    """Cut what a killed writer left of an unfinished record off the logs' ends; return the logs that were cut.
+
+    W&B's log is written a whole block at a time, so a kill within a flush interval often leaves the first part of a
+    record. ``wandb sync`` stops at it, says that the run failed, and sends nothing of the fragments after it. What is
+    cut off counts nowhere: its rows are sent again, into the next fragment. No writer may be at work.
+    """
+    cut = []
+    for place in fragment_folders(folder, run_id):
+        log = place / f"run-{run_id}.wandb"
+        if log.is_file() and 0 < (end := _end_of_whole_records(log)) < log.stat().st_size:
+            os.truncate(log, end)
+            cut.append(log)
+    return cut
+
+
 def offline_position(folder: Path, run_id: str, known: Mapping[str, int]) -> OfflinePosition:
     """Return where the run's next row stands; OSError where a log cannot be read.
 
@@ -112,36 +129,49 @@ def read_fragment(place: Path, run_id: str) -> Fragment:
 
 def log_records(log: Path) -> Iterator[bytes]:
     """Yield the whole records of a transaction log, up to a torn or broken one; ValueError where it is no such log."""
+    return (record for _, record in _records_and_ends(log))
+
+
+def _end_of_whole_records(log: Path) -> int:
+    end = 0
+    for end, _ in _records_and_ends(log):  # noqa: B007 (the last one's)
+        pass
+    return end
+
+
+def _records_and_ends(log: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield each whole record and the offset of the byte after it."""
     with log.open("rb") as file:
         block = file.read(_BLOCK_BYTES)
         if len(block) < _HEADER_BYTES:
             return
         if not block.startswith(_MAGIC):
             raise ValueError(f"{log} is not a transaction log of W&B")
-        offset, joined = _HEADER_BYTES, bytearray()
+        start, offset, joined = 0, _HEADER_BYTES, bytearray()
         while block:
-            for kind, piece in _pieces(block, offset):
+            for end, kind, piece in _pieces(block, offset):
                 if kind in (_FULL, _FIRST):
                     joined.clear()
                 joined += piece
                 if kind in (_FULL, _LAST):
-                    yield bytes(joined)
+                    yield start + end, bytes(joined)
                 elif kind not in (_FIRST, _MIDDLE):
                     return
+            start += len(block)
             block, offset = file.read(_BLOCK_BYTES), 0
 
 
-def _pieces(block: bytes, offset: int) -> Iterator[tuple[int, bytes]]:
-    """Yield a block's pieces of records; a broken one is yielded once, with type 0, and ends the log."""
+def _pieces(block: bytes, offset: int) -> Iterator[tuple[int, int, bytes]]:
+    """Yield a block's pieces of records as (end, type, content); a broken one is yielded with type 0, as the last."""
     while len(block) - offset >= _RECORD_HEAD.size:
         checksum, length, kind = _RECORD_HEAD.unpack_from(block, offset)
         offset += _RECORD_HEAD.size
         piece = block[offset : offset + length]
         if len(piece) < length or zlib.crc32(piece, zlib.crc32(bytes([kind]))) != checksum:
-            yield 0, b""
+            yield offset, 0, b""
             return
-        yield kind, piece
         offset += length
+        yield offset, kind, piece
 
 
 def _fields(message: bytes) -> Iterable[tuple[int, bytes]]:

@@ -35,7 +35,7 @@ from sidestep.worker.sinks.outbox_reader import OutboxReader
 from sidestep.worker.sinks.wandb_follow import Follower, ForeignRowsError, Pace, RefusedValueError, Wishes, alert_tag
 from sidestep.worker.sinks.wandb_marks import Marks
 from sidestep.worker.sinks.wandb_opening import run_settings, shown_config
-from sidestep.worker.sinks.wandb_position import fragment_folders, offline_position, set_aside_empty
+from sidestep.worker.sinks.wandb_position import cut_torn_logs, fragment_folders, offline_position, set_aside_empty
 from sidestep.worker.sinks.wandb_processes import MARK_VARIABLE, SinkLock, end_marked, mark_of
 from sidestep.worker.sinks.wandb_progress import EXIT_AGAIN, EXIT_NEVER, Progress, SinkState
 
@@ -222,6 +222,8 @@ class WandbSink:
     def _offline_rows(self, marks: Marks) -> int:
         for place in set_aside_empty(self._out, self._run_id):
             _LOG.info("%s: a fragment that never began", place)
+        for log in cut_torn_logs(self._out, self._run_id):
+            _LOG.info("%s: cut behind its last whole record", log)
         position = offline_position(self._out, self._run_id, marks.fragment_rows)
         written = "\n".join(position.alert_texts)
         marks.confirm_alerts([incident_id for incident_id in marks.alert_attempts if alert_tag(incident_id) in written])

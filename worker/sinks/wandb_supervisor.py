@@ -30,6 +30,8 @@ _READ_BYTES: Final = 64 * 1024
 _OUTBOX_LOOK_SECONDS: Final = 0.5
 _BUSY_SECONDS: Final = 0.05
 _STOP_POLL_SECONDS: Final = 0.05
+_MAX_POLL_GAP_SECONDS: Final = 1.0
+"""A worker that got no time for longer than this (a paused container, a loaded host) does not blame its child."""
 _TABLE_UPLOAD_SECONDS: Final = 60.0
 _MAX_LOG_BYTES: Final = 4 << 20
 _ENDED: Final = frozenset({SinkState.FINISHED, SinkState.SUSPENDED, SinkState.DISABLED})
@@ -51,6 +53,9 @@ class WandbSinkConfig:
     """A child that does not move for so long while entries wait is killed."""
     start_seconds: float = 60.0
     """The same for a child that has not opened its run yet: Python, wandb and the server need their time."""
+    finish_seconds: float = 90.0
+    """The same for ``run.finish``, which says nothing until it is done and gives up by itself after
+    ``FINISH_TIMEOUT_SECONDS``."""
     backoff_first_seconds: float = 0.5
     """Wait before a dead child is started again; doubled with every death that moved nothing."""
     backoff_max_seconds: float = 60.0
@@ -61,7 +66,8 @@ class WandbSinkConfig:
         """Refuse what cannot work; ValueError names the field."""
         if not self.run_id:
             raise ValueError("WandbSinkConfig.run_id: must not be empty")
-        for name in ("stall_seconds", "start_seconds", "backoff_first_seconds", "backoff_max_seconds"):
+        patience = ("stall_seconds", "start_seconds", "finish_seconds")
+        for name in (*patience, "backoff_first_seconds", "backoff_max_seconds"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"WandbSinkConfig.{name}: must be positive")
 
@@ -113,7 +119,7 @@ class WandbSupervisor:
         idle = SinkState.DISABLED if config.mode == "disabled" else SinkState.STARTING
         self._progress = Progress(state=idle)
         self._newest_position, self._newest_rows, self._looked_at = -1, 0, 0.0
-        self._moved_at = self._start_at = 0.0
+        self._polled_at = self._start_at = self._idle_seconds = 0.0
         self._backoff_seconds = config.backoff_first_seconds
         self._detail = ""
         self._wanted = self._stop_reported = self._never = False
@@ -131,13 +137,15 @@ class WandbSupervisor:
         now = time.monotonic()
         self._look(now)
         self._hear(now)
+        self._count_idle_time(now)
         if self._child is not None and self._child.poll() is not None:
             self._hear(now)
             self._bury(self._child, now)
-        elif self._child is not None and self._is_stalled(now):
+        elif self._child is not None and self._idle_seconds > self._patience_seconds():
             self._counts["stalls"] += 1
             self._detail = f"no progress for {self._patience_seconds():g} s with {self._waiting()} entries waiting"
             _LOG.warning("the W&B sink of run %s is killed: %s", self._config.run_id, self._detail)
+            self._idle_seconds = 0.0
             self._kill()
         if self._child is None and self._is_due(now):
             self._spawn(now)
@@ -224,7 +232,7 @@ class WandbSupervisor:
         self._child, self._unread = child, b""
         self._counts["respawns"] += self._counts["starts"] > 0
         self._counts["starts"] += 1
-        self._moved_at = now
+        self._idle_seconds = 0.0
 
     def _open_log(self) -> IO[bytes]:
         path = self._config.out / f"wandb-sink-{self._config.run_id}.log"
@@ -296,7 +304,7 @@ class WandbSupervisor:
         if report.state is SinkState.STARTING:  # it does not know yet where W&B stands
             report = replace(report, position=before.position, num_rows=before.num_rows)
         if (report.position, report.num_rows, report.state) != (before.position, before.num_rows, before.state):
-            self._moved_at = now
+            self._idle_seconds = 0.0
         if report.num_rows > before.num_rows:
             self._backoff_seconds = self._config.backoff_first_seconds
             self._detail = ""
@@ -331,13 +339,16 @@ class WandbSupervisor:
     def _waiting(self) -> int:
         return max(0, self._newest_position - self._progress.position)
 
-    def _is_stalled(self, now: float) -> bool:
+    def _count_idle_time(self, now: float) -> None:
+        """Count the time that the child had something to do and did not move; before there is work, none passes."""
+        gap, self._polled_at = min(now - self._polled_at, _MAX_POLL_GAP_SECONDS), now
         busy = self._waiting() > 0 or self._progress.state is SinkState.FINISHING
-        return busy and now - self._moved_at > self._patience_seconds()
+        self._idle_seconds = self._idle_seconds + gap if busy else 0.0
 
     def _patience_seconds(self) -> float:
-        starting = self._progress.state is SinkState.STARTING
-        return self._config.start_seconds if starting else self._config.stall_seconds
+        config = self._config
+        own = {SinkState.STARTING: config.start_seconds, SinkState.FINISHING: config.finish_seconds}
+        return own.get(self._progress.state, config.stall_seconds)
 
     def _current_status(self) -> WandbStatus:
         progress, totals = self._progress, self._totals

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 from PIL import Image
 from tests.integration.sinks.conftest import RunSink
 from tests.support.outbox_writing import START_SECONDS, OutboxWriter, row_entry, run_entry, table_entry
+from tests.support.wandb_backend import WandbBackend
 from tests.support.wandb_offline import OfflineRun, read_fragments
+from tests.support.wandb_supervising import assert_every_row_once, sync_fragments
 
 from sidestep.worker.outbox import OutboxEntry, entry
 
@@ -160,6 +163,22 @@ def test_a_row_that_cannot_be_told_keeps_its_number(outbox: OutboxWriter, tmp_pa
     assert [row.get("train/step") for row in rows] == [None, None, None, None, None, None, 150, 175]
     assert all("sidecar/refused_row" in row for row in rows[:6])
     assert "other columns" in rows[0]["sidecar/refused_row"]
+
+
+@pytest.mark.parametrize("cut", [32 * 1024, 40_000], ids=["a kill: at a block's end", "a full disk: anywhere"])
+def test_a_torn_log_keeps_no_fragment_from_the_sync(
+    outbox: OutboxWriter, tmp_path: Path, run_sink: RunSink, backend: WandbBackend, cut: int
+) -> None:
+    out, finish = tmp_path / "out", entry("finish", {"exit_code": 0, "reason": ""})
+    outbox.write([run_entry(), *(row_entry(number, **{"loss/note": "x" * 600}) for number in range(60)), finish])
+    assert run_sink(outbox, out).last["state"] == "finished"
+    (log,) = (out / "wandb").glob("offline-run-*/run-run1.wandb")
+    os.truncate(log, cut)
+    outbox.write([row_entry(60), finish])
+    assert run_sink(outbox, out).last["num_rows"] == 61
+    assert log.stat().st_size < cut
+    sync_fragments(out, backend)
+    assert_every_row_once(backend.runs["run1"], 61)
 
 
 def test_rows_of_another_outbox_end_the_sink_for_good(tmp_path: Path, run_sink: RunSink) -> None:

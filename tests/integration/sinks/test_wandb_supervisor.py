@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from tests.support.wandb_supervising import (
     assert_every_row_once,
     is_finished,
     sink_processes,
+    sync_fragments,
     until,
     write_and_kill,
 )
@@ -45,12 +45,7 @@ def test_kills_offline_lose_no_row_and_double_none_and_the_fragments_sync(
     assert set(run.exit_codes[:-1]) <= {None}
     assert len(run.tables("generation/samples")) >= 6
 
-    fragments = sorted(str(place) for place in (tmp_path / "out" / "wandb").glob("offline-run-*"))
-    command = [sys.executable, "-m", "wandb", "sync", *fragments]
-    done = subprocess.run(
-        command, check=True, env={**os.environ, **backend.environment}, capture_output=True, timeout=40, text=True
-    )
-    assert "ERROR" not in done.stderr
+    sync_fragments(tmp_path / "out", backend)
     assert_every_row_once(backend.runs["run1"], 150)
 
 
@@ -72,6 +67,22 @@ def test_a_stopped_core_is_noticed_and_replaced(outbox: OutboxWriter, supervise:
         "starts": 2, "respawns": 1, "stalls": 1, "failures": 1, "unreadable_reports": 0, "stop_requests": 0,
         "refused_uploads": 0, "unreadable_outbox": 0, "unconfirmed_tables": 0,
     }  # fmt: skip
+
+
+def test_what_comes_after_a_long_quiet_finds_a_patient_supervisor(
+    outbox: OutboxWriter, supervise: Supervise, tmp_path: Path
+) -> None:
+    supervisor = supervise(stall_seconds=4.0)
+    outbox.write([run_entry(), row_entry(0)])
+    supervisor.start()
+    until(supervisor, lambda: supervisor.status().position == 1)
+    quiet_until = time.monotonic() + 4.5
+    until(supervisor, lambda: time.monotonic() > quiet_until)
+    outbox.write([row_entry(1), FINISH])
+    supervisor.poll()  # looks before the child can
+    until(supervisor, lambda: is_finished(supervisor))
+    assert (supervisor.status().counts["stalls"], supervisor.status().counts["starts"]) == (0, 1)
+    assert read_fragments(tmp_path / "out").exit_codes == [0]
 
 
 def test_a_stop_drains_the_outbox_and_leaves_the_run_open(

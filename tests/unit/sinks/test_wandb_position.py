@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wandb.proto import wandb_internal_pb2 as pb
 
-from sidestep.worker.sinks.wandb_position import log_records, offline_position, set_aside_empty
+from sidestep.worker.sinks.wandb_position import cut_torn_logs, log_records, offline_position, set_aside_empty
 
 BLOCK_BYTES = 32 * 1024
 HEADER = b":W&B" + struct.pack("<HB", 0xBEE1, 0)
@@ -133,3 +133,29 @@ def test_fragments_that_never_began_are_set_aside(tmp_path: Path) -> None:
     moved = set_aside_empty(tmp_path, "run1")
     assert [place.name for place in moved] == [f"empty-offline-run-20260101_00000{n}-run1" for n in (2, 3)]
     assert sorted((tmp_path / "wandb").glob("offline-run-*")) == [kept]
+
+
+def test_what_a_kill_left_of_a_record_is_cut_off(tmp_path: Path) -> None:
+    """A block is written when it is full, whatever record it ends in."""
+    big = record(history=made("HistoryRecord", item=[made("HistoryItem", key="a", value_json="1" * 20_000)]))
+    places = [
+        write_fragment(tmp_path, 1, [RUN, ROW]),
+        write_fragment(tmp_path, 2, [RUN, big, big, big], cut=BLOCK_BYTES),
+        write_fragment(tmp_path, 3, [RUN, ROW, ROW], cut=-1),
+    ]
+    logs = [place / "run-run1.wandb" for place in places]
+    assert cut_torn_logs(tmp_path, "run1") == logs[1:]
+    assert [log.read_bytes() for log in logs] == [log_of([RUN, ROW]), log_of([RUN, big]), log_of([RUN, ROW])]
+    assert cut_torn_logs(tmp_path, "run1") == []
+    assert offline_position(tmp_path, "run1", {}).next_row == 3
+
+
+@pytest.mark.parametrize("room", range(1, 8))
+def test_a_log_is_cut_behind_a_record_that_ends_near_its_blocks_end(tmp_path: Path, room: int) -> None:
+    payload = BLOCK_BYTES - 7 - 7 - room
+    log = write_fragment(tmp_path, 1, []) / "run-run1.wandb"
+    whole = log_of([b"x" * payload])
+    log.write_bytes(log_of([b"x" * payload, ROW])[:-1])
+    assert cut_torn_logs(tmp_path, "run1") == [log]
+    assert log.read_bytes() == whole
+    assert list(log_records(log)) == [b"x" * payload]
