@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any, Final
 
 INIT_TIMEOUT_SECONDS: Final = 20.0
-FINISH_TIMEOUT_SECONDS: Final = 30.0
 
 
-def run_settings(opening: Mapping[str, Any]) -> dict[str, Any]:
-    """Return fields of ``wandb.Settings``; system metrics are the trainer's where its process is visible, else none."""
+def run_settings(opening: Mapping[str, Any], *, finish_seconds: float) -> dict[str, Any]:
+    """Return fields of ``wandb.Settings``; system metrics are the trainer's where its process is visible, else none.
+
+    A finish that has not uploaded everything after ``finish_seconds`` raises: taken for done, it would lose rows.
+    """
     environment = opening.get("environment") or {}
     pid = trainer_pid(environment)
     settings: dict[str, Any] = {
         "console": "off",
         "disable_git": True,
-        "finish_timeout": FINISH_TIMEOUT_SECONDS,
+        "finish_timeout": finish_seconds,
+        "finish_timeout_raises": True,
         "init_timeout": INIT_TIMEOUT_SECONDS,
         "silent": True,
         "stop_on_fatal_error": True,

@@ -38,6 +38,7 @@ from sidestep.worker.sinks.wandb_opening import run_settings, shown_config
 from sidestep.worker.sinks.wandb_position import cut_torn_logs, fragment_folders, offline_position, set_aside_empty
 from sidestep.worker.sinks.wandb_processes import MARK_VARIABLE, SinkLock, end_marked, mark_of
 from sidestep.worker.sinks.wandb_progress import EXIT_AGAIN, EXIT_NEVER, Progress, SinkState
+from sidestep.worker.sinks.wandb_scratch import Scratch
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -54,12 +55,23 @@ class WandbRun:
     """A W&B run that is open (``TrackedRun``). Any call may block without limit: that is the supervisor's business."""
 
     def __init__(
-        self, opening: Mapping[str, Any], *, out: Path, run_id: str, mode: str, on_stop: Callable[[], None]
+        self,
+        opening: Mapping[str, Any],
+        *,
+        out: Path,
+        run_id: str,
+        mode: str,
+        finish_seconds: float,
+        scratch: Scratch,
+        on_stop: Callable[[], None],
     ) -> None:
-        """Open the run, or resume it where it stands; raises what ``wandb.init`` raises."""
+        """Open the run, or resume it where it stands; raises what ``wandb.init`` raises.
+
+        ``on_stop`` is a plain function: wandb copies its settings deeply, and a method would bring its object along.
+        """
         import wandb  # noqa: PLC0415 (1.4 s and 70 MB, only where there is something to send)
 
-        self._wandb = wandb
+        self._wandb, self._scratch = wandb, scratch
         self._axes = wandb_axes.Axes()
         self._offline_rows = 0
         self._run = wandb.init(
@@ -73,7 +85,7 @@ class WandbRun:
             mode="offline" if mode == "offline" else "online",
             resume="allow",
             reinit="create_new",
-            settings=wandb.Settings(**run_settings(opening), stop_fn=on_stop),
+            settings=wandb.Settings(**run_settings(opening, finish_seconds=finish_seconds), stop_fn=on_stop),
         )
 
     def resume_after(self, num_rows: int) -> None:
@@ -94,6 +106,7 @@ class WandbRun:
         """Log a table, whole and never to be changed, beside the row's own scalars. Raises RefusedValueError."""
         with _refusing():
             self._log_table(table)
+        self._scratch.clear()
 
     def _log_table(self, table: Mapping[str, Any]) -> None:
         columns: list[str | int] = [str(column) for column in table["columns"]]
@@ -129,7 +142,7 @@ class WandbRun:
         _ = self._run.step
 
     def finish(self, exit_code: int) -> None:
-        """Finish the run, 0 as finished and otherwise as failed."""
+        """Finish the run, 0 as finished and otherwise as failed; TimeoutError where not all could be uploaded."""
         self._run.finish(exit_code=exit_code)
 
     def suspend(self) -> None:
@@ -175,6 +188,7 @@ class WandbSink:
         self._run_id: str = options.run
         self._out: Path = options.out
         self._mode: str = options.mode
+        self._finish_seconds: float = options.finish_seconds
         self._pace = Pace(rows_per_second=options.rows_per_second if options.mode == "online" else 0.0)
         self._report, self._wishes = report, wishes
         self._reader = OutboxReader(options.journal, options.run)
@@ -198,21 +212,29 @@ class WandbSink:
             return self._ended(SinkState.FINISHED, marks.finished_position)
         if not self._wait_until(something_to_send):
             return self._ended(SinkState.SUSPENDED)
-        run = self._opened(opening[0], marks)
+        scratch = Scratch(self._out / f"wandb-sink-{self._run_id}.tmp")
+        run = self._opened(opening[0], marks, scratch)
         follower = Follower(self._reader, run, marks, pace=self._pace, report=self._report, wishes=self._wishes)
         end = follower.follow()
+        scratch.remove()
         self._report(follower.progress(end))
         return EXIT_AGAIN if end is SinkState.STOP_REQUESTED else 0
 
-    def _opened(self, first: StoredEntry, marks: Marks) -> WandbRun:
+    def _opened(self, first: StoredEntry, marks: Marks, scratch: Scratch) -> WandbRun:
         opening = first.value() if first.kind == "run" else {}
         held = num_fragments = 0
         if self._mode == "offline":
             held = self._offline_rows(marks)
             num_fragments = self._wait_for_a_new_second()
         run = WandbRun(
-            opening, out=self._out, run_id=self._run_id, mode=self._mode, on_stop=self._wishes.stop_run.set
-        )  # fmt: skip
+            opening,
+            out=self._out,
+            run_id=self._run_id,
+            mode=self._mode,
+            finish_seconds=self._finish_seconds,
+            scratch=scratch,
+            on_stop=lambda: self._wishes.stop_run.set(),  # noqa: PLW0108 (a method cannot be copied)
+        )
         run.resume_after(held)
         if self._mode == "offline" and len(fragment_folders(self._out, self._run_id)) != num_fragments + 1:
             # The SDK goes to a temporary folder where it cannot write; rows there would be sent again and again.
@@ -292,6 +314,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="folder under which W&B keeps its own files")
     parser.add_argument("--mode", choices=("offline", "online", "disabled"), default="offline")
     parser.add_argument("--rows-per-second", type=float, default=10.0, help="online only; 0: no limit")
+    parser.add_argument("--finish-seconds", type=float, default=30.0, help="how long the last uploads may take")
     parser.add_argument("--owner-on-stdin", action="store_true", help="end when standard input ends")
     return parser
 
@@ -305,7 +328,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report(Progress(state=SinkState.DISABLED))
         return 0
     os.environ[MARK_VARIABLE] = mark_of(options.out, options.run)  # wandb-core inherits it
-    # Offline tables are known by the absolute paths of their staged files, so these stay beside the run's own.
+    # Offline tables are known by the absolute paths of their staged files, which ``wandb sync`` reads: they stay beside
+    # the run's own. (Of each table the SDK stages a second copy of the JSON that nothing names; the pictures are all
+    # needed.)
     os.environ.setdefault("WANDB_DATA_DIR", str(options.out.resolve() / "wandb-data"))
     wishes = Wishes(stop=threading.Event(), orphaned=threading.Event(), stop_run=threading.Event())
     _listen(wishes, owner_on_stdin=options.owner_on_stdin)

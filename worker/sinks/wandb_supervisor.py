@@ -53,9 +53,9 @@ class WandbSinkConfig:
     """A child that does not move for so long while entries wait is killed."""
     start_seconds: float = 60.0
     """The same for a child that has not opened its run yet: Python, wandb and the server need their time."""
-    finish_seconds: float = 90.0
-    """The same for ``run.finish``, which says nothing until it is done and gives up by itself after
-    ``FINISH_TIMEOUT_SECONDS``."""
+    finish_seconds: float = 30.0
+    """A child that finishes its run gives up by itself when not all is uploaded by then, and the next one goes on; it
+    says nothing meanwhile, so it is killed only when it is silent for ``stall_seconds`` more."""
     backoff_first_seconds: float = 0.5
     """Wait before a dead child is started again; doubled with every death that moved nothing."""
     backoff_max_seconds: float = 60.0
@@ -208,7 +208,8 @@ class WandbSupervisor:
         command = [
             sys.executable, "-m", "sidestep.worker.sinks.wandb_sink",
             "--journal", str(config.journal), "--run", config.run_id, "--out", str(config.out), "--mode", config.mode,
-            "--rows-per-second", str(config.rows_per_second), "--owner-on-stdin",
+            "--rows-per-second", str(config.rows_per_second), "--finish-seconds", str(config.finish_seconds),
+            "--owner-on-stdin",
         ]  # fmt: skip
         environment = {**os.environ, **config.environment, MARK_VARIABLE: self._mark}
         try:
@@ -346,9 +347,10 @@ class WandbSupervisor:
         self._idle_seconds = self._idle_seconds + gap if busy else 0.0
 
     def _patience_seconds(self) -> float:
-        config = self._config
-        own = {SinkState.STARTING: config.start_seconds, SinkState.FINISHING: config.finish_seconds}
-        return own.get(self._progress.state, config.stall_seconds)
+        config, state = self._config, self._progress.state
+        if state is SinkState.FINISHING:
+            return config.finish_seconds + config.stall_seconds
+        return config.start_seconds if state is SinkState.STARTING else config.stall_seconds
 
     def _current_status(self) -> WandbStatus:
         progress, totals = self._progress, self._totals

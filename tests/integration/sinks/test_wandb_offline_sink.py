@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from tests.integration.sinks.conftest import RunSink
+from tests.integration.sinks.conftest import RunSink, Supervise
 from tests.support.outbox_writing import START_SECONDS, OutboxWriter, row_entry, run_entry, table_entry
 from tests.support.wandb_backend import WandbBackend
 from tests.support.wandb_offline import OfflineRun, read_fragments
-from tests.support.wandb_supervising import assert_every_row_once, sync_fragments
+from tests.support.wandb_supervising import assert_every_row_once, sync_fragments, until
 
 from sidestep.worker.outbox import OutboxEntry, entry
 
@@ -52,8 +52,11 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory, run_sink: RunSink) -> Ru
     epoch = {"data/answer_length_mean": 3.5, "data/answer_length_mean_epoch_2": 3.5, "epoch": 2}
     outbox.write([row_entry(3, **own), row_entry(4, **epoch), entry("finish", {"exit_code": 3, "reason": "killed"})])
     outbox.close()
-    result = run_sink(outbox, folder / "out")
+    temporary = tmp_path_factory.mktemp("temporary")
+    result = run_sink(outbox, folder / "out", env={**os.environ, "TMPDIR": str(temporary)})
     assert result.exit_code == 0, result.log
+    assert [place for place in temporary.rglob("*") if place.is_file()] == []
+    assert not (folder / "out" / "wandb-sink-run1.tmp").exists()
     return read_fragments(folder / "out"), result.reports
 
 
@@ -118,6 +121,20 @@ def test_every_key_has_one_axis(whole_run: Run) -> None:
     assert axes["train/step"] == axes["epoch"] == axes["val/epoch"] == ""
     assert "loss/val" not in axes
     assert not any("_axes" in key for row in whole_run[0].rows for key in row)
+
+
+def test_temporary_files_of_tables_and_of_killed_sinks_are_removed(
+    outbox: OutboxWriter, supervise: Supervise, tmp_path: Path
+) -> None:
+    scratch = tmp_path / "out" / "wandb-sink-run1.tmp"
+    scratch.mkdir(parents=True)
+    (scratch / "left-by-a-killed-sink").write_text("x")
+    supervisor = supervise()
+    outbox.write([run_entry(), *(table_entry(number, f"t-{number}") for number in range(5))])
+    supervisor.start()
+    until(supervisor, lambda: supervisor.status().num_rows == 5)
+    assert [place for place in scratch.rglob("*") if place.is_file()] == []
+    assert {place.name.split("wandb-")[-1] for place in scratch.iterdir()} == {"artifacts", "media"}
 
 
 def test_disabled_needs_nothing(outbox: OutboxWriter, tmp_path: Path, run_sink: RunSink) -> None:

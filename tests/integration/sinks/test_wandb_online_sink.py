@@ -58,6 +58,24 @@ def test_an_unreachable_server_delays_nobody_and_loses_nothing(
 
 
 @pytest.mark.slow
+def test_a_finish_that_uploads_nothing_is_not_taken_for_done(
+    outbox: OutboxWriter, supervise: Supervise, backend: WandbBackend
+) -> None:
+    supervisor = supervise(backend, finish_seconds=2.0)
+    outbox.write([run_entry(), row_entry(0)])
+    supervisor.start()
+    until(supervisor, lambda: supervisor.status().num_rows == 1)
+    backend.faults["filestream"] = Fault(status=500)
+    outbox.write([row_entry(1), FINISH])
+    until(supervisor, lambda: supervisor.status().counts["failures"] == 1)
+    assert "Timed out finishing run" in supervisor.status().detail
+    backend.faults.clear()
+    until(supervisor, lambda: is_finished(supervisor))
+    assert_every_row_once(backend.runs["run1"], 2)
+    assert supervisor.status().counts["stalls"] == 0
+
+
+@pytest.mark.slow
 def test_a_post_of_a_killed_sink_that_lands_late_changes_nothing(
     outbox: OutboxWriter, supervise: Supervise, backend: WandbBackend, tmp_path: Path
 ) -> None:

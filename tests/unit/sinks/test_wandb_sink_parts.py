@@ -114,10 +114,10 @@ def test_the_trainers_process_is_known_by_host_and_command_line(sleeper: subproc
     assert trainer_pid({**here, "host": "another"}) is None
     assert trainer_pid({**here, "pid": 2**22 + 1}) is None
     assert trainer_pid({}) is None
-    settings = run_settings({"environment": here})
+    settings = run_settings({"environment": here}, finish_seconds=7.0)
     assert (settings["x_stats_pid"], settings["x_disable_stats"], settings["host"]) == (
         sleeper.pid,
         False,
         here["host"],
     )
-    assert run_settings({})["x_disable_stats"] is True
+    assert run_settings({}, finish_seconds=7.0)["x_disable_stats"] is True
