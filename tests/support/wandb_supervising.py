@@ -41,7 +41,9 @@ def is_finished(supervisor: WandbSupervisor) -> bool:
 
 
 def some_entry(number: int) -> OutboxEntry:
-    return table_entry(number, f"table-{number}") if number % 25 == 7 else row_entry(number)
+    """Make a table or a row, so large that W&B's log is killed in the middle of a record more often than not."""
+    long = {"loss/note": "x" * 1_000}
+    return table_entry(number, f"table-{number}") if number % 25 == 7 else row_entry(number, **long)
 
 
 def write_and_kill(supervisor: WandbSupervisor, outbox: OutboxWriter, tmp_path: Path, *, rows: int, seed: int) -> int:
