@@ -83,7 +83,7 @@ def test_noise_is_no_report(line: bytes) -> None:
 def sleeper(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     environment = {**os.environ, MARK_VARIABLE: mark_of(tmp_path, "run1")}
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env=environment) as child:
-        while not Path(f"/proc/{child.pid}/environ").read_bytes():  # it and the command line are empty while a program is being loaded
+        while not Path(f"/proc/{child.pid}/environ").read_bytes():  # empty until the program is loaded
             time.sleep(0.01)
         yield child
         child.kill()
