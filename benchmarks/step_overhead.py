@@ -14,26 +14,27 @@ import json
 import multiprocessing
 import os
 import platform
+import sqlite3
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from sidestep.protocol import frames
+from sidestep.protocol.messages import Hello, Kind, StepEnd
+
 MODES = ("none", "sidestep_without_generation", "sidestep", "inline_without_generation", "inline")
 TURN_STEPS = 5
 WARMUP_STEPS = 10
-INTERVALS = {
-    "token_stats_interval": 25, "loss_breakdown_interval": 25, "lr_interval": 25, "answer_length_interval": 50,
-    "gradient_log_interval": 100, "generation_eval_interval": 50, "collapse_detection_interval": 100,
-}  # fmt: skip
-"""The defaults of ``HooksConfig``, spelt out."""
+SHORTEST_INTERVAL_STEPS = 25
+"""Of the defaults of ``HooksConfig``, which all modes use; the others are multiples of it."""
 
 
 class TimedCalls:
@@ -56,10 +57,26 @@ class TimedCalls:
         return timed
 
 
+class NoHooks:
+    """Calls that do nothing: what timing a call costs by itself is taken off every mode."""
+
+    def on_batch(self, **_: Any) -> None:
+        """Do nothing."""
+
+    def before_clip(self) -> None:
+        """Do nothing."""
+
+    def after_step(self, step: int) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
 class Turns:
     """An observer of the demo's loop that stops every few steps until it is this process' turn again."""
 
-    def __init__(self, pipe: Any, timed: TimedCalls | None) -> None:
+    def __init__(self, pipe: Any, timed: TimedCalls) -> None:
         self._pipe, self._timed = pipe, timed
         self._steps: list[dict[str, Any]] = []
         self._pipe.recv()
@@ -78,7 +95,7 @@ class Turns:
         """Keep what the step cost; hand over at the end of a turn."""
         now = (time.perf_counter(), time.thread_time(), time.process_time())
         wall, thread_cpu, process_cpu = (b - a for a, b in zip(self._at, now, strict=True))
-        calls = self._timed.calls if self._timed else []
+        calls = self._timed.calls
         self._steps.append(
             {"step": step, "wall": wall, "thread_cpu": thread_cpu, "process_cpu": process_cpu, "calls": list(calls)}
         )
@@ -101,8 +118,8 @@ def train_in_turns(mode: str, num_steps: int, threads: int, pipe: Any) -> None:
 
     torch.set_num_threads(threads)
     training = build(Settings(num_steps=num_steps + 1))
-    config = sidestep.HooksConfig(**INTERVALS, generation_samples=16, max_new_tokens=32)
-    hooks: Any = None
+    config = sidestep.HooksConfig()  # 16 samples of at most 64 new tokens
+    hooks: Any = NoHooks()
     if mode.startswith("sidestep"):
         if mode.endswith("without_generation"):
             config = replace(config, generation_eval_interval=0, collapse_detection_interval=0)
@@ -112,11 +129,10 @@ def train_in_turns(mode: str, num_steps: int, threads: int, pipe: Any) -> None:
         )  # fmt: skip
     elif mode.startswith("inline"):
         hooks = InlineLogger(training, config, generate=mode == "inline")
-    timed = TimedCalls(hooks) if hooks is not None else None
+    timed: Any = TimedCalls(hooks)
     pipe.send("ready")
-    losses = train(training, timed, Turns(pipe, timed))  # type: ignore[arg-type]
-    if hooks is not None:
-        hooks.close()
+    losses = train(training, timed, Turns(pipe, timed))
+    hooks.close()
     pipe.send(losses)
 
 
@@ -135,6 +151,7 @@ def worker(folder: Path) -> Any:
         "--out",
         str(folder / "out"),
     ]
+    folder.chmod(0o700)
     with (folder / "worker.log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     os.environ["SIDESTEP_ENDPOINT"] = endpoint
@@ -145,8 +162,26 @@ def worker(folder: Path) -> Any:
         process.wait(timeout=60)
 
 
-def measure(num_steps: int, threads: int) -> tuple[dict[str, list[dict[str, Any]]], bool]:
-    """Return each mode's steps, and whether all modes trained with the same losses, bit for bit."""
+def hook_milliseconds(journal: Path) -> dict[str, list[float]]:
+    """Return what the hooks themselves counted per step, by the name of the run: calls and hooks on the model alike."""
+    found: dict[str, list[float]] = {}
+    names: dict[str, str] = {}
+    with closing(sqlite3.connect(journal / "index.sqlite")) as index:
+        for incarnation, body in index.execute("SELECT incarnation, body FROM hello"):
+            hello = frames.decode(body)[1]
+            names[incarnation] = hello.name if isinstance(hello, Hello) else ""
+    for segment in sorted(journal.glob("segment-*.sqlite")):
+        with closing(sqlite3.connect(segment)) as messages:
+            query = "SELECT incarnation, body FROM message WHERE kind = ? ORDER BY incarnation, sequence"
+            for incarnation, body in messages.execute(query, (int(Kind.STEP_END),)):
+                end = frames.decode(body)[1]
+                if isinstance(end, StepEnd) and end.step >= WARMUP_STEPS:
+                    found.setdefault(names[incarnation], []).append(1e3 * end.hook_seconds)
+    return found
+
+
+def measure(num_steps: int, threads: int) -> tuple[dict[str, list[dict[str, Any]]], dict[str, list[float]], bool]:
+    """Return each mode's steps, what the hooks counted, and whether all modes trained with the very same losses."""
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, {}
     with tempfile.TemporaryDirectory(prefix="sidestep-bench-") as folder, worker(Path(folder)):
@@ -166,7 +201,9 @@ def measure(num_steps: int, threads: int) -> tuple[dict[str, list[dict[str, Any]
         losses = {mode: pipes[mode].recv() for mode in MODES}
         for process in processes.values():
             process.join(timeout=60)
-    return steps, all(values == losses["none"] for values in losses.values())
+        time.sleep(1.0)  # the worker stores what the goodbyes have just brought
+        counted = hook_milliseconds(Path(folder) / "out" / "journal")
+    return steps, counted, all(values == losses["none"] for values in losses.values())
 
 
 def summary(steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -186,7 +223,7 @@ def per_call(steps: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     groups: dict[str, list[float]] = {}
     for step in steps:
-        due = any(step["step"] % interval == 0 for interval in INTERVALS.values())
+        due = step["step"] % SHORTEST_INTERVAL_STEPS == 0
         if step["step"] >= WARMUP_STEPS:
             for name, cpu, _ in step["calls"]:
                 groups.setdefault(f"{name} ({'due' if due else 'nothing due'})", []).append(1e3 * cpu)
@@ -205,13 +242,12 @@ def table(result: dict[str, Any]) -> str:
         "| mode | wall, mean (median) ms | thread CPU ms | process CPU ms | in calls, CPU ms/step | share of a step |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    base = result["modes"]["none"]["thread_cpu_mean_ms"]
     for mode, row in result["modes"].items():
         cells = [
             f"{row[f'{n}_mean_ms']:.1f} ({row[f'{n}_median_ms']:.1f})" for n in ("wall", "thread_cpu", "process_cpu")
         ]
         lines.append(
-            f"| {mode} | {' | '.join(cells)} | {row['calls_cpu_mean_ms']:.3f} | {row['calls_cpu_mean_ms'] / base:.2%} |"
+            f"| {mode} | {' | '.join(cells)} | {row['calls_cpu_mean_ms']:.3f} | {result['share_of_step'][mode]:.2%} |"
         )
     lines += [
         "",
@@ -231,10 +267,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch in each mode (%(default)s)")
     options = parser.parse_args()
     num_steps = 60 if options.quick else 210
-    steps, identical = measure(num_steps, options.threads)
+    steps, counted, identical = measure(num_steps, options.threads)
     modes = {mode: summary(steps[mode]) for mode in MODES}
-    base = modes["none"]["thread_cpu_mean_ms"]
-    share = {mode: modes[mode]["calls_cpu_mean_ms"] / base for mode in MODES}
+    none = modes["none"]
+    share = {
+        mode: (modes[mode]["calls_cpu_mean_ms"] - none["calls_cpu_mean_ms"]) / none["thread_cpu_mean_ms"]
+        for mode in MODES
+    }
     result = {
         "command": " ".join(["python", *sys.argv]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -246,10 +285,17 @@ def main() -> None:
         "hooks_with_generation_share_of_step": share["sidestep"],
         "inline_share_of_step": share["inline"],
         "inline_without_generation_share_of_step": share["inline_without_generation"],
+        "share_of_step": share,
+        "hooks_own_count_mean_ms": {name: statistics.mean(values) for name, values in counted.items()},
         "per_call_ms": per_call(steps["sidestep_without_generation"]),
         "modes": modes,
     }
     print(table(result))
+    for name, mean in result["hooks_own_count_mean_ms"].items():
+        print(
+            f"\n{name}: {mean:.3f} ms a step by the hooks' own count, which has the hooks on model and optimizer too",
+            end="",
+        )
     print(f"\nlosses identical in all modes: {identical}")
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -60,7 +60,10 @@ MAX_PUBLISHER_TICK_BYTES = 1 << 20
 """Bytes a publisher sends in one tick, resends included."""
 
 PUBLISHER_TICK_SECONDS = 0.02
-"""Time between two ticks of a publisher's thread."""
+"""Time between two ticks of a publisher's thread while something is left to send."""
+
+PUBLISHER_IDLE_TICK_SECONDS = 0.2
+"""The same while nothing is: how late an ack, a warning or a command may be taken."""
 
 SEND_HIGH_WATER_MARK_MESSAGES = 32
 """ZeroMQ's own queue on the trainer's side."""

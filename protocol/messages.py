@@ -331,7 +331,7 @@ class StepEnd(Message):
     due: tuple[str, ...] = ()
     """Families that were due at this step."""
     hook_seconds: float = 0.0
-    """CPU time that the training thread spent in hooks during the step, generation left out."""
+    """Wall time that the training thread spent in hooks during the step, generation left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

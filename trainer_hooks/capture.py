@@ -24,9 +24,12 @@ _PADDED_VOCABULARY_SHARE = 1.1
 _PADDED_VOCABULARY_ROWS = 1024
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Batch:
-    """One micro-batch as far as it is known; nothing here outlives the call that made it."""
+    """One micro-batch as far as it is known; nothing here outlives the call that made it.
+
+    Not frozen: a frozen one takes four times as long to make, and one is made in every micro-batch.
+    """
 
     input_ids: torch.Tensor | None = None
     """[b, t]"""

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 
 _FORK_WAIT_SECONDS = 0.2
+_CLEAR_LINE = "\r\x1b[K"
 _writing = threading.Lock()
 """Held while a line is written, and across a fork: a child never inherits a stderr that is locked half-way."""
 _held_for_fork = False
@@ -32,7 +33,7 @@ os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, 
 
 
 def write_to_stderr(text: str) -> None:
-    """Write ``text`` to whatever ``sys.stderr`` is now.
+    """Write ``text`` to whatever ``sys.stderr`` is now; a progress bar on a terminal makes room for it.
 
     Raises:
         OSError: nobody reads it any more.
@@ -40,7 +41,7 @@ def write_to_stderr(text: str) -> None:
     """
     if sys.stderr is None:
         raise ValueError("this process has no stderr")
-    sys.stderr.write(text)
+    sys.stderr.write(f"{_CLEAR_LINE}{text}" if sys.stderr.isatty() else text)
     sys.stderr.flush()
 
 
@@ -54,11 +55,14 @@ class Console:
         self.num_lines_lost = 0
         """Lines that ``write`` failed on: a dead console is nobody's reason to stop."""
 
-    def line(self, text: str) -> None:
-        """Write ``text`` and a newline, exactly as it is."""
+    def line(self, text: str, *, apart: bool = False) -> None:
+        """Write ``text`` and a newline, exactly as it is.
+
+        ``apart`` begins a line for it: in a log, a progress bar may have left one unended.
+        """
         with _writing:
             try:
-                self._write(text + "\n")
+                self._write(f"\n{text}\n" if apart else f"{text}\n")
             except Exception:  # noqa: BLE001  (a caller's stream may raise anything; it is counted)
                 self.num_lines_lost += 1
 

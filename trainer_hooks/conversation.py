@@ -101,6 +101,11 @@ class Conversation:
 
     # ------------------------------------------------------------------------------------------------- out
 
+    @property
+    def is_welcome(self) -> bool:
+        """Whether data may be sent on this connection."""
+        return self._welcomed
+
     def opened(self, now: float) -> None:
         """Begin again on a new connection: Hello first, data after the Welcome."""
         self._welcomed = False
@@ -205,7 +210,7 @@ class Conversation:
                     "reject", f"the worker refuses this trainer: {message.reason} Training goes on without it."
                 )
             case Notice():
-                self._console.line(message.text)
+                self._console.line(message.text, apart=message.level != "info")
             case Command():
                 self._on_command(message)
             case UnknownMessage():

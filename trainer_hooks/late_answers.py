@@ -5,6 +5,7 @@ At a step with nothing due, the copy is all that the training thread does for th
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,23 +13,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sidestep.protocol.messages import Answers
+from sidestep.trainer_hooks.reductions.answers import answers_message
 from sidestep.trainer_hooks.reductions.runs import find_runs_on_host
 
 _HEAD = 3  # labelled positions, batches, batches without labels: the layout of reductions.answers.reduce_answers
 
 
 @dataclass(frozen=True, slots=True)
-class LateAnswers:
-    """A copy of one micro-batch's labels, and how to read it."""
+class LabelReading:
+    """How to read labels: the same for every micro-batch of a training."""
 
-    labels: torch.Tensor
-    """int [b, t], on the host, nobody else's."""
     shifted: bool
     ignore_index: int
     eos_id: int | None
 
     def counts(self, labels: NDArray[Any]) -> NDArray[np.int64]:
-        """What ``reduce_answers`` says of these labels, once they are an array: int64 [3 + t + 1]."""
+        """What ``reduce_answers`` says of these labels [b, t] or [t]: int64 [3 + t + 1]."""
         targets = labels if labels.ndim == 2 else labels[None]
         if not self.shifted:
             filler = np.full((targets.shape[0], 1), self.ignore_index, targets.dtype)
@@ -40,3 +41,20 @@ class LateAnswers:
             lengths = np.bincount(runs.lengths())
             made[_HEAD : _HEAD + lengths.size] = lengths
         return made
+
+
+class LateAnswers:
+    """Copies of a step's labels, and how to read each; makes the step's ``Answers`` when called."""
+
+    __slots__ = ("_copies", "_epoch", "_step", "size_bytes")
+
+    def __init__(self, step: int, epoch: int, copies: Sequence[tuple[LabelReading, torch.Tensor]]) -> None:
+        """Hold ``copies`` [b, t] on the host, which are nobody else's."""
+        self._step, self._epoch, self._copies = step, epoch, copies
+        self.size_bytes = sum([labels.nbytes for _, labels in copies])
+        """Host memory that is held until the call."""
+
+    def __call__(self, counted: Mapping[str, NDArray[Any]]) -> Answers:
+        """Count, and add what was ``counted`` before."""
+        late = {f"late_{place}": reading.counts(labels.numpy()) for place, (reading, labels) in enumerate(self._copies)}
+        return answers_message(step=self._step, epoch=self._epoch, arrays={**counted, **late})

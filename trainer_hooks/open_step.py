@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,7 @@ from numpy.typing import NDArray
 
 from sidestep.protocol.limits import MAX_EXACT_LOSS_TOKENS_PER_STEP
 from sidestep.protocol.messages import Kind, Message, Scalars
-from sidestep.trainer_hooks.late_answers import LateAnswers
-from sidestep.trainer_hooks.reductions.answers import answers_message
+from sidestep.trainer_hooks.late_answers import LabelReading, LateAnswers
 from sidestep.trainer_hooks.reductions.gradients import gradients_message
 from sidestep.trainer_hooks.reductions.learning_rate import learning_rates_message
 from sidestep.trainer_hooks.reductions.loss_message import losses_message
@@ -24,7 +22,7 @@ from sidestep.trainer_hooks.staging import Staging
 Tensors = Mapping[str, torch.Tensor]
 Arrays = Mapping[str, NDArray[Any]]
 
-_NOTHING = torch.empty(0)
+_KIND_NAMES = {kind: kind.name.lower() for kind in Kind}
 
 
 @dataclass(slots=True, eq=False)
@@ -34,8 +32,8 @@ class MicroBatch:
     captured: bool
     """Seen by the forward hook, not passed by the trainer."""
     answers: torch.Tensor | None = None
-    late_answers: LateAnswers | None = None
-    """In place of ``answers``: labels that are still to be counted."""
+    labels: tuple[LabelReading, torch.Tensor] | None = None
+    """In place of ``answers``: a copy of labels that are still to be counted."""
     tokens: Tensors = field(default_factory=dict)
     losses: Tensors = field(default_factory=dict)
     reason: str = ""
@@ -81,15 +79,18 @@ class OpenStep:
 class StepCounts:
     """Messages of a step by kind: handed over, and given up before."""
 
-    sent: Counter[str] = field(default_factory=Counter)
-    dropped: Counter[str] = field(default_factory=Counter)
+    sent: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
 
     def add(self, kinds: Iterable[Kind], *, staged: bool) -> None:
         """Count messages that were staged, or could not be."""
-        (self.sent if staged else self.dropped).update(kind.name.lower() for kind in kinds)
+        counts = self.sent if staged else self.dropped
+        for kind in kinds:
+            name = _KIND_NAMES[kind]
+            counts[name] = counts.get(name, 0) + 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class StepFacts:
     """What only the end of a step tells."""
 
@@ -105,6 +106,8 @@ def stage_step(opened: OpenStep, facts: StepFacts, staging: Staging) -> StepCoun
     """Launch the copies of all that a step has gathered; the messages follow on the publisher's thread."""
     counts = StepCounts()
     _stage_small(opened, facts, staging, counts)
+    if not facts.due:
+        return counts
     for numbered in _groups(opened.microbatches, facts):
         _stage_batches(numbered, len(opened.microbatches), facts, staging, counts)
     gradients = opened.gradients
@@ -121,18 +124,19 @@ def stage_step(opened: OpenStep, facts: StepFacts, staging: Staging) -> StepCoun
 
 def _stage_small(opened: OpenStep, facts: StepFacts, staging: Staging, counts: StepCounts) -> None:
     """Stage what comes at every step: answers; with rates and what the trainer logged, where there are some."""
-    tensors: dict[str, torch.Tensor] = {}
-    kinds: list[Kind] = []
-    answers = _summed([batch.answers for batch in opened.microbatches if batch.answers is not None])
-    late = [batch.late_answers for batch in opened.microbatches if batch.late_answers is not None]
-    if answers or late:
-        kinds.append(Kind.ANSWERS)
-        tensors |= {f"labels/{place}": each.labels for place, each in enumerate(late)}
-        tensors |= {f"answers/{name}": counted for name, counted in answers.items()}
-    with_rates = opened.rates is not None and facts.applied and "lr" in facts.due
-    if opened.rates is not None and with_rates:
+    copies = [batch.labels for batch in opened.microbatches if batch.labels is not None]
+    reduced = [batch.answers for batch in opened.microbatches if batch.answers is not None]
+    answers = _summed(reduced) if reduced else {}
+    late = LateAnswers(facts.step, facts.epoch, copies) if copies or answers else None
+    rates = opened.rates if facts.applied and "lr" in facts.due else None
+    if late is not None and not answers and not rates and not opened.logged:  # a step with nothing due
+        _stage_labels(late, facts.step, staging, counts)
+        return
+    kinds = [Kind.ANSWERS] if late is not None else []
+    tensors = {f"answers/{name}": counted for name, counted in answers.items()}
+    if rates is not None:
         kinds.append(Kind.LEARNING_RATES)
-        tensors |= {f"rates/{name}": tensor for name, tensor in opened.rates.items()}
+        tensors |= {f"rates/{name}": tensor for name, tensor in rates.items()}
     logged = list(opened.logged)
     for place, entry in enumerate(logged):
         kinds.append(Kind.SCALARS)
@@ -140,15 +144,12 @@ def _stage_small(opened: OpenStep, facts: StepFacts, staging: Staging, counts: S
     if not kinds:
         return
     plain = [(entry.values, entry.step_key, entry.key_step) for entry in logged]
-    step, epoch, with_answers = facts.step, facts.epoch, bool(answers or late)
-    read_late = [replace(each, labels=_NOTHING) for each in late]  # finish keeps how to read them, not the tensors
+    step, with_rates = facts.step, rates is not None
 
     def finish(arrays: Arrays) -> Sequence[Message]:
         made: list[Message] = []
-        if with_answers:
-            counted = _below("answers/", arrays)
-            counted |= {f"late_{n}": each.counts(arrays[f"labels/{n}"]) for n, each in enumerate(read_late)}
-            made.append(answers_message(step=step, epoch=epoch, arrays=counted))
+        if late is not None:
+            made.append(late(_below("answers/", arrays)))
         if with_rates:
             made.append(learning_rates_message(step=step, arrays=_below("rates/", arrays)))
         for place, (values, step_key, key_step) in enumerate(plain):
@@ -157,7 +158,19 @@ def _stage_small(opened: OpenStep, facts: StepFacts, staging: Staging, counts: S
             made.append(Scalars(step=step, values={**values, **arrived}, step_key=step_key, key_step=at))
         return made
 
-    counts.add(kinds, staged=staging.stage(tensors, finish, kinds=kinds, step=step, owned=True))
+    held_bytes = late.size_bytes if late is not None else 0
+    staged = staging.stage(tensors, finish, kinds=kinds, step=step, owned=True, held_bytes=held_bytes)
+    counts.add(kinds, staged=staged)
+
+
+def _stage_labels(late: LateAnswers, step: int, staging: Staging, counts: StepCounts) -> None:
+    """The shortest way: at most steps this is all that there is."""
+
+    def finish(arrays: Arrays) -> Sequence[Message]:
+        return (late(arrays),)
+
+    kinds = (Kind.ANSWERS,)
+    counts.add(kinds, staged=staging.stage({}, finish, kinds=kinds, step=step, held_bytes=late.size_bytes))
 
 
 def _stage_batches(

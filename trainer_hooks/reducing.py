@@ -9,7 +9,7 @@ import torch
 
 from sidestep.trainer_hooks.capture import Batch
 from sidestep.trainer_hooks.config import HooksConfig
-from sidestep.trainer_hooks.late_answers import LateAnswers
+from sidestep.trainer_hooks.late_answers import LabelReading
 from sidestep.trainer_hooks.open_step import MicroBatch, Tensors
 from sidestep.trainer_hooks.reductions.alignment import AlignedBatch, align
 from sidestep.trainer_hooks.reductions.answers import reduce_answers
@@ -35,11 +35,16 @@ class Reducer:
         self._vocabulary = vocabulary
         self._num_ids = num_ids
         self._shifted = shifted
+        self._readings = tuple(
+            LabelReading(shifted=each, ignore_index=config.ignore_index, eos_id=vocabulary.eos_id)
+            for each in (False, True)
+        )
 
     def is_shifted(self, batch: Batch) -> bool:
         """Explicit, else configured, else told by the argument's name, else as Hugging Face: not shifted."""
-        explicit = None if batch.captured else batch.shifted
-        told = (explicit, self._config.shifted, batch.shifted, self._shifted)
+        if batch.shifted is not None and not batch.captured:
+            return batch.shifted
+        told = (self._config.shifted, batch.shifted, self._shifted)
         return next((value for value in told if value is not None), False)
 
     def reduce(self, batch: Batch, due: frozenset[str], step: int, microstep: int) -> MicroBatch:
@@ -71,12 +76,11 @@ class Reducer:
     def _count_answers(self, made: MicroBatch, batch: Batch) -> None:
         """Count a micro-batch's answers, or copy its labels to be counted later where they are on the host."""
         labels = batch.labels
-        documents = (batch.documents, batch.cu_seqlens, batch.position_ids)
-        if labels is None or labels.device.type != "cpu" or any(each is not None for each in documents):
+        has_documents = not (batch.documents is None and batch.cu_seqlens is None and batch.position_ids is None)
+        if labels is None or has_documents or not labels.is_cpu:
             made.answers = reduce_answers(self._aligned(batch, with_ids=False))
             return
-        shifted, eos_id = self.is_shifted(batch), self._vocabulary.eos_id
-        made.late_answers = LateAnswers(labels.detach().clone(), shifted, self._config.ignore_index, eos_id)
+        made.labels = self._readings[self.is_shifted(batch)], labels.clone()
 
     def _losses(self, aligned: AlignedBatch, batch: Batch, seed: int) -> Tensors:
         return reduce_loss(

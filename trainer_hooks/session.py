@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sidestep.protocol.messages import Command, Notice, StepEnd
+from sidestep.protocol.messages import Command, Kind, Notice, StepEnd
 from sidestep.trainer_hooks.capture import Batch, ForwardReader, Outputs
 from sidestep.trainer_hooks.config import HooksConfig
 from sidestep.trainer_hooks.control import Control
@@ -262,11 +262,10 @@ class Session:
         if self._parts.scaler is not None and not opened.stepped:
             applied = False  # the scaler did not call the optimizer
         due = self._schedule.due_families(step)
+        families = opened.due if step == opened.expected else frozenset(due)
         counts = StepCounts()
         try:
-            counts = stage_step(
-                opened, self._facts(step, frozenset(due), applied=applied), self._parts.introduction.staging
-            )
+            counts = stage_step(opened, self._facts(step, families, applied=applied), self._parts.introduction.staging)
         except Exception as error:  # noqa: BLE001  (counted and said; the step still has its end)
             self.guard.failed("staging", error)
         self._generate(step, due, counts)
@@ -277,8 +276,8 @@ class Session:
                 unix_time=time.time(),
                 applied=applied,
                 epoch=self.epoch,
-                sent=dict(counts.sent),
-                dropped=dict(counts.dropped),
+                sent=counts.sent,
+                dropped=counts.dropped,
                 due=due,
                 hook_seconds=self.guard.take_seconds(),
             )
@@ -303,19 +302,19 @@ class Session:
     def _generate(self, step: int, due: tuple[str, ...], counts: StepCounts) -> None:
         if self._parts.generator is None or ("generation" not in due and "collapse" not in due):
             return
-        began = time.thread_time()
+        began = time.perf_counter()
         try:
             self._way().submit(self._parts.generator.run(step))
-            counts.sent["generation"] += 1
+            counts.add((Kind.GENERATION,), staged=True)
         except Exception as error:  # noqa: BLE001  (its samples' failures are its own; this is another: counted, said)
             self.guard.failed("generation", error)
         finally:
-            self.guard.exclude(time.thread_time() - began)
+            self.guard.exclude(time.perf_counter() - began)
 
     def _look_back(self, opened: OpenStep) -> None:
         """Learn from the step how the trainer uses the hooks, and say once what it seems to have forgotten."""
         seen = opened.microbatches
-        if seen and not any(batch.captured for batch in seen):
+        if seen and not self._overriding and not any(batch.captured for batch in seen):
             self._overriding = True
         for code, text in self._missing.after_step(opened):
             self.notice(code, text)

@@ -91,6 +91,7 @@ class Staging:
         kinds: Sequence[Kind] = (),
         step: int = -1,
         owned: bool = False,
+        held_bytes: int = 0,
     ) -> bool:
         """Copy ``tensors`` to the host and let ``finish`` make messages of them, later, on another thread.
 
@@ -100,13 +101,14 @@ class Staging:
             kinds: The messages that ``finish`` is going to make, one entry each: what is counted when it does not.
             step: The step of those messages.
             owned: True where CPU tensors are nobody else's: they are not copied.
+            held_bytes: Host memory that ``finish`` itself holds until it is called.
 
         Returns:
             False where there is no room, a graph is being captured, or a tensor is on a device other than CPU and
             CUDA; the messages are then counted as dropped.
         """
         self.advance()
-        entry = self._launch(tensors, finish, tuple(kinds), step, owned=owned)
+        entry = self._launch(tensors, finish, tuple(kinds), step, owned=owned, held_bytes=held_bytes)
         if entry is None:
             self._num_skipped += 1
             self._skips.extend(Skip(kind, step, announced=False) for kind in kinds)
@@ -139,23 +141,33 @@ class Staging:
         )
 
     def _launch(
-        self, tensors: Mapping[str, torch.Tensor], finish: Finish, kinds: tuple[Kind, ...], step: int, *, owned: bool
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        finish: Finish,
+        kinds: tuple[Kind, ...],
+        step: int,
+        *,
+        owned: bool,
+        held_bytes: int,
     ) -> _Entry | None:
+        if not tensors:
+            return _Entry({}, None, finish, kinds, step, held_bytes) if self._has_room(held_bytes) else None
         device = {name: tensor.detach() for name, tensor in tensors.items() if tensor.is_cuda}
         host = {name: tensor.detach() for name, tensor in tensors.items() if tensor.is_cpu}
         if len(device) + len(host) < len(tensors):
             return None  # neither the CPU's nor CUDA's: there is no way that is known not to wait
-        size_bytes = sum(tensor.nbytes for tensor in tensors.values())
-        if (
-            self.num_pending >= _MAX_ENTRIES
-            or self._staged_bytes - self._finished_bytes + size_bytes > self._max_host_bytes
-        ):
+        size_bytes = held_bytes + sum(tensor.nbytes for tensor in tensors.values())
+        if not self._has_room(size_bytes):
             return None
         slot = self._ring.copy(device) if device else None
         if device and slot is None:
             return None
         arrays = {name: _to_array(tensor, owned=owned) for name, tensor in host.items()}
         return _Entry(arrays, slot, finish, kinds, step, size_bytes)
+
+    def _has_room(self, size_bytes: int) -> bool:
+        held_bytes = self._staged_bytes - self._finished_bytes
+        return self.num_pending < _MAX_ENTRIES and held_bytes + size_bytes <= self._max_host_bytes
 
     @staticmethod
     def _is_done(entry: _Entry) -> bool:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import sidestep
 from sidestep.examples.digits_vqa.digits import DigitImages, load_splits
 from sidestep.examples.digits_vqa.failures import first_row_with_a
 from sidestep.examples.digits_vqa.model import VisionLanguageModel
 from sidestep.examples.digits_vqa.packing import Batch, PackedRows, Row, collate
+from sidestep.examples.digits_vqa.progress import Progress
 from sidestep.examples.digits_vqa.prompts import mixed_prompts
 from sidestep.examples.digits_vqa.schedule import learning_rate_share
 from sidestep.examples.digits_vqa.settings import Settings
@@ -150,13 +149,7 @@ def train(
     batches: Iterator[Batch] = iter(training.loader)
     losses: list[float] = []
     model.train()
-    progress = tqdm(
-        range(settings.num_steps),
-        desc="training",
-        unit="step",
-        disable=not show_progress,
-        mininterval=_REDRAW_SECONDS if sys.stderr.isatty() else _REDRAW_IN_LOG_SECONDS,
-    )
+    progress = Progress(settings.num_steps, shown=show_progress)
     for step in progress:
         loss_sum = 0.0
         for _ in range(settings.accumulation_steps):
@@ -190,7 +183,7 @@ def train(
         if observer is not None:
             observer.after_step(step, model, [float(group["lr"]) for group in optimizer.param_groups])
         losses.append(loss_sum / settings.accumulation_steps)
-        progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+        progress.step_done(step, losses[-1])
     return losses
 
 

@@ -320,7 +320,7 @@ def test_notices_are_shown_and_commands_wait_for_the_trainer(
     worker.say(Notice(text=warning))
     worker.say(Command(action="stop", command_id="c1"))
     eventually(lambda: trainer.lines)
-    assert trainer.lines == [warning + "\n"]
+    assert trainer.lines == [f"\n{warning}\n"]
     eventually(lambda: trainer.publisher._commands)
     command = trainer.publisher.take_command()
     assert command is not None

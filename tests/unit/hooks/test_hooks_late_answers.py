@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidestep.trainer_hooks.late_answers import LateAnswers
+from sidestep.trainer_hooks.late_answers import LabelReading
 from sidestep.trainer_hooks.reductions.alignment import align
 from sidestep.trainer_hooks.reductions.answers import reduce_answers
 
@@ -19,7 +19,7 @@ IGNORED, EOS = -100, 1
 )
 def test_answers_counted_later_are_those_counted_at_once(rows: list[list[int]], shifted: bool) -> None:
     labels = torch.tensor(rows)
-    late = LateAnswers(labels.clone(), shifted, IGNORED, EOS).counts(labels.numpy())
+    late = LabelReading(shifted, IGNORED, EOS).counts(labels.numpy())
     batch = align(input_ids=None, labels=labels, shifted=shifted, ignore_index=IGNORED, eos_id=EOS)
     assert late.tolist() == reduce_answers(batch).tolist()
 
@@ -27,5 +27,5 @@ def test_answers_counted_later_are_those_counted_at_once(rows: list[list[int]], 
 @pytest.mark.parametrize("shape", [(6,), (1, 6)])
 def test_a_batch_without_a_row_axis_is_one_row(shape: tuple[int, ...]) -> None:
     labels = np.array([IGNORED, 2, 3, EOS, IGNORED, IGNORED]).reshape(shape)
-    counts = LateAnswers(torch.from_numpy(labels), shifted=True, ignore_index=IGNORED, eos_id=EOS).counts(labels)
+    counts = LabelReading(shifted=True, ignore_index=IGNORED, eos_id=EOS).counts(labels)
     assert counts.tolist() == [3, 1, 0, 0, 0, 1, 0, 0, 0, 0]

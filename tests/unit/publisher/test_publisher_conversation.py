@@ -179,7 +179,7 @@ def test_notices_are_shown_exactly_and_commands_are_kept() -> None:
     talk.hears(Notice(text="⚠️ MODEL COLLAPSE DETECTED: single_token_dominance"))
     command = Command(action="stop", command_id="1", at_step=4)
     talk.hears(command)
-    assert talk.lines == ["⚠️ MODEL COLLAPSE DETECTED: single_token_dominance\n"]
+    assert talk.lines == ["\n⚠️ MODEL COLLAPSE DETECTED: single_token_dominance\n"], "a line of its own"
     assert talk.commands == [command]
 
 
