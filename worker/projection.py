@@ -272,6 +272,7 @@ class RunProjection:
             "title": finding.title,
             "text": f"{finding.line} (step {draft.step}; {finding.detail})",
             "level": "critical",
+            "step": draft.step,
         }
         draft.alerts.append(entry("alert", alert))
         draft.show(Notice(text=finding.line, code=finding.code, level="critical", step=draft.step))

@@ -105,18 +105,17 @@ def _tiles(history: RunHistory) -> Iterable[tuple[str, str]]:
 
 
 def _messages(history: RunHistory) -> str:
-    lines = [("critical", f"step {alert.get('step', '?')}", alert.get("text", "")) for alert in history.alerts]
-    lines += [
-        (str(notice.get("level", "info")), "", notice.get("text", ""))
+    raised = [str(alert.get("text", "")) for alert in history.alerts]
+    said = [
+        notice
         for notice in history.notices
         if notice.get("level") in ("warning", "critical")
+        and not any(text.startswith(str(notice.get("text", ""))) for text in raised)
     ]
+    lines = [("critical", text) for text in raised] + [(str(line["level"]), str(line.get("text", ""))) for line in said]
     if not lines:
         return ""
-    seen: dict[tuple[str, str, str], None] = {(level, where, str(text)): None for level, where, text in lines}
-    items = "".join(
-        f'<li class="{_text(level)}"><span>{_text(where)}</span>{_text(text)}</li>' for level, where, text in seen
-    )
+    items = "".join(f'<li class="{_text(level)}">{_text(text)}</li>' for level, text in dict.fromkeys(lines))
     return f'<section class="messages"><h3>Warnings</h3><ul>{items}</ul></section>'
 
 
