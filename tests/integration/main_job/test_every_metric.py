@@ -55,7 +55,7 @@ class Recorded:
             self.by_step.setdefault(int(row["train/step"]), {}).update(row)
 
     def batches(self, step: int) -> list[reference.RawBatch]:
-        found = []
+        found: list[reference.RawBatch] = []
         while f"batch/{step}/{len(found)}/logits" in self.arrays:
             place = f"batch/{step}/{len(found)}"
             labels = self.arrays[f"{place}/labels"]

@@ -49,8 +49,8 @@ def reach_verdict(history: RunHistory) -> Verdict:
 
 
 def _collapsed(history: RunHistory, alert_step: object) -> Verdict:
-    reasons = [(step, text) for step, text in history.texts.get("collapse/collapse_reason", []) if text != "none"]
-    at = next((pair for pair in reasons if pair[0] == alert_step), reasons[-1] if reasons else None)
+    checks = history.texts.get("collapse/collapse_reason", [])
+    at = next((check for check in checks if check[0] == alert_step), None)
     details = []
     if at is not None:
         details.append(f"First alarm at step {at[0]}: {at[1]}.")
