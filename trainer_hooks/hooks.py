@@ -150,6 +150,11 @@ class Hooks:
         """How often something failed inside the hooks, by where; empty is as it should be."""
         return dict(self._guard.failures) if self._guard is not None else {}
 
+    def release(self) -> None:
+        """Let go of model and optimizer after the training; what is logged still goes into the run, until ``close``."""
+        if self._session is not None:
+            self._session.release()
+
     def close(self) -> None:
         """Send what is left and say goodbye, within ``HooksConfig.close_timeout_seconds``; once is enough."""
         self._close(0, "")

@@ -189,11 +189,16 @@ class Session:
             )
 
     @guarded
-    def close(self, exit_code: int, reason: str) -> None:
-        """End the last step, let go of model and optimizer, and say goodbye."""
+    def release(self) -> None:
+        """End the last step and let go of model and optimizer; what is logged still goes into the run."""
         self._step_that_nobody_ended(closing=True)
         for handle in self._removable:
             handle.remove()
+
+    @guarded
+    def close(self, exit_code: int, reason: str) -> None:
+        """End the last step, let go of model and optimizer, and say goodbye."""
+        self.release()
         opened = self._opened
         if opened is not None and opened.logged:  # what was logged after the last step belongs to no step that will end
             self._send_late(opened.expected, opened.logged)
