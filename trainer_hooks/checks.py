@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from sidestep.trainer_hooks.config import HooksConfig
@@ -19,7 +20,7 @@ def checked_optimizer(optimizer: Any, model: nn.Module) -> Any:
         TypeError: no optimizer with step hooks can be found.
         ValueError: it has no parameters, or none of the model's.
     """
-    while not hasattr(optimizer, "register_step_pre_hook") and hasattr(optimizer, "optimizer"):
+    while not _takes_step_hooks(optimizer) and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     if not hasattr(optimizer, "register_step_pre_hook") or not hasattr(optimizer, "param_groups"):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
@@ -109,6 +110,13 @@ def check_samples(samples: Iterable[object]) -> list[Sample]:
     if not listed:
         raise ValueError("samples is empty: pass some, or leave it out for a run without generation")
     return listed
+
+
+def _takes_step_hooks(optimizer: object) -> bool:
+    """Whether hooks can be put on it: Accelerate's wrapper has torch's class and methods, and never called its init."""
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return hasattr(optimizer, "_optimizer_step_pre_hooks")
+    return hasattr(optimizer, "register_step_pre_hook")
 
 
 def _is_text_map(value: object) -> bool:

@@ -1,0 +1,421 @@
+"""A callback for Hugging Face's ``Trainer`` and those built on it, such as TRL's ``SFTTrainer`` (docs/transformers.md).
+
+A callback is shown neither batches nor gradients before clipping, and label smoothing takes the labels out of the batch
+before the model sees it. So for the time of a training two methods of two instances are wrapped: the trainer's
+``compute_loss``, around which batch, labels, logits and loss are all at hand, and its accelerator's
+``clip_grad_norm_``, which is called once a step, after the last backward. No class is changed.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from sidestep.trainer_hooks.config import HooksConfig
+from sidestep.trainer_hooks.console import Console
+from sidestep.trainer_hooks.generation import GenerateFunction
+from sidestep.trainer_hooks.guard import Guard, guarded
+from sidestep.trainer_hooks.hooks import Hooks, attach
+from sidestep.trainer_hooks.samples import Sample
+from sidestep.trainer_hooks.transport import OpenTransport
+
+try:
+    import transformers
+except ImportError as error:
+    raise ImportError("sidestep.TrainerCallback needs transformers: pip install 'sidestep[transformers]'") from error
+
+STATE_KEY = "sidestep"
+"""Where ``trainer_state.json`` keeps ``Hooks.state_dict()``, among its ``stateful_callbacks``."""
+
+_ONCE_A_RUN = frozenset({
+    "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos",
+})  # fmt: skip
+_NO_TRAINER = (
+    "no transformers.Trainer called the callback's on_train_begin: labels that it takes out of a batch are not seen, "
+    "and gradients are taken after clipping. Pass it as TrainerCallback(trainer=trainer)."
+)
+_TWO_RUNS = (
+    "the Trainer reports to W&B itself, and the worker opens a run too: there will be two. What the Trainer logs is in "
+    'the worker\'s: pass report_to="none" to TrainingArguments.'
+)
+
+
+class TrainerCallback(transformers.TrainerCallback):  # type: ignore[misc]  # its types are not read
+    """Attach Sidestep to a ``Trainer``: ``Trainer(..., callbacks=[sidestep.TrainerCallback()])``.
+
+    ``attach`` is called when the training begins, with the model as the loop calls it, its optimizer, tokenizer and
+    gradient scaler, and with a checkpoint's run where the training is resumed from one. Steps carry the trainer's own
+    numbers, ``state.global_step``: the first one to end is 1. What the trainer logs goes into the run under the names
+    that its own W&B callback gives it (``train/loss``, ``eval/loss``).
+
+    What ``attach`` raises is raised at the training's beginning; after that nothing is (docs/trainer.md).
+
+    Args:
+        samples: what to generate from; none: no generation and no collapse rules.
+        config: intervals, thresholds and bounds.
+        tokenizer: left out, that of the trainer's ``processing_class``.
+        project: of the W&B run that the worker opens; so are entity, name and tags.
+        entity: see project.
+        name: see project; left out, a search's trial name, else ``args.run_name``.
+        tags: see project.
+        run_config: added to the model's and the trainer's own configuration, which are shown as the run's.
+        modules: prefixes of parameter names to the modules that gradients are shown under.
+        generate_fn: as in ``attach``.
+        endpoint: where the worker listens; left out, ``SIDESTEP_ENDPOINT``, else rank 0 starts one.
+        run_id: the run to go on in, in place of a checkpoint's.
+        transport: as in ``attach``.
+        trainer: the trainer, where it is none that calls callbacks itself; left out, the one that does.
+    """
+
+    def __init__(
+        self,
+        *,
+        samples: Sequence[Sample] | None = None,
+        config: HooksConfig | None = None,
+        tokenizer: Any = None,
+        project: str | None = None,
+        entity: str | None = None,
+        name: str | None = None,
+        tags: Sequence[str] = (),
+        run_config: Mapping[str, Any] | None = None,
+        modules: Mapping[str, str] | None = None,
+        generate_fn: GenerateFunction | None = None,
+        endpoint: str | None = None,
+        run_id: str | None = None,
+        transport: OpenTransport | None = None,
+        trainer: Any = None,
+    ) -> None:
+        if run_config is not None and not isinstance(run_config, Mapping):
+            raise TypeError(f"run_config must be a mapping, not {type(run_config).__name__}")
+        self._config = HooksConfig() if config is None else config
+        self._tokenizer = tokenizer
+        self._name = name
+        self._run_id = run_id
+        self._run_config = dict(run_config or {})
+        self._passed_on: dict[str, Any] = {
+            "samples": samples,
+            "project": project,
+            "entity": entity,
+            "tags": tags,
+            "modules": modules,
+            "generate_fn": generate_fn,
+            "endpoint": endpoint,
+            "transport": transport,
+        }
+        self._trainer = trainer
+        self._console = Console()
+        self.guard = Guard(self._console)
+        self.hooks: Hooks | None = None
+        """The hooks of the newest training; None before the first."""
+        self._watch: _Watch | None = None
+        self._epoch = 0
+
+    def failures(self) -> dict[str, int]:
+        """How often something failed inside the hooks or this callback, by where; empty is as it should be."""
+        return {**(self.hooks.failures() if self.hooks is not None else {}), **self.guard.failures}
+
+    def close(self) -> None:
+        """End the run; without this call the next training or the end of the process does it."""
+        self._let_go()
+        if self.hooks is not None:
+            self.hooks.close()
+
+    # ---------------------------------------------------------------------------------------- what the trainer calls
+
+    def on_train_begin(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,  # noqa: ARG002  (the order is the trainer's)
+        *,
+        model: Any = None,
+        optimizer: Any = None,
+        processing_class: Any = None,
+        **_rest: Any,
+    ) -> None:
+        """Attach to the training that begins.
+
+        Raises:
+            TypeError: see ``attach``.
+            ValueError: see ``attach``.
+        """
+        again = self.hooks.run_id if self.hooks is not None and self._watch is not None else None
+        self.close()  # the one before; where it never ended (out of memory, say) this is another attempt of its run
+        trainer = self._trainer if self._trainer is not None else _calling_trainer()
+        if trainer is None:
+            self._console.once("no-trainer", _NO_TRAINER)
+        accelerator = getattr(trainer, "accelerator", None)
+        outermost = getattr(trainer, "model_wrapped", None)
+        outermost = outermost if isinstance(outermost, nn.Module) else model
+        hooks = attach(
+            outermost,
+            optimizer,
+            tokenizer=self._tokenizer if self._tokenizer is not None else _tokenizer_of(processing_class),
+            config=_with_image_token(self._config, model),
+            name=self._name or getattr(state, "trial_name", None) or getattr(args, "run_name", None),
+            run_config={**_settings(model), **_settings(args), **self._run_config},
+            step=state.global_step + 1,
+            scaler=getattr(accelerator, "scaler", None),
+            run_id=self._run_id or again,
+            **self._passed_on,
+        )
+        self.hooks = hooks
+        saved = _kept_by(state).get(STATE_KEY)
+        if isinstance(saved, Mapping):
+            hooks.load_state_dict(saved)
+        self._epoch = int(state.epoch or 0) - 1
+        self._keep_state(state)
+        if self._config.log_wandb:
+            self._watch = _Watch(hooks, self.guard, outermost, trainer, accelerator)
+            self._warn_of_two_runs(trainer)
+
+    @guarded
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_rest: Any) -> None:  # noqa: ARG002
+        """Count the epoch, which every batch carries."""
+        self._epoch += 1
+        if self._watch is not None:
+            self._watch.epoch = self._epoch
+
+    @guarded
+    def on_step_end(self, args: Any, state: Any, control: Any, **_rest: Any) -> None:  # noqa: ARG002
+        """End the step under the trainer's number, before it logs, evaluates or saves."""
+        if self._watch is not None and self.hooks is not None:
+            self.hooks.after_step(state.global_step, applied=self._watch.ended_step())
+            self._keep_state(state)
+
+    @guarded
+    def on_log(self, args: Any, state: Any, control: Any, *, logs: Any = None, **_rest: Any) -> None:  # noqa: ARG002
+        """Put what the trainer logs into the run."""
+        self._log(state, logs)
+
+    @guarded
+    def on_predict(self, args: Any, state: Any, control: Any, metrics: Any = None, **_rest: Any) -> None:  # noqa: ARG002
+        """Put a prediction's metrics into the run; the trainer does not log them."""
+        self._log(state, metrics)
+
+    @guarded
+    def on_train_end(self, args: Any, state: Any, control: Any, **_rest: Any) -> None:  # noqa: ARG002
+        """Let go of the trainer; the run stays open for what is evaluated and logged afterwards."""
+        self._let_go()
+
+    # ---------------------------------------------------------------------------------------------------- inside
+
+    def _log(self, state: Any, values: Any) -> None:
+        if self.hooks is not None and values and state.is_world_process_zero:
+            step = state.global_step
+            self.hooks.log({**_as_in_wandb(values), "train/global_step": step}, step=step)
+
+    def _keep_state(self, state: Any) -> None:
+        """Leave the hooks' state where the trainer's next checkpoint will save it."""
+        if self.hooks is not None and self._config.log_wandb:
+            _kept_by(state)[STATE_KEY] = self.hooks.state_dict()
+
+    def _let_go(self) -> None:
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.end()
+        if self.hooks is not None:
+            self.hooks.release()
+
+    def _warn_of_two_runs(self, trainer: Any) -> None:
+        callbacks = getattr(getattr(trainer, "callback_handler", None), "callbacks", ())
+        if any(type(callback).__name__ == "WandbCallback" for callback in callbacks):
+            self._console.once("two-runs", _TWO_RUNS)
+
+
+class _Watch:
+    """What is wrapped of a trainer while it trains, and what is seen there."""
+
+    def __init__(self, hooks: Hooks, guard: Guard, outermost: nn.Module, trainer: Any, accelerator: Any) -> None:
+        self.guard = guard
+        self.epoch = 0
+        self._hooks: Hooks | None = hooks
+        self._trainer = trainer
+        self._accelerator = accelerator
+        self._clip_was_seen = False
+        self._computing = False
+        self._output: Any = None
+        self._removable = outermost.register_forward_hook(self._on_forward)
+        self._wrapped = []
+        if accelerator is not None:
+            self._wrapped.append(_Wrapped(accelerator, "clip_grad_norm_", self._around_clipping))
+        if trainer is not None:
+            self._wrapped.append(_Wrapped(trainer, "compute_loss", self._around_loss))
+
+    def ended_step(self) -> bool:
+        """Begin to wait for the next step's clipping; return whether the optimizer took the one that ends."""
+        self._clip_was_seen = False
+        return not getattr(self._accelerator, "optimizer_step_was_skipped", False)
+
+    def end(self) -> None:
+        """Undo it all; what somebody has wrapped around a wrapper of ours does nothing more."""
+        self._hooks = None
+        self._removable.remove()
+        for wrapped in self._wrapped:
+            wrapped.undo()
+
+    def _around_clipping(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def clip_grad_norm_(*args: Any, **kwargs: Any) -> Any:
+            self._before_clip()
+            return original(*args, **kwargs)
+
+        return clip_grad_norm_
+
+    def _around_loss(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def compute_loss(*args: Any, **kwargs: Any) -> Any:
+            inputs = kwargs.get("inputs", args[1] if len(args) > 1 else None)
+            if self._hooks is None or not torch.is_grad_enabled() or not isinstance(inputs, Mapping):
+                return original(*args, **kwargs)
+            inputs = dict(inputs)  # as they are now: label smoothing takes the labels out
+            self._computing = True
+            try:
+                result = original(*args, **kwargs)
+                self._tell_batch(inputs, result, kwargs.get("num_items_in_batch", args[3] if len(args) > 3 else None))
+            finally:
+                self._computing, self._output = False, None
+            return result
+
+        return compute_loss
+
+    @guarded
+    def _before_clip(self) -> None:
+        """Say it once a step: where nothing is clipped, the trainer asks for the norm by the same way."""
+        if self._hooks is not None and not self._clip_was_seen:
+            self._clip_was_seen = True
+            self._hooks.before_clip()
+
+    @guarded
+    def _on_forward(self, module: nn.Module, _arguments: Any, output: Any) -> None:
+        """Hold a training forward's output until ``compute_loss`` returns, which holds it as long itself."""
+        if self._computing and module.training and self.guard.grad_enabled:
+            self._output = output
+
+    @guarded
+    def _tell_batch(self, inputs: Mapping[str, Any], result: Any, num_items: Any) -> None:
+        """Show the micro-batch, with the loss that ``compute_loss`` made of it."""
+        ids, given = inputs.get("input_ids"), inputs.get("shift_labels", inputs.get("labels"))
+        if self._hooks is None or self._output is None or not isinstance(ids, torch.Tensor) or ids.dim() != 2:
+            return  # what the forward alone shows stands
+        output = self._output
+        log_probs = getattr(output, "log_probs", None)  # TRL's fused head: per token, and no logits
+        self._hooks.on_batch(
+            input_ids=ids,
+            labels=_of_shape(given, ids.shape),
+            attention_mask=_of_shape(inputs.get("attention_mask"), ids.shape),
+            token_losses=-log_probs.detach() if isinstance(log_probs, torch.Tensor) else None,
+            loss=self._as_reported(result[0] if isinstance(result, tuple) else result, num_items),
+            shifted=True if inputs.get("shift_labels") is not None else None,
+            position_ids=_tensor(inputs.get("position_ids")),
+            cu_seqlens=_tensor(inputs.get("cu_seq_lens_q")),
+            epoch=self.epoch,
+        )
+
+    def _as_reported(self, loss: Any, num_items: Any) -> torch.Tensor | None:
+        """The loss such that its mean over a step's micro-batches is what the trainer reports for that step.
+
+        A loss that is divided by the whole step's items is summed over micro-batches by the trainer, not averaged.
+        """
+        if not isinstance(loss, torch.Tensor):
+            return None
+        loss = loss.detach().mean()
+        trainer = self._trainer
+        is_scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+        if is_scaled is None:
+            by_model = getattr(trainer, "model_accepts_loss_kwargs", False) and num_items is not None
+            is_scaled = by_model or getattr(trainer, "compute_loss_func", None) is not None
+        if not is_scaled:
+            return loss
+        planned = trainer.args.gradient_accumulation_steps
+        return loss * getattr(trainer, "current_gradient_accumulation_steps", planned)
+
+
+class _Wrapped:
+    """One method of one instance, wrapped."""
+
+    def __init__(self, owner: Any, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        self._owner = owner
+        self._name = name
+        self._was_own = name in vars(owner)
+        self._original = getattr(owner, name)
+        self._wrapper = around(self._original)
+        setattr(owner, name, self._wrapper)
+
+    def undo(self) -> None:
+        """Put back what was there, unless somebody has put something else there since."""
+        if vars(self._owner).get(self._name) is not self._wrapper:
+            return
+        if self._was_own:
+            setattr(self._owner, self._name, self._original)
+        else:
+            delattr(self._owner, self._name)
+
+
+def _calling_trainer() -> Any:
+    """The ``Trainer`` among the callers: callbacks are not told whose they are, and its accelerator is nowhere else."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, transformers.Trainer):
+            return owner
+        frame = frame.f_back
+    return None
+
+
+def _tokenizer_of(processing_class: Any) -> Any:
+    """The tokenizer of a processor, or what is one itself; None for an image processor."""
+    inner = getattr(processing_class, "tokenizer", None)
+    chosen = processing_class if inner is None else inner
+    return chosen if callable(getattr(chosen, "decode", None)) else None
+
+
+def _with_image_token(config: HooksConfig, model: Any) -> HooksConfig:
+    """With the id that the model puts images in the place of, unless the caller named one."""
+    own = getattr(model, "config", None)
+    told = getattr(own, "image_token_id", getattr(own, "image_token_index", None))
+    if config.image_token_id is not None or isinstance(told, bool) or not isinstance(told, int) or told < 0:
+        return config
+    return replace(config, image_token_id=told)
+
+
+def _settings(holder: Any) -> dict[str, Any]:
+    """The configuration of a model, or the trainer's arguments (whose ``to_dict`` hides tokens)."""
+    holder = getattr(holder, "config", holder) if isinstance(holder, nn.Module) else holder
+    write = getattr(holder, "to_dict", None)
+    made = write() if callable(write) else holder
+    return {str(name): value for name, value in made.items()} if isinstance(made, Mapping) else {}
+
+
+def _kept_by(state: Any) -> dict[str, Any]:
+    """The part of the trainer's state that is saved with checkpoints and that callbacks may write to."""
+    kept = getattr(state, "stateful_callbacks", None)
+    return kept if isinstance(kept, dict) else {}
+
+
+def _as_in_wandb(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The trainer's values under the names that ``transformers`` gives them in W&B."""
+    named = {}
+    for name, value in values.items():
+        kind, _, rest = name.partition("_")
+        if name in _ONCE_A_RUN:
+            named[name] = value
+        elif kind in {"eval", "test"} and rest:
+            named[f"{kind}/{rest}"] = value
+        else:
+            named[f"train/{name}"] = value
+    return named
+
+
+def _of_shape(value: Any, shape: torch.Size) -> torch.Tensor | None:
+    return value if isinstance(value, torch.Tensor) and value.shape == shape else None
+
+
+def _tensor(value: Any) -> torch.Tensor | None:
+    return value if isinstance(value, torch.Tensor) else None
