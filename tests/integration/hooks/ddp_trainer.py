@@ -1,4 +1,4 @@
-"""One rank of a DDP training with hooks, for test_hooks_ranks.py: ``ddp_trainer.py RANK STORE OUT HOOKED``."""
+"""One rank of a DDP training with hooks, for test_hooks_ranks.py: ``ddp_trainer.py RANK PORT OUT HOOKED``."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Model(nn.Module):
         return logits, nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
 
-def main(rank: int, store: str, out: Path, *, hooked: bool) -> None:
+def main(rank: int, port: str, out: Path, *, hooked: bool) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     torch.manual_seed(0)
     model = DistributedDataParallel(Model())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -1,23 +1,34 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 TRAINER = Path(__file__).with_name("ddp_trainer.py")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def train(folder: Path, name: str) -> list[dict[str, Any]]:
     outs = [folder / f"{name}-{rank}.json" for rank in range(2)]
+    port = free_port()  # not a file: torch's own FileStore hangs now and then when ranks end, with hooks or without
     started = [
-        subprocess.Popen([sys.executable, str(TRAINER), str(rank), str(folder / f"{name}-store"), str(out), name])
+        subprocess.Popen([sys.executable, str(TRAINER), str(rank), str(port), str(out), name])
         for rank, out in enumerate(outs)
     ]
     try:
-        assert [process.wait(50) for process in started] == [0, 0]
+        assert [process.wait(80) for process in started] == [0, 0]
     finally:
         for process in started:
             process.kill()
@@ -25,6 +36,7 @@ def train(folder: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(out.read_text(encoding="utf-8")) for out in outs]
 
 
+@pytest.mark.timeout(200)
 def test_ranks_share_run_and_incarnation_and_train_as_without_hooks(tmp_path: Path) -> None:
     hooked, plain = train(tmp_path, "hooked"), train(tmp_path, "plain")
     for mine, theirs in zip(hooked, plain, strict=True):
