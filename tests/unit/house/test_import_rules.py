@@ -25,6 +25,7 @@ ALLOWED_BY_PACKAGE = {
 }
 # The modules (as patterns) through which a third party comes in.
 DOORS = {
+    ("trainer_hooks", "transformers"): ("trainer_hooks.integrations.transformers",),
     ("trainer_hooks", "zmq"): ("trainer_hooks.publisher",),
     ("worker", "zmq"): ("worker.intake.receiver", "worker.intake.authentication", "worker.keys"),
     ("worker", "wandb"): ("worker.sinks.wandb_sink",),
