@@ -121,7 +121,8 @@ def main() -> None:
     hooks.close()
     tokenizer = training.tokenizer
     facts = np.array([len(tokenizer), tokenizer.eos_token_id, tokenizer.image_token_id])
-    np.savez(options.record, vocabulary=facts, **recorder.arrays)
+    save: Any = np.savez  # its stub takes a map of arrays for one of flags
+    save(options.record, vocabulary=facts, **recorder.arrays)
 
 
 if __name__ == "__main__":
