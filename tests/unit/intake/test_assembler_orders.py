@@ -16,7 +16,7 @@ NUM_STEPS, WORLD_SIZE = 3, 2
 
 
 def streams() -> list[Journaled]:
-    messages = []
+    messages: list[Journaled] = []
     for rank in range(WORLD_SIZE):
         said = [message for step in range(NUM_STEPS) for message in step_messages(step)]
         for sequence, message in enumerate([*said, Goodbye(newest_step=NUM_STEPS - 1)], 1):
