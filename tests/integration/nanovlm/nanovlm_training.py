@@ -179,8 +179,8 @@ class Recorder:
                 greedy=True,
             )
         self._model.train()
-        ids: NDArray[Any] = made[0].numpy().copy()
-        return ids
+        made_ids: NDArray[Any] = made[0].numpy().copy()
+        return made_ids
 
 
 def tiny_configs(config: Any, data: Path, options: argparse.Namespace) -> tuple[Any, Any]:
