@@ -93,6 +93,8 @@ class TrainerCallback(transformers.TrainerCallback):  # type: ignore[misc]  # it
     ) -> None:
         if run_config is not None and not isinstance(run_config, Mapping):
             raise TypeError(f"run_config must be a mapping, not {type(run_config).__name__}")
+        if config is not None and not isinstance(config, HooksConfig):
+            raise TypeError(f"config must be a HooksConfig, not {type(config).__name__}")
         self._config = HooksConfig() if config is None else config
         self._tokenizer = tokenizer
         self._name = name
@@ -176,31 +178,31 @@ class TrainerCallback(transformers.TrainerCallback):  # type: ignore[misc]  # it
             self._warn_of_two_runs(trainer)
 
     @guarded
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_rest: Any) -> None:  # noqa: ARG002
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, /, **_rest: Any) -> None:  # noqa: ARG002
         """Count the epoch, which every batch carries."""
         self._epoch += 1
         if self._watch is not None:
             self._watch.epoch = self._epoch
 
     @guarded
-    def on_step_end(self, args: Any, state: Any, control: Any, **_rest: Any) -> None:  # noqa: ARG002
+    def on_step_end(self, args: Any, state: Any, control: Any, /, **_rest: Any) -> None:  # noqa: ARG002
         """End the step under the trainer's number, before it logs, evaluates or saves."""
         if self._watch is not None and self.hooks is not None:
             self.hooks.after_step(state.global_step, applied=self._watch.ended_step())
             self._keep_state(state)
 
     @guarded
-    def on_log(self, args: Any, state: Any, control: Any, *, logs: Any = None, **_rest: Any) -> None:  # noqa: ARG002
+    def on_log(self, args: Any, state: Any, control: Any, /, *, logs: Any = None, **_rest: Any) -> None:  # noqa: ARG002
         """Put what the trainer logs into the run."""
         self._log(state, logs)
 
     @guarded
-    def on_predict(self, args: Any, state: Any, control: Any, metrics: Any = None, **_rest: Any) -> None:  # noqa: ARG002
+    def on_predict(self, args: Any, state: Any, control: Any, /, *, metrics: Any = None, **_rest: Any) -> None:  # noqa: ARG002
         """Put a prediction's metrics into the run; the trainer does not log them."""
         self._log(state, metrics)
 
     @guarded
-    def on_train_end(self, args: Any, state: Any, control: Any, **_rest: Any) -> None:  # noqa: ARG002
+    def on_train_end(self, args: Any, state: Any, control: Any, /, **_rest: Any) -> None:  # noqa: ARG002
         """Let go of the trainer; the run stays open for what is evaluated and logged afterwards."""
         self._let_go()
 
@@ -325,16 +327,16 @@ class _Watch:
         """
         if not isinstance(loss, torch.Tensor):
             return None
-        loss = loss.detach().mean()
+        reported: torch.Tensor = loss.detach().mean()
         trainer = self._trainer
         is_scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
         if is_scaled is None:
             by_model = getattr(trainer, "model_accepts_loss_kwargs", False) and num_items is not None
             is_scaled = by_model or getattr(trainer, "compute_loss_func", None) is not None
         if not is_scaled:
-            return loss
-        planned = trainer.args.gradient_accumulation_steps
-        return loss * getattr(trainer, "current_gradient_accumulation_steps", planned)
+            return reported
+        planned: int = trainer.args.gradient_accumulation_steps
+        return reported * int(getattr(trainer, "current_gradient_accumulation_steps", planned))
 
 
 class _Wrapped:

@@ -49,7 +49,7 @@ Row = dict[str, torch.Tensor]
 def tokenizer() -> Any:
     """Words as ids, as a fast tokenizer."""
     made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token=SPECIAL_WORDS["pad"]))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {f"{name}_token": word for name, word in SPECIAL_WORDS.items() if name != "image"}
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=made, additional_special_tokens=[SPECIAL_WORDS["image"]], **special
@@ -264,9 +264,9 @@ def main() -> None:
         assert callback.failures() == {}, callback.failures()
         assert "compute_loss" not in vars(trainer)
         assert "clip_grad_norm_" not in vars(trainer.accelerator)
-        facts = np.array([len(WORDS), EOS, IMAGE])
+        kept: dict[str, Any] = {**trainer.arrays, **recorder.arrays, "vocabulary": np.array([len(WORDS), EOS, IMAGE])}
         part = "second" if options.resume else "first"
-        np.savez(options.out / f"{part}.npz", vocabulary=facts, **trainer.arrays, **recorder.arrays)
+        np.savez(options.out / f"{part}.npz", **kept)
     if options.restart_at and not options.resume:
         os.execv(sys.executable, [sys.executable, *sys.argv, "--resume"])  # noqa: S606  (knows the checkpoint alone)
     torch.save(trainer.model.state_dict(), options.out / "weights.pt")
