@@ -19,12 +19,16 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from sidestep.trainer_hooks.capture import Batch
+from sidestep.trainer_hooks.config import HooksConfig
+from sidestep.trainer_hooks.reducing import Reducer
 from sidestep.trainer_hooks.reductions.alignment import AlignedBatch, align
 from sidestep.trainer_hooks.reductions.answers import reduce_answers
 from sidestep.trainer_hooks.reductions.gradients import LocalGradient, reduce_gradients
 from sidestep.trainer_hooks.reductions.learning_rate import reduce_learning_rates
 from sidestep.trainer_hooks.reductions.loss import reduce_loss
 from sidestep.trainer_hooks.reductions.tokens import reduce_tokens
+from sidestep.trainer_hooks.vocabulary import read_vocabulary
 
 ROWS, POSITIONS, VOCABULARY, FEATURES = 3, 40, 50, 8
 CUDA = torch.device("cuda", 0)
@@ -167,6 +171,25 @@ def test_losses(source: str, labels_at: str, documents: str) -> None:
     assert _on_device(parts["losses"])
     assert shapes(parts)["losses"] == shapes(parts)["roles"] == shapes(parts)["targets"] == (rows,)
     assert ("document_starts" in parts) == (documents == "documents")
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("labels_at", ["host", "device"])
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize("due", ["tokens loss", "tokens", "loss", ""])
+def test_every_path_of_on_batch(source: str, labels_at: str, documents: str, due: str) -> None:
+    """From the trainer's tensors to what is kept of them: the whole of what ``on_batch`` does with a micro-batch."""
+    device = CUDA if labels_at == "device" else torch.device("cpu")
+    config = HooksConfig(eos_id=2, pad_id=0, vocabulary_size=VOCABULARY)
+    reducer = Reducer(config, read_vocabulary(None, config), num_ids=VOCABULARY, shifted=True)
+    with watched():
+        given: dict[str, Any] = {name: ids(device) for name in ("input_ids", "labels", "attention_mask")}
+        given |= {**DOCUMENTS[documents](device), **sources(source), "loss": torch.zeros((), device=CUDA)}
+        made = reducer.reduce(Batch(**given), frozenset(due.split()), 0, 0)
+    assert (made.answers is not None) or (made.labels is not None)
+    assert bool(made.tokens) == ("tokens" in due)
+    assert ("losses" in made.losses) == ("loss" in due and source != "nothing")
+    assert all(_on_device(made.losses[name]) for name in made.losses if name in ("losses", "trainer_loss"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
