@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -55,8 +56,12 @@ def run(argv: Sequence[str]) -> int:
 
 
 def say(text: str) -> None:
-    """Print a line for people."""
-    print(text, flush=True)
+    """Print a line for people; where nobody reads any more, what was asked for is done all the same."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        with open(os.devnull, "wb") as nowhere:  # noqa: PTH123  (a device, not a path of ours)
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def complain(text: str) -> None:
