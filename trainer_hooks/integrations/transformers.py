@@ -54,7 +54,7 @@ class TrainerCallback(transformers.TrainerCallback):  # type: ignore[misc]  # it
     numbers, ``state.global_step``: the first one to end is 1. What the trainer logs goes into the run under the names
     that its own W&B callback gives it (``train/loss``, ``eval/loss``).
 
-    What ``attach`` raises is raised at the training's beginning; after that nothing is (docs/trainer.md).
+    What ``attach`` raises is raised when the training begins; after that nothing is.
 
     Args:
         samples: what to generate from; none: no generation and no collapse rules.

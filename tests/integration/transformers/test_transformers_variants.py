@@ -101,7 +101,8 @@ def made(
 
 
 def callback_to(ways: Ways, **more: Any) -> sidestep.TrainerCallback:
-    return sidestep.TrainerCallback(**({"config": EVERY_STEP, "transport": ways, "modules": tiny.MODULES} | more))
+    given: dict[str, Any] = {"config": EVERY_STEP, "transport": ways, "modules": tiny.MODULES}
+    return sidestep.TrainerCallback(**(given | more))
 
 
 def assert_losses_equal(sent: list[Losses], batches: list[reference.RawBatch]) -> None:
