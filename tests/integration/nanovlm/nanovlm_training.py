@@ -36,6 +36,7 @@ EXTRA_TOKENS = {
 BATCH_INTERVAL, GRADIENT_INTERVAL, GENERATION_INTERVAL, ANSWER_INTERVAL = 3, 5, 10, 6
 NUM_SAMPLES, MAX_NEW_TOKENS, NUM_VALIDATION = 6, 10, 32
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 230), "white": (240, 240, 240)}
+WEIGHTS_SCALE = 8.0
 LMMS_STEP, LMMS_VALUE = 4, 0.25
 
 
@@ -116,6 +117,20 @@ class Recorder:
             if len(self._prompts) == NUM_SAMPLES:
                 return
 
+    def samples(self, validation_samples: Callable[..., Any]) -> Callable[..., Any]:
+        """Keep the prompts that the hooks are going to use, beside those made anew."""
+
+        def kept(*args: Any, **kwargs: Any) -> Any:
+            made = validation_samples(*args, **kwargs)
+            for number, (sample, (ids, tiles)) in enumerate(zip(made, self._prompts, strict=True)):
+                self.arrays[f"prompt/{number}/made"] = np.array(sample.prompt())
+                self.arrays[f"prompt/{number}/anew"] = np.array(ids)
+                self.arrays[f"tiles/{number}/made"] = torch.cat(sample.inputs["images"]).numpy()
+                self.arrays[f"tiles/{number}/anew"] = torch.cat(tiles).numpy()
+            return made
+
+        return kept
+
     def epochs(self, step_over: Callable[..., Any]) -> Callable[..., Any]:
         """Count the loop's own passes over its data; an evaluation makes one as well, with the model in its mode."""
 
@@ -162,7 +177,18 @@ class Recorder:
         if self._everything and self._step % GENERATION_INTERVAL == 0:
             for number, (ids, tiles) in enumerate(self._prompts):
                 self.arrays[f"generated/{self._step}/{number}"] = self._generate(ids, tiles)
+            self.arrays[f"texts/{self._step}"] = np.array([
+                self._content(self.arrays[f"generated/{self._step}/{number}"]) for number in range(len(self._prompts))
+            ])  # fmt: skip
         self._step, self._microstep = self._step + 1, 0
+
+    def _content(self, ids: NDArray[Any]) -> str:
+        """The text before the first EOS."""
+        before = ids.tolist()[: (ids == self._model.tokenizer.eos_token_id).argmax() if self._ended(ids) else None]
+        return str(self._model.tokenizer.decode(before, skip_special_tokens=False))
+
+    def _ended(self, ids: NDArray[Any]) -> bool:
+        return bool((ids == self._model.tokenizer.eos_token_id).any())
 
     def _generate(self, ids: list[int], tiles: list[torch.Tensor]) -> NDArray[Any]:
         """nanoVLM's own greedy ``generate``, one prompt alone: no batch, no padding, nothing of the hooks'."""
@@ -224,6 +250,9 @@ def watched(train: Any, recorder: Recorder, *, is_ranked: bool, is_compiled: boo
 
     def to(self: Any, *args: Any, **kwargs: Any) -> Any:
         built.append(self)
+        with torch.no_grad():  # as it begins it would repeat the last token of every prompt
+            for name, parameter in self.named_parameters():
+                parameter.mul_(WEIGHTS_SCALE if parameter.dim() > 1 and "token_embedding" not in name else 1.0)
         if not is_ranked and not is_compiled:
             recorder.watch_model(self, self)
         return moved(self, *args, **kwargs)
@@ -275,10 +304,11 @@ def labels_as_nanovlm_means_them() -> None:
     base.apply_chat_template = plain
 
 
-def shorter_intervals() -> None:
+def shorter_intervals(recorder: Recorder) -> None:
     """Give the documented call, which is not changed, the intervals that a run of 30 steps can show."""
     from sidestep.trainer_hooks.integrations import nanovlm  # noqa: PLC0415
 
+    setattr(nanovlm, "validation_samples", recorder.samples(nanovlm.validation_samples))  # noqa: B010
     setattr(  # noqa: B010
         nanovlm,
         "attach",
@@ -303,8 +333,9 @@ def train(options: argparse.Namespace) -> None:
     rank = int(os.environ.get("RANK", "0"))
     if not options.as_is:
         labels_as_nanovlm_means_them()
+    recorder = Recorder(everything=options.record)
     if not options.unpatched:
-        shorter_intervals()
+        shorter_intervals(recorder)
     module = load(checkout, train_py)
     if "RANK" in os.environ:
         on_the_cpu(module)
@@ -313,7 +344,6 @@ def train(options: argparse.Namespace) -> None:
         results.mkdir(parents=True)
         found = {"global_step": LMMS_STEP, "results": {"mmstar": LMMS_VALUE}}
         (results / f"step_{LMMS_STEP}.json").write_text(json.dumps(found), encoding="utf-8")
-    recorder = Recorder(everything=options.record)
     watched(module, recorder, is_ranked="RANK" in os.environ, is_compiled=options.compile)
     vlm, configured = tiny_configs(module.config, data, options)
     module.train(configured, vlm)

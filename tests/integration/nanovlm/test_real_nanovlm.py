@@ -79,7 +79,8 @@ def patched(out: Path, count: int) -> Path:
 
 
 def run(command: list[str], out: Path) -> str:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(out / "hf"), "PYTHONPATH": str(ROOT)}
+    own = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(out / "hf"), "PYTHONPATH": str(ROOT / "src")}
+    environment = os.environ | own
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment)
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
     return done.stdout + done.stderr
@@ -219,13 +220,23 @@ def test_answer_lengths_equal_the_reference(trained: Trained) -> None:
     assert len(epochs) > 1 or trained.way.conversations > 120
 
 
+def test_prompts_are_what_its_chat_template_makes_of_the_first_question(trained: Trained) -> None:
+    for number in range(NUM_SAMPLES):
+        for kind in ("prompt", "tiles"):
+            made, anew = (trained.on[0][f"{kind}/{number}/{which}"] for which in ("made", "anew"))
+            np.testing.assert_array_equal(made, anew)
+
+
 def test_generations_and_collapse_equal_its_own_generate(trained: Trained) -> None:
     for step in range(0, NUM_STEPS, GENERATION_INTERVAL):
         generated = trained.generated(step)
+        assert step or len({tuple(ids) for ids in generated}) > 1, "the prompts are to tell themselves apart"
         assert_equal(trained.by_step[step], reference.generation_metrics(generated, trained.vocabulary), step)
         assert_equal(trained.by_step[step], dict(reference.collapse_metrics(generated, trained.vocabulary)), step)
     table, files = trained.run.tables("generation/samples")[-1]
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    decoded = [str(text) for text in trained.on[0][f"texts/{NUM_STEPS - GENERATION_INTERVAL}"]]
+    assert [row["generated"] for row in rows] == decoded
     assert {row["question"] for row in rows} == {"Which colour is it?"}
     assert {row["target"] for row in rows} <= {"red", "green", "blue", "white"}
     assert all(files[row["image"]["path"]].read_bytes().startswith(b"\x89PNG") for row in rows)
