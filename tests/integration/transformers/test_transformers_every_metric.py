@@ -35,7 +35,7 @@ NEEDS_ANOTHER_RUN = {
     "gradients/details": "only above 2,000 gradient keys",
 }
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 
 class Trained:

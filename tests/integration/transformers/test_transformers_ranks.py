@@ -17,7 +17,7 @@ pytest.importorskip("accelerate", reason="accelerate is not installed")
 RANK = Path(__file__).with_name("smolvlm_ranks.py")
 STEPS = [1, 2, 3, 4]
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 
 def trained(folder: Path, *options: str) -> list[dict[str, Any]]:
