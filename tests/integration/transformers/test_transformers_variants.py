@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,41 @@ def test_a_training_in_another_way_is_seen_whole_and_left_as_it_is(tmp_path: Pat
     reported = [message.values["train/loss"] for message in ways.of(Scalars) if "train/loss" in message.values]
     by_step = [float(np.mean([m.trainer_loss[0] for m in ways.of(Losses) if m.step == step])) for step in (1, 2, 3)]
     np.testing.assert_allclose(by_step, reported, rtol=1e-5)
+
+
+def test_gradients_are_taken_at_the_first_clipping_of_a_step(tmp_path: Path, ways: Ways) -> None:
+    class Twice(Recording):
+        def _clip_grad_norm(self, model: Any) -> Any:
+            norm = super()._clip_grad_norm(model)
+            self.accelerator.clip_grad_norm_(model.parameters(), float("inf"))  # asks for the norm once more
+            return norm
+
+    callback = callback_to(ways)
+    trainer = made(tmp_path, callback, kind=Twice)
+    trainer.train()
+    callback.close()
+    assert min(trainer.norms) > 1.0, "clipped to 0.5 by then"
+    np.testing.assert_allclose([total_norm(message) for message in ways.of(Gradients)], trainer.norms, rtol=1e-3)
+
+
+def test_no_logits_outlive_their_step(tmp_path: Path, ways: Ways) -> None:
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    class Remembering(transformers.Trainer):  # type: ignore[misc]  # its types are not read
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **more: Any) -> Any:
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **more)
+            alive.append(weakref.ref(outputs.logits))
+            return (loss, outputs) if return_outputs else loss
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().training_step(*args, **kwargs)
+            assert [ref for ref in alive if ref() is not None] == []
+            return loss
+
+    callback = callback_to(ways)
+    made(tmp_path, callback, kind=Remembering).train()
+    callback.close()
+    assert len(alive) == len(ways.of(Losses)) == 6
 
 
 def test_nan_is_seen_before_the_trainers_filter_hides_it(tmp_path: Path, ways: Ways) -> None:

@@ -38,7 +38,11 @@ def test_a_method_is_wrapped_on_its_instance_alone_and_put_back() -> None:
 def test_what_the_instance_had_of_its_own_comes_back() -> None:
     calls: list[float] = []
     mine: Any = Clipper()
-    mine.clip = own = lambda value: value * 2
+
+    def own(value: float) -> float:
+        return value * 2
+
+    mine.clip = own
     wrapped = WrappedMethod(mine, "clip", around(calls))
     assert mine.clip(3.0) == 6.0
     wrapped.undo()
@@ -50,7 +54,11 @@ def test_a_wrapper_that_came_later_stays() -> None:
     mine: Any = Clipper()
     wrapped = WrappedMethod(mine, "clip", around(calls))
     beneath = mine.clip
-    mine.clip = later = lambda value: beneath(value) + 10
+
+    def later(value: float) -> float:
+        return float(beneath(value)) + 10
+
+    mine.clip = later
     wrapped.undo()
     wrapped.undo()
     assert mine.clip is later
