@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from tests.support import reference
 from tests.support.wandb_offline import OfflineRun, read_fragments
 
@@ -95,6 +96,11 @@ def training(way: Way, train_py: Path, out: Path, data: Path, *further: str) -> 
     ]  # fmt: skip
 
 
+def read(file: Path) -> dict[str, NDArray[Any]]:
+    with np.load(file) as arrays:
+        return dict(arrays)
+
+
 class Trained:
     """What the trainers with and without the lines recorded, and what the run says."""
 
@@ -106,8 +112,8 @@ class Trained:
         lines = patched(out, 2 if way.reads_out else 1)
         hooked = training(way, lines, out / "on", data, "--record")
         self.console = run([PYTHON, "-m", "sidestep.worker.cli", "run", "--out", str(out / "run"), "--", *hooked], out)
-        self.off = [np.load(out / "off" / f"rank{rank}.npz") for rank in range(way.ranks)]
-        self.on = [np.load(out / "on" / f"rank{rank}.npz") for rank in range(way.ranks)]
+        self.off = [read(out / "off" / f"rank{rank}.npz") for rank in range(way.ranks)]
+        self.on = [read(out / "on" / f"rank{rank}.npz") for rank in range(way.ranks)]
         self.run: OfflineRun = read_fragments(out / "run")
         size, eos, image = self.on[0]["vocabulary"].tolist()
         self.vocabulary = reference.Vocabulary(size=size, eos=eos, image=image)
@@ -119,7 +125,7 @@ class Trained:
         places = [
             (arrays, place)
             for arrays in self.on
-            for place in sorted({key.rpartition("/")[0] for key in arrays.files if key.startswith(f"batch/{step}/")})
+            for place in sorted({key.rpartition("/")[0] for key in arrays if key.startswith(f"batch/{step}/")})
         ]
         return [
             reference.RawBatch(
@@ -137,7 +143,7 @@ class Trained:
         """The epoch of a step's last micro-batch, and the content lengths of every answer of it so far."""
         lengths: dict[int, list[int]] = {}
         for arrays in self.on:
-            for key in arrays.files:
+            for key in arrays:
                 match = re.fullmatch(r"(batch/(\d+)/\d+)/labels", key)
                 if match and int(match[2]) <= up_to_step:
                     of_epoch = lengths.setdefault(int(arrays[f"{match[1]}/epoch"]), [])
@@ -152,7 +158,7 @@ class Trained:
         """By full name, nanoVLM's ``MP`` as the hooks show it."""
         prefix, arrays = f"gradient/{step}/", self.on[0]
         found = {}
-        for key in arrays.files:
+        for key in arrays:
             if key.startswith(prefix):
                 module, _, rest = key.removeprefix(prefix).partition(".")
                 found[f"{MODULES[module]}.{rest}"] = arrays[key].astype(np.float64)
@@ -179,11 +185,6 @@ def assert_equal(
         assert math.isclose(found[key], value, rel_tol=0.0, abs_tol=slack), (
             f"step {step}: {key} {found[key]} != {value}"
         )
-
-
-def test_the_page_adds_five_lines() -> None:
-    lines = diffs()[0].splitlines()
-    assert len([line for line in lines if line.startswith("+") and not line.startswith("+++")]) == 5
 
 
 def test_losses_and_weights_are_those_of_the_run_without_the_lines(trained: Trained) -> None:
@@ -281,4 +282,4 @@ def test_labels_that_transformers_5_ignores_are_one_warning_and_no_crash(tmp_pat
     hooked = training(Way(), patched(tmp_path, 1), tmp_path / "on", tmp_path / "data", "--as-is")
     said = run([PYTHON, "-m", "sidestep.worker.cli", "run", "--out", str(tmp_path / "run"), "--", *hooked], tmp_path)
     assert "no samples could be made of the validation loader" in said
-    assert said.lower().count("labelled") >= 1
+    assert said.count("had a batch without one labelled position") == 1
