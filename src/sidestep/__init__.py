@@ -1,8 +1,8 @@
 """Sidestep: sidecar metrics that never step into the training loop.
 
 Importing this package loads nothing else. The trainer's names (``attach``, ``Hooks``, ``HooksConfig``, ``Sample``,
-``Command``, ``TrainerCallback``) are looked up on first use, so that a worker, which has no torch, can live in the same
-distribution.
+``Command``, ``LightningCallback``, ``TrainerCallback``) are looked up on first use, so that a worker, which has no
+torch, can live in the same distribution.
 """
 
 from __future__ import annotations
@@ -12,17 +12,28 @@ if TYPE_CHECKING:
     from sidestep.protocol.messages import Command
     from sidestep.trainer_hooks.config import HooksConfig
     from sidestep.trainer_hooks.hooks import Hooks, attach
+    from sidestep.trainer_hooks.integrations.lightning import LightningCallback
     from sidestep.trainer_hooks.integrations.transformers import TrainerCallback
     from sidestep.trainer_hooks.samples import Sample
 
 __version__ = "0.1.0"
 
-__all__ = ("Command", "Hooks", "HooksConfig", "Sample", "TrainerCallback", "__version__", "attach")
+__all__ = (
+    "Command",
+    "Hooks",
+    "HooksConfig",
+    "LightningCallback",
+    "Sample",
+    "TrainerCallback",
+    "__version__",
+    "attach",
+)
 
 _HOMES = {
     "Command": "sidestep.protocol.messages",
     "Hooks": "sidestep.trainer_hooks.hooks",
     "HooksConfig": "sidestep.trainer_hooks.config",
+    "LightningCallback": "sidestep.trainer_hooks.integrations.lightning",
     "Sample": "sidestep.trainer_hooks.samples",
     "TrainerCallback": "sidestep.trainer_hooks.integrations.transformers",
     "attach": "sidestep.trainer_hooks.hooks",

@@ -19,12 +19,14 @@ TRAINER_SIDE = {"numpy", "torch", "zmq", "sidestep", "sidestep.protocol"}
 ALLOWED_BY_PACKAGE = {
     "protocol": {"numpy", "msgpack"},
     "trainer_hooks": TRAINER_SIDE,
-    "trainer_hooks.integrations": TRAINER_SIDE | {"transformers", "lightning", "accelerate"},
+    "trainer_hooks.integrations": TRAINER_SIDE | {"transformers", "lightning", "pytorch_lightning"},
     "worker": {"numpy", "zmq", "wandb", "tokenizers", "plotly", "PIL", "sidestep", "sidestep.protocol"},
     "examples": TRAINER_SIDE - {"zmq"} | {"sklearn", "tqdm", "tokenizers", "sidestep.trainer_hooks"},
 }
 # The modules (as patterns) through which a third party comes in.
 DOORS = {
+    ("trainer_hooks", "lightning"): ("trainer_hooks.integrations.lightning",),
+    ("trainer_hooks", "pytorch_lightning"): ("trainer_hooks.integrations.lightning",),
     ("trainer_hooks", "transformers"): ("trainer_hooks.integrations.transformers",),
     ("trainer_hooks", "zmq"): ("trainer_hooks.publisher",),
     ("worker", "zmq"): ("worker.intake.receiver", "worker.intake.authentication", "worker.keys"),

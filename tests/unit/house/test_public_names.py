@@ -23,7 +23,7 @@ HOMES = {
     "Sample": "sidestep.trainer_hooks.samples",
     "attach": "sidestep.trainer_hooks.hooks",
 }
-NEED_A_LIBRARY = {"TrainerCallback": "transformers"}
+NEED_A_LIBRARY = {"LightningCallback": "lightning", "TrainerCallback": "transformers"}
 """Names whose home imports what is not Sidestep's to install; tests/unit/integrations looks them up."""
 
 
