@@ -54,6 +54,7 @@ class Way:
 WAYS = {
     "acc1": Way(conversations=120),  # so few that epochs begin within the run
     "acc8": Way(accumulation=8, conversations=2600),
+    "leftovers": Way(accumulation=4, conversations=300),  # an epoch ends between two updates
     "compiled": Way(compiled=True),
     "two-ranks": Way(ranks=2, accumulation=2, conversations=1200),
     "without-its-reads": Way(reads_out=True),
@@ -140,19 +141,23 @@ class Trained:
         ]
 
     def answer_lengths(self, up_to_step: int) -> tuple[int, list[int]]:
-        """The epoch of a step's last micro-batch, and the content lengths of every answer of it so far."""
-        lengths: dict[int, list[int]] = {}
+        """A step's epoch, and the content lengths of every answer of it so far.
+
+        Micro-batches that an epoch leaves over belong to the update that follows, and to its epoch (docs/nanovlm.md).
+        """
+        epochs: dict[int, int] = {}
+        found: list[tuple[int, NDArray[Any]]] = []
         for arrays in self.on:
             for key in arrays:
                 match = re.fullmatch(r"(batch/(\d+)/\d+)/labels", key)
-                if match and int(match[2]) <= up_to_step:
-                    of_epoch = lengths.setdefault(int(arrays[f"{match[1]}/epoch"]), [])
-                    for row in arrays[key]:
-                        for answer in re.findall(r"(?:\d+,)+", "".join("|" if i < 0 else f"{i}," for i in row)):
-                            ids = [int(i) for i in answer.split(",")[:-1]]
-                            of_epoch.append(len(reference.cut(ids, self.vocabulary.eos)[0]))
-        epoch = max(lengths)
-        return epoch, lengths[epoch]
+                if match and (step := int(match[2])) <= up_to_step:
+                    epochs[step] = max(epochs.get(step, 0), int(arrays[f"{match[1]}/epoch"]))
+                    found.append((step, arrays[key]))
+        rows = [row for step, labels in found if epochs[step] == epochs[up_to_step] for row in labels]
+        texts = ["".join("|" if i < 0 else f"{i}," for i in row) for row in rows]
+        answers = [answer.split(",")[:-1] for text in texts for answer in re.findall(r"(?:\d+,)+", text)]
+        lengths = [len(reference.cut([int(i) for i in answer], self.vocabulary.eos)[0]) for answer in answers]
+        return epochs[up_to_step], lengths
 
     def gradients(self, step: int) -> dict[str, Any]:
         """By full name, nanoVLM's ``MP`` as the hooks show it."""
