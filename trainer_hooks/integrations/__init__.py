@@ -1,1 +1,1 @@
-"""Adapters for trainers that have their own idea of a step; nanoVLM needs none (docs/trainer.md)."""
+"""Adapters for trainers that have a shape of their own: nanoVLM, Hugging Face's Trainer, Lightning (docs/)."""
