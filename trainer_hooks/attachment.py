@@ -22,7 +22,7 @@ from sidestep.trainer_hooks.reductions.learning_rate import group_names
 from sidestep.trainer_hooks.samples import Sample, samples_table
 from sidestep.trainer_hooks.session import Parts, Session
 from sidestep.trainer_hooks.staging import Staging
-from sidestep.trainer_hooks.support import EXACT, capabilities
+from sidestep.trainer_hooks.support import EXACT, capabilities, support_line
 from sidestep.trainer_hooks.topology import Topology, read_topology
 from sidestep.trainer_hooks.transport import OpenTransport
 from sidestep.trainer_hooks.vocabulary import Vocabulary, read_vocabulary
@@ -81,7 +81,7 @@ def look_at(training: Training, tokenizer: Any, samples: Sequence[Sample] | None
         table=training.table(),
         samples=chosen,
         num_ids=num_ids,
-        capabilities=capabilities(config, topology, reader, num_ids=num_ids, has_samples=bool(chosen)),
+        capabilities=capabilities(config, topology, reader, vocabulary, num_ids=num_ids, has_samples=bool(chosen)),
     )
 
 
@@ -145,8 +145,9 @@ def make_introduction(
     if agreed is None:
         console.line("sidestep: rank 0 was not heard of within 5 s; this rank goes on without hooks.")
         return None
-    if seen.samples and topology.sharded and topology.rank == 0:
-        console.line(f"sidestep: generation is off: {seen.capabilities['generation'].removeprefix('absent: ')}.")
+    shown = support_line(seen.capabilities) if topology.rank == 0 else ""
+    if shown:
+        console.line(f"sidestep: {shown}")
     return Introduction(
         agreed=agreed,
         run_id_is_given=is_given,

@@ -188,7 +188,7 @@ class Conversation:
             self._take(message, now)
         except IncompatibleWireError as error:
             self.num_undecodable += 1
-            self._console.once("wire", str(error))
+            self._reject(str(error))  # its Reject, if this is one, is of a version that cannot be read
         except (DecodeError, ValueError) as error:
             self.num_undecodable += 1
             self._console.once("undecodable", f"the worker sent what is not a message ({error}); it is left out.")
@@ -205,10 +205,7 @@ class Conversation:
                 self._quiet_until = now + self._patience.progress_seconds
                 self._console.once("no-ack", f"the worker cannot store what it gets: {message.reason}")
             case Reject():
-                self.rejected = True
-                self._console.once(
-                    "reject", f"the worker refuses this trainer: {message.reason} Training goes on without it."
-                )
+                self._reject(message.reason)
             case Notice():
                 self._console.line(message.text, apart=message.level != "info")
             case Command():
@@ -217,6 +214,11 @@ class Conversation:
                 pass  # of a later minor version: what it asks for is optional
             case _:
                 self.num_undecodable += 1
+
+    def _reject(self, reason: str) -> None:
+        self.rejected = True
+        text = f"the worker refuses this trainer: {reason.rstrip('.')}. Training goes on without it."
+        self._console.once("reject", text)
 
     def _on_welcome(self, welcome: Welcome, now: float) -> None:
         self._delivery.acknowledge(welcome.committed)

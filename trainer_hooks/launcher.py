@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from sidestep.protocol.endpoints import Endpoint, default_endpoint
+from sidestep.protocol.errors import EndpointError
 from sidestep.trainer_hooks.console import Console
 from sidestep.trainer_hooks.errors import LaunchError
 
@@ -83,7 +84,10 @@ def ensure_worker(
     environment = os.environ if environment is None else environment
     named = endpoint or environment.get("SIDESTEP_ENDPOINT")
     if named:
-        return Launched(endpoint=Endpoint.parse(named).address)
+        parsed = Endpoint.parse(named)
+        if parsed.transport == "tcp" and not parsed.port:
+            raise EndpointError(f"the endpoint {named!r} names any free port: a trainer needs the worker's own")
+        return Launched(endpoint=parsed.address)
     address = default_endpoint(environment).address
     if rank != 0:
         return Launched(endpoint=address)

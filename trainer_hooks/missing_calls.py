@@ -18,18 +18,31 @@ _NO_BATCH = (
     "no training batch was seen: attach() to the module that the loop calls, after wrapping and compiling it, or pass "
     "batches to hooks.on_batch(input_ids=..., labels=..., logits=...)."
 )
+_NO_LABELS = (
+    "no labels of the shape of input_ids were seen with any training batch: loss/* and data/* are absent. Pass both to "
+    "the model's forward, or to hooks.on_batch(input_ids=..., labels=..., logits=...)."
+)
+_NO_GRADIENTS = (
+    "no parameter had a gradient at the optimizer's step, two times that gradients were due: gradients/* is absent. "
+    "Unfreeze what is to be trained; where gradients are freed before the step, call hooks.before_clip() before that."
+)
 
 
 class MissingCalls:
     """Watches which of the explicit calls a trainer makes."""
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self, schedule: Schedule, *, takes_gradients: bool = True) -> None:
+        self._takes_gradients = takes_gradients
         self._called: set[str] = set()
         self._patience_steps = _INTERVALS * schedule.shortest_interval_steps(*FAMILIES)
         self._batch_patience_steps = _INTERVALS * schedule.shortest_interval_steps("tokens", "loss", "answers")
+        self._label_patience_steps = _INTERVALS * schedule.shortest_interval_steps("loss", "answers")
         self._num_steps = 0
         self._num_clipped = 0
         self._batch_seen = False
+        self._labels_seen = False
+        self._gradients_seen = False
+        self._num_without_gradients = 0
 
     def called(self, name: str) -> None:
         """Remember a call."""
@@ -38,7 +51,6 @@ class MissingCalls:
     def after_step(self, opened: OpenStep) -> list[tuple[str, str]]:
         """What is to be said after a step: codes and texts; the caller says each code once."""
         self._num_steps += 1
-        self._batch_seen = self._batch_seen or bool(opened.microbatches)
         said: list[tuple[str, str]] = []
         clipped = opened.gradients is not None and opened.gradients.clipped
         if clipped and self._called and "before_clip" not in self._called:
@@ -47,8 +59,22 @@ class MissingCalls:
                 said.append(("no-before-clip", _NO_BEFORE_CLIP))
         if self._called and "after_step" not in self._called and self._due(self._patience_steps):
             said.append(("no-after-step", _NO_AFTER_STEP))
+        return said + self._missing_parts(opened)
+
+    def _missing_parts(self, opened: OpenStep) -> list[tuple[str, str]]:
+        """What no step has shown yet: batches, labels, gradients."""
+        self._batch_seen = self._batch_seen or bool(opened.microbatches) or "on_batch" in self._called
+        self._labels_seen = self._labels_seen or any(batch.has_labels for batch in opened.microbatches)
+        self._gradients_seen = self._gradients_seen or opened.gradients is not None
+        if opened.stepped and "gradients" in opened.due and self._takes_gradients and not self._gradients_seen:
+            self._num_without_gradients += 1
+        said: list[tuple[str, str]] = []
         if not self._batch_seen and self._due(self._batch_patience_steps):
             said.append(("no-batch", _NO_BATCH))
+        elif not self._labels_seen and self._due(self._label_patience_steps):
+            said.append(("no-labels", _NO_LABELS))
+        if self._num_without_gradients >= _INTERVALS:
+            said.append(("no-gradients", _NO_GRADIENTS))
         return said
 
     def _due(self, patience_steps: int) -> bool:

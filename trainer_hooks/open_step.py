@@ -39,6 +39,11 @@ class MicroBatch:
     reason: str = ""
     """Why there are no per-token losses, where there are none."""
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether there were labels to count."""
+        return self.answers is not None or self.labels is not None
+
 
 @dataclass(slots=True, eq=False)
 class StepGradients:

@@ -72,7 +72,7 @@ class Session:
         self._parts = parts
         self.guard = Guard(parts.introduction.console)
         self._schedule = Schedule(parts.config)
-        self._missing = MissingCalls(self._schedule)
+        self._missing = MissingCalls(self._schedule, takes_gradients=parts.takes_gradients)
         self._transport: Transport | None = None
         self._control: Control | None = None
         self._state: Mapping[str, Any] = {}
@@ -117,6 +117,7 @@ class Session:
     @guarded
     def on_batch(self, batch: Batch) -> None:
         """Take a micro-batch from the trainer, in place of the captured one of the same forward."""
+        self._missing.called("on_batch")
         self._step_that_nobody_ended()
         opened = self._now()
         outputs, self._outputs = self._outputs, None
@@ -132,7 +133,6 @@ class Session:
         opened.microbatches.append(
             self._parts.reducer.reduce(batch, opened.due, opened.expected, len(opened.microbatches))
         )
-        self._missing.called("on_batch")
 
     @guarded
     def before_clip(self) -> None:
@@ -143,11 +143,33 @@ class Session:
             self._take_gradients(opened, clipped=False)
 
     @guarded
-    def before_optimizer(self, _optimizer: Any, _args: Any, _kwargs: Any) -> None:
-        """See that the optimizer is about to step: rates, and the gradients if nobody said "before clipping"."""
+    def before_optimizer(
+        self, _optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """See that the optimizer is about to step: rates, and the gradients if nobody said "before clipping".
+
+        With a closure, forward and backward are still to come: the arguments are then those with the closure watched.
+        """
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if callable(closure):
+            self._step_that_nobody_ended()
         opened = self._now()
         if "lr" in opened.due and self._parts.topology.rank == 0:
             opened.rates = reduce_learning_rates(self._parts.optimizer.param_groups)
+        if "gradients" not in opened.due or opened.gradients is not None:
+            return None
+        if not callable(closure):
+            self._take_gradients(opened, clipped=True)
+            return None
+        watched = _followed_by(closure, self.after_closure)
+        return (
+            (args, {**kwargs, "closure": watched}) if "closure" in kwargs else ((args[0], watched, *args[2:]), kwargs)
+        )
+
+    @guarded
+    def after_closure(self) -> None:
+        """Take the gradients that the step's closure has made, if nobody said "before clipping" within it."""
+        opened = self._now()
         if "gradients" in opened.due and opened.gradients is None:
             self._take_gradients(opened, clipped=True)
 
@@ -329,6 +351,15 @@ class Session:
         if self._wandb_looked_for and getattr(sys.modules.get("wandb"), "run", None) is not None:
             self._wandb_looked_for = False
             self.notice("wandb", WANDB_NOTICE)
+
+
+def _followed_by(closure: Callable[[], Any], then: Callable[[], object]) -> Callable[[], Any]:
+    def watched() -> Any:
+        result = closure()
+        then()
+        return result
+
+    return watched
 
 
 def _remember(logits: torch.Tensor | None, loss: Any) -> Outputs:

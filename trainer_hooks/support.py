@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from sidestep.trainer_hooks.capture import ForwardReader
 from sidestep.trainer_hooks.config import HooksConfig
 from sidestep.trainer_hooks.schedule import Schedule
 from sidestep.trainer_hooks.topology import Topology
+from sidestep.trainer_hooks.vocabulary import Vocabulary
 
 EXACT = "exact"
+_ABSENT = "absent: "
+_SWITCHED_OFF = "absent: its interval is 0"
+_TEXTS = "a table of texts: this one cannot be written as JSON"
 
 _FAMILY_ANCHORS = {"tokens": "tokens", "loss": "loss", "answers": "answers", "lr": "lr"}
 
 
 def capabilities(
-    config: HooksConfig, topology: Topology, reader: ForwardReader, *, num_ids: int, has_samples: bool
+    config: HooksConfig,
+    topology: Topology,
+    reader: ForwardReader,
+    vocabulary: Vocabulary,
+    *,
+    num_ids: int,
+    has_samples: bool,
 ) -> dict[str, str]:
-    """Per family ``exact`` or ``absent: reason``; and under ``labels`` which convention they follow, and why."""
+    """Per family ``exact`` or ``absent: reason``; and how ``labels`` are read, and ``tokenizer`` where it is marked."""
     schedule = Schedule(config)
     known = dict.fromkeys(_FAMILY_ANCHORS, EXACT)
     if not num_ids:
@@ -24,9 +36,24 @@ def capabilities(
     known["generation"] = known["collapse"] = generation_support(topology, has_samples=has_samples)
     for family in known:
         if schedule.shortest_interval_steps(family) == 0:
-            known[family] = "absent: its interval is 0"
+            known[family] = _SWITCHED_OFF
     known["labels"] = _labels(config, reader)
+    if vocabulary.texts:
+        known["tokenizer"] = _TEXTS
     return known
+
+
+def support_line(known: Mapping[str, str]) -> str:
+    """What is not exact and was not switched off, each with its reason, as one line; empty where all is."""
+    families: dict[str, list[str]] = {}
+    for name, support in known.items():
+        if name != "labels" and support not in {EXACT, _SWITCHED_OFF}:
+            families.setdefault(support.removeprefix(_ABSENT), []).append(name)
+    absent = [f"{', '.join(names)} ({reason})" for reason, names in families.items() if "tokenizer" not in names]
+    said = [f"absent from this run: {'; '.join(absent)}"] if absent else []
+    if "tokenizer" in known:
+        said.append(f"the tokenizer travels as {_TEXTS}")
+    return "; ".join(said) + "." if said else ""
 
 
 def gradients_support(topology: Topology) -> str:

@@ -23,6 +23,14 @@ from sidestep.worker.metrics.measurement import (
 )
 from sidestep.worker.records import Part, RunContext
 
+_ALL_IGNORED = (
+    "a step has no labelled token, every label is the ignored one: such steps have no loss/* but loss/trainer"
+)
+_NOT_FINITE = (
+    "labelled tokens have losses that are not finite: loss/nonfinite_tokens counts them, the rest of loss/* is without "
+    "them"
+)
+
 
 def measure_loss(
     parts: Sequence[Part],
@@ -46,6 +54,8 @@ def measure_loss(
     messages = [message for _, message in batches]
     _measure_trainer(messages, found)
     _tell_reasons(messages, found)
+    if not sum(message.labelled for message in messages):
+        found.notices.append(notice_once("no_labelled_token", _ALL_IGNORED, messages[0].step))
     if any(_num_losses(message) for message in messages):
         is_sample = any(message.sampled or _lacks_losses(message) for message in messages)
         too_large = sum(map(_num_losses, messages)) > max_exact_tokens
@@ -53,6 +63,8 @@ def measure_loss(
             _measure_merged(messages, found, high_loss_sigmas, is_sample=is_sample)
         else:
             _measure_exact(_Losses.of(messages), found, high_loss_sigmas, is_sample=is_sample)
+        if found.values.get("loss/nonfinite_tokens"):
+            found.notices.append(notice_once("loss_nonfinite", _NOT_FINITE, messages[0].step))
         table = highest_tokens(batches, context)
         if table is not None:
             found.tables.append(table)
