@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,3 +115,27 @@ def test_gradients_are_those_before_clipping_where_the_loop_says_so() -> None:
     assert gradients == [tiny.as_compared(message, ("seconds",)) for message in other.of(Gradients)]
     assert [end.epoch for end in ways.of(StepEnd)] == [end.epoch for end in other.of(StepEnd)]
     assert len(ways.of(Losses)) == len(other.of(Losses))
+
+
+def test_accelerates_own_checkpoint_leads_back_to_the_run(tmp_path: Path) -> None:
+    ways = tiny.Ways()
+    for resumed in (False, True):
+        accelerator = accelerate.Accelerator(cpu=True)
+        made = tiny.network()
+        model, optimizer = accelerator.prepare(made, torch.optim.AdamW(made.parameters()))
+        hooks = sidestep.attach(model, optimizer, transport=ways, config=tiny.hooks_config())
+        accelerator.register_for_checkpointing(hooks)
+        if resumed:
+            accelerator.load_state(str(tmp_path / "saved"))
+        for batch in list(tiny.loader())[:3]:
+            accelerator.backward(model(**batch)[1])
+            optimizer.step()
+            hooks.after_step()
+        if not resumed:
+            accelerator.save_state(str(tmp_path / "saved"))
+        hooks.close()
+        assert hooks.failures() == {}
+    first, second = ways.opened
+    assert first.identity.run_id == second.identity.run_id
+    assert [end.step for end in ways.of(StepEnd, 0)] == [0, 1, 2]
+    assert [end.step for end in ways.of(StepEnd, 1)] == [3, 4, 5]
