@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,9 @@ class Model(nn.Module):
 
 
 def main(rank: int, port: str, out: Path, *, hooked: bool) -> None:
+    faulthandler.dump_traceback_later(30, exit=True)  # a rank that hangs says where
     torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # not whatever this machine's name leads to
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     torch.manual_seed(0)
     model = DistributedDataParallel(Model())
@@ -68,6 +72,7 @@ def main(rank: int, port: str, out: Path, *, hooked: bool) -> None:
             "failures": hooks.failures(),
         }
     out.write_text(json.dumps(found), encoding="utf-8")
+    dist.barrier()  # a rank that leaves first can keep the other waiting in its last operation
     dist.destroy_process_group()
 
 
