@@ -42,7 +42,7 @@ def train(folder: Path, name: str) -> list[dict[str, Any]]:
     outs = [folder / f"{name}-{rank}.json" for rank in range(2)]
     for attempt in range(3):
         codes, said = run_ranks(outs, name)
-        # On a busy machine a gloo group hangs now and then without any hooks. Such a hang, and no other, is tried again:
+        # On a busy machine a gloo group hangs now and then, without any hooks too. That hang alone is tried again:
         # the rank's own dump shows where it stood, and a frame of ours in it is a failure.
         if codes == [0, 0] or "Timeout (" not in said or "trainer_hooks" in said or attempt == 2:
             assert codes == [0, 0], said
