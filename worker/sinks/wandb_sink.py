@@ -328,6 +328,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report(Progress(state=SinkState.DISABLED))
         return 0
     os.environ[MARK_VARIABLE] = mark_of(options.out, options.run)  # wandb-core inherits it
+    # A trainer with a run of its own names its wandb-core here; shared, it would hold our run beyond our death ("run ID
+    # is in use").
+    os.environ.pop("WANDB_SERVICE", None)
     # Offline tables are known by the absolute paths of their staged files, which ``wandb sync`` reads: they stay beside
     # the run's own. (Of each table the SDK stages a second copy of the JSON that nothing names; the pictures are all
     # needed.)
