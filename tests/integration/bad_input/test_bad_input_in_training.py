@@ -179,4 +179,5 @@ def test_a_live_wandb_run(make_training: MakeTraining, served: Any, told: Any, t
         told.once("a live wandb.run")
     finally:
         run.finish()
+        wandb.teardown()  # its core and the variable that names it do not outlive this test
     wait_until(lambda: [kind for kind, _ in served.entries(training.hooks)].count("notice") == 1, "it, in the run")
