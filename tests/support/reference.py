@@ -234,3 +234,18 @@ def collapse_metrics(generated: Sequence[Sequence[int]], vocabulary: Vocabulary)
     if eos_ratio is not None:
         values["collapse/eos_ratio"] = eos_ratio
     return values
+
+
+def assert_equal(
+    found: Mapping[str, Any], expected: Mapping[str, Any], step: int, absolute: Mapping[str, float] | None = None
+) -> None:
+    """Hold what a run says of a step against the reference, within docs/metrics.md's tolerance ("Numerics")."""
+    for key, value in expected.items():
+        assert key in found, f"step {step}: {key} is absent, should be {value}"
+        if isinstance(value, str):
+            assert found[key] == value, f"step {step}: {key}"
+            continue
+        slack = 1e-5 * abs(value) + (1e-6 if key.startswith("loss/") else 0.0) + (absolute or {}).get(key, 0.0)
+        assert math.isclose(found[key], value, rel_tol=0.0, abs_tol=slack), (
+            f"step {step}: {key} {found[key]} != {value}"
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import subprocess
 import sys
@@ -117,25 +116,11 @@ def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 pytestmark = pytest.mark.timeout(180)
 
 
-def assert_equal(
-    found: dict[str, Any], expected: dict[str, Any], step: int, absolute: dict[str, float] | None = None
-) -> None:
-    for key, value in expected.items():
-        assert key in found, f"step {step}: {key} is absent, should be {value}"
-        if isinstance(value, str):
-            assert found[key] == value, f"step {step}: {key}"
-            continue
-        slack = 1e-5 * abs(value) + (1e-6 if key.startswith("loss/") else 0.0) + (absolute or {}).get(key, 0.0)
-        assert math.isclose(found[key], value, rel_tol=0.0, abs_tol=slack), (
-            f"step {step}: {key} {found[key]} != {value}"
-        )
-
-
 def test_tokens_and_losses_equal_the_reference_at_every_due_step(recorded: Recorded) -> None:
     for step in range(0, NUM_STEPS, 2):
         batches = recorded.batches(step)
-        assert_equal(recorded.by_step[step], reference.token_metrics(batches, recorded.vocabulary), step)
-        assert_equal(recorded.by_step[step], reference.loss_metrics(batches, recorded.vocabulary), step)
+        reference.assert_equal(recorded.by_step[step], reference.token_metrics(batches, recorded.vocabulary), step)
+        reference.assert_equal(recorded.by_step[step], reference.loss_metrics(batches, recorded.vocabulary), step)
         assert recorded.by_step[step]["tokens/answer_most_common_token_text"]
     assert not [key for key in recorded.by_step.get(1, {}) if key.startswith(("tokens/", "loss/"))]
 
@@ -147,7 +132,7 @@ def test_gradients_equal_the_reference_at_every_due_step(recorded: Recorded) -> 
         absolute = {
             key: 1e-5 * expected[f"{key.removesuffix('/mean')}/std"] for key in expected if key.endswith("/mean")
         }
-        assert_equal(recorded.by_step[step], expected, step, absolute)
+        reference.assert_equal(recorded.by_step[step], expected, step, absolute)
         for module in {name.partition(".")[0] for name in gradients}:
             of_module = [value for name, value in gradients.items() if name.startswith(f"{module}.")]
             histogram = recorded.by_step[step][f"gradients/{module}/log10_histogram"]
@@ -160,7 +145,7 @@ def test_gradients_equal_the_reference_at_every_due_step(recorded: Recorded) -> 
 def test_answer_lengths_of_every_step_are_counted_once(recorded: Recorded) -> None:
     for step in range(0, NUM_STEPS, 2):
         lengths = recorded.answer_lengths(step)
-        assert_equal(recorded.by_step[step], reference.answer_length_metrics(lengths, 0), step)
+        reference.assert_equal(recorded.by_step[step], reference.answer_length_metrics(lengths, 0), step)
         histogram = recorded.by_step[step]["data/answer_length_histogram_epoch_0"]
         by_length = {
             round((low + high) / 2): count
@@ -173,15 +158,19 @@ def test_answer_lengths_of_every_step_are_counted_once(recorded: Recorded) -> No
 def test_generations_equal_the_models_own_one_by_one(recorded: Recorded) -> None:
     for step in range(0, NUM_STEPS, 3):
         generated = recorded.generated(step)
-        assert_equal(recorded.by_step[step], reference.generation_metrics(generated, recorded.vocabulary), step)
-        assert_equal(recorded.by_step[step], dict(reference.collapse_metrics(generated, recorded.vocabulary)), step)
+        reference.assert_equal(
+            recorded.by_step[step], reference.generation_metrics(generated, recorded.vocabulary), step
+        )
+        reference.assert_equal(
+            recorded.by_step[step], dict(reference.collapse_metrics(generated, recorded.vocabulary)), step
+        )
 
 
 def test_learning_rates_are_those_that_the_step_was_taken_with(recorded: Recorded) -> None:
     for step in range(0, NUM_STEPS, 2):
         rates = recorded.arrays[f"lr/{step}"].tolist()
         expected = {f"lr/{name}": rate for name, rate in zip(EXPECTED_GROUPS, rates, strict=True)}
-        assert_equal(recorded.by_step[step], expected, step)
+        reference.assert_equal(recorded.by_step[step], expected, step)
 
 
 def test_the_samples_table_shows_question_target_and_generation(recorded: Recorded) -> None:

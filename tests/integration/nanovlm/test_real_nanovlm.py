@@ -178,20 +178,6 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Trained(WAYS[request.param], tmp_path_factory.mktemp("nanovlm"))
 
 
-def assert_equal(
-    found: dict[str, Any], expected: dict[str, Any], step: int, absolute: dict[str, float] | None = None
-) -> None:
-    for key, value in expected.items():
-        assert key in found, f"step {step}: {key} is absent, should be {value}"
-        if isinstance(value, str):
-            assert found[key] == value, f"step {step}: {key}"
-            continue
-        slack = 1e-5 * abs(value) + (1e-6 if key.startswith("loss/") else 0.0) + (absolute or {}).get(key, 0.0)
-        assert math.isclose(found[key], value, rel_tol=0.0, abs_tol=slack), (
-            f"step {step}: {key} {found[key]} != {value}"
-        )
-
-
 def test_losses_and_weights_are_those_of_the_run_without_the_lines(trained: Trained) -> None:
     for off, on in zip(trained.off, trained.on, strict=True):
         assert len(on["losses"]) >= NUM_STEPS * trained.way.accumulation
@@ -204,8 +190,8 @@ def test_tokens_and_losses_equal_the_reference(trained: Trained) -> None:
     for step in range(0, NUM_STEPS, BATCH_INTERVAL):
         batches = trained.batches(step)
         assert len(batches) >= trained.way.accumulation * trained.way.ranks
-        assert_equal(trained.by_step[step], reference.token_metrics(batches, trained.vocabulary), step)
-        assert_equal(trained.by_step[step], reference.loss_metrics(batches, trained.vocabulary), step)
+        reference.assert_equal(trained.by_step[step], reference.token_metrics(batches, trained.vocabulary), step)
+        reference.assert_equal(trained.by_step[step], reference.loss_metrics(batches, trained.vocabulary), step)
 
 
 def test_gradients_equal_the_reference(trained: Trained) -> None:
@@ -214,7 +200,7 @@ def test_gradients_equal_the_reference(trained: Trained) -> None:
         absolute = {
             key: 1e-5 * expected[f"{key.removesuffix('/mean')}/std"] for key in expected if key.endswith("/mean")
         }
-        assert_equal(trained.by_step[step], expected, step, absolute)
+        reference.assert_equal(trained.by_step[step], expected, step, absolute)
 
 
 def test_answer_lengths_equal_the_reference(trained: Trained) -> None:
@@ -222,7 +208,7 @@ def test_answer_lengths_equal_the_reference(trained: Trained) -> None:
     for step in range(0, NUM_STEPS, ANSWER_INTERVAL):
         epoch, lengths = trained.answer_lengths(step)
         epochs.add(epoch)
-        assert_equal(trained.by_step[step], reference.answer_length_metrics(lengths, epoch), step)
+        reference.assert_equal(trained.by_step[step], reference.answer_length_metrics(lengths, epoch), step)
     assert len(epochs) > 1 or trained.way.conversations > 120
 
 
@@ -237,8 +223,10 @@ def test_generations_and_collapse_equal_its_own_generate(trained: Trained) -> No
     for step in range(0, NUM_STEPS, GENERATION_INTERVAL):
         generated = trained.generated(step)
         assert step or len({tuple(ids) for ids in generated}) > 1, "the prompts are to tell themselves apart"
-        assert_equal(trained.by_step[step], reference.generation_metrics(generated, trained.vocabulary), step)
-        assert_equal(trained.by_step[step], dict(reference.collapse_metrics(generated, trained.vocabulary)), step)
+        reference.assert_equal(trained.by_step[step], reference.generation_metrics(generated, trained.vocabulary), step)
+        reference.assert_equal(
+            trained.by_step[step], dict(reference.collapse_metrics(generated, trained.vocabulary)), step
+        )
     table, files = trained.run.tables("generation/samples")[-1]
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
     decoded = [str(text) for text in trained.on[0][f"texts/{NUM_STEPS - GENERATION_INTERVAL}"]]
@@ -252,7 +240,7 @@ def test_learning_rates_are_those_of_the_step(trained: Trained) -> None:
     for step in range(0, NUM_STEPS, BATCH_INTERVAL):
         rates = trained.on[0][f"lr/{step}"].tolist()
         expected = {f"lr/{name}": rate for name, rate in zip(GROUPS, rates, strict=True)}
-        assert_equal(trained.by_step[step], expected, step)
+        reference.assert_equal(trained.by_step[step], expected, step)
 
 
 def test_its_own_keys_are_in_the_same_run_at_their_own_steps(trained: Trained) -> None:

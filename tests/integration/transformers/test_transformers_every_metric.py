@@ -126,20 +126,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return Trained(out, read_fragments(out))
 
 
-def assert_equal(
-    found: Mapping[str, Any], expected: Mapping[str, Any], step: int, absolute: Mapping[str, float] | None = None
-) -> None:
-    for key, value in expected.items():
-        assert key in found, f"step {step}: {key} is absent, should be {value}"
-        if isinstance(value, str):
-            assert found[key] == value, f"step {step}: {key}"
-            continue
-        slack = 1e-5 * abs(value) + (1e-6 if key.startswith("loss/") else 0.0) + (absolute or {}).get(key, 0.0)
-        assert math.isclose(found[key], value, rel_tol=0.0, abs_tol=slack), (
-            f"step {step}: {key} {found[key]} != {value}"
-        )
-
-
 def test_the_weights_are_those_of_the_trainer_alone(trained: Trained) -> None:
     """With the callback, evaluations, generations and a restart: bit for bit what one undisturbed training makes."""
     mine = torch.load(trained.out / "weights.pt", weights_only=True)
@@ -159,8 +145,8 @@ def test_every_step_of_both_processes_is_in_one_run(trained: Trained) -> None:
 def test_tokens_and_losses_equal_the_reference_at_every_due_step(trained: Trained) -> None:
     for step in BATCH_STEPS:
         batches = trained.batches(step)
-        assert_equal(trained.by_step[step], reference.token_metrics(batches, trained.vocabulary), step)
-        assert_equal(trained.by_step[step], reference.loss_metrics(batches, trained.vocabulary), step)
+        reference.assert_equal(trained.by_step[step], reference.token_metrics(batches, trained.vocabulary), step)
+        reference.assert_equal(trained.by_step[step], reference.loss_metrics(batches, trained.vocabulary), step)
     assert not [key for key in trained.by_step.get(6, {}) if key.startswith(("tokens/", "loss/"))]
 
 
@@ -172,7 +158,7 @@ def test_gradients_are_those_before_clipping(trained: Trained) -> None:
             for key in expected
             if key.endswith("/mean") and f"{key.removesuffix('/mean')}/std" in expected
         }
-        assert_equal(trained.by_step[step], expected, step, absolute)
+        reference.assert_equal(trained.by_step[step], expected, step, absolute)
         assert expected["gradients/global/total_norm"] > 0.5, "the trainer clips here: after it no norm is above 0.5"
         assert math.isclose(
             trained.by_step[step]["train/grad_norm"], expected["gradients/global/total_norm"], rel_tol=1e-4
@@ -182,7 +168,7 @@ def test_gradients_are_those_before_clipping(trained: Trained) -> None:
 def test_learning_rates_are_those_that_the_step_was_taken_with(trained: Trained) -> None:
     for step in BATCH_STEPS:
         rates = trained.arrays[f"lr/{step}"].tolist()
-        assert_equal(trained.by_step[step], {f"lr/{number}": rate for number, rate in enumerate(rates)}, step)
+        reference.assert_equal(trained.by_step[step], {f"lr/{number}": rate for number, rate in enumerate(rates)}, step)
     warming = [trained.by_step[step]["lr/0"] for step in (5, 10)]
     assert warming[0] == pytest.approx(3e-3 * 4 / 5), "not the rate after the scheduler's step, which is 3e-3"
 
@@ -191,15 +177,17 @@ def test_answer_lengths_are_counted_once_an_epoch_over_the_restart(trained: Trai
     for step in BATCH_STEPS:
         epoch = (step - 1) // STEPS_PER_EPOCH
         lengths = trained.answer_lengths(epoch, step)
-        assert_equal(trained.by_step[step], reference.answer_length_metrics(lengths, epoch), step)
+        reference.assert_equal(trained.by_step[step], reference.answer_length_metrics(lengths, epoch), step)
     assert not any("epoch_3" in key for row in trained.rows for key in row)
 
 
 def test_generations_equal_the_models_own_one_by_one(trained: Trained) -> None:
     for step in GENERATION_STEPS:
         generated = trained.generated(step)
-        assert_equal(trained.by_step[step], reference.generation_metrics(generated, trained.vocabulary), step)
-        assert_equal(trained.by_step[step], dict(reference.collapse_metrics(generated, trained.vocabulary)), step)
+        reference.assert_equal(trained.by_step[step], reference.generation_metrics(generated, trained.vocabulary), step)
+        reference.assert_equal(
+            trained.by_step[step], dict(reference.collapse_metrics(generated, trained.vocabulary)), step
+        )
     table, _ = trained.run.tables("generation/samples")[-1]
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
     assert all(row["question"].startswith("what is the colour") and row["image"] and row["target"] for row in rows)

@@ -24,7 +24,6 @@ class Chart:
 
     title: str
     figure: go.Figure
-    wide: bool = False
 
 
 def label(text: str) -> str:
