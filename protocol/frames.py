@@ -3,7 +3,7 @@
 ::
 
     0   "SST"  kind:u8  major:u8  minor:u8  reserved:u16  head_bytes:u32  body_bytes:u32      16 bytes, little-endian
-    16  head   msgpack map {"e": envelope, "a": accounts, "f": fields, "r": arrays}           padded to 8
+    16  head   msgpack map {"e": envelope, "a": accounts, "n": resent, "f": fields, "r": arrays}   padded to 8
         body   the arrays' bytes, each padded to 8
 
 Peers a major version apart do not decode each other; a kind of a later minor version decodes to ``UnknownMessage``.
@@ -52,6 +52,8 @@ class Envelope:
     """1, 2, ... per (incarnation, rank); 0 for kinds in ``messages.UNSEQUENCED``."""
     accounts: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
     """Kind's name to (produced, dropped, refused), cumulative when the message was first sent."""
+    resent: int = 0
+    """Messages of this stream that were sent again until then, to a worker that had lost them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +117,8 @@ def encode(envelope: Envelope, message: Message) -> bytes:
     head = {"e": _identity(envelope), "f": plain, "r": descriptions}
     if envelope.accounts:
         head["a"] = {name: list(counts) for name, counts in envelope.accounts.items()}
+    if envelope.resent:
+        head["n"] = envelope.resent
     return _assemble(message.kind, head, buffers)
 
 
@@ -152,8 +156,16 @@ def _envelope(head: Mapping[str, Any]) -> Envelope:
     for number in (rank, sequence):
         if type(number) is not int or not 0 <= number < 1 << 62:
             raise DecodeError("a rank or sequence number is not a natural number")
+    resent = head.get("n", 0)
+    if type(resent) is not int or not 0 <= resent < 1 << 62:
+        raise DecodeError("the count of resent messages is not a natural number")
     return Envelope(
-        run_id=run_id, incarnation=incarnation, rank=rank, sequence=sequence, accounts=_accounts(head.get("a", {}))
+        run_id=run_id,
+        incarnation=incarnation,
+        rank=rank,
+        sequence=sequence,
+        accounts=_accounts(head.get("a", {})),
+        resent=resent,
     )
 
 

@@ -180,6 +180,7 @@ class Delivery:
             rank=identity.rank,
             sequence=sequence,
             accounts=self._accounts.head(),
+            resent=self._window.num_resends,
         )
 
     # ------------------------------------------------------------------------------------------------- inside

@@ -144,6 +144,7 @@ def envelope_of(message: m.Message) -> Envelope:
         rank=3,
         sequence=sequence,
         accounts={"losses": (4, 1, 0)} if sequence else {},
+        resent=2 if sequence else 0,
     )
 
 
