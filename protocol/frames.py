@@ -114,7 +114,7 @@ def encode(envelope: Envelope, message: Message) -> bytes:
     """
     plain, arrays = codec.to_fields(message)
     descriptions, buffers = array_frame.pack(arrays)
-    head = {"e": _identity(envelope), "f": plain, "r": descriptions}
+    head: dict[str, Any] = {"e": _identity(envelope), "f": plain, "r": descriptions}
     if envelope.accounts:
         head["a"] = {name: list(counts) for name, counts in envelope.accounts.items()}
     if envelope.resent:

@@ -79,3 +79,15 @@ MAX_HIGHEST_TOKENS = 32
 
 HIGHEST_TOKEN_CONTEXT_TOKENS = 24
 """Token ids of context that travel with each of them."""
+
+MAX_SIGNAL_ROWS_PER_STEP = 4_096
+"""Rows of ``Signals`` over all ranks and micro-batches that may be asked for."""
+
+MAX_SIGNAL_HASHES = 256
+"""Sample and image hashes, each, that one ``Signals`` carries."""
+
+MAX_SIGNAL_MEAN_IDS = 64
+"""Ids of the mean prediction that one ``Signals`` carries."""
+
+MAX_HEARTBEAT_WEIGHTS = 128
+"""Weights that a rank's heartbeat looks at."""

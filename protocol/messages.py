@@ -10,89 +10,61 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import IntEnum
-from typing import Annotated, Any, ClassVar, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
+from sidestep.protocol.message_base import (
+    ArraySpec,
+    Float32Array,
+    Float64Array,
+    Int32Array,
+    Int32Matrix,
+    Int64Array,
+    Int64Matrix,
+    Json,
+    Kind,
+    Lane,
+    Message,
+    Role,
+    Uint8Array,
+    empty,
+)
+from sidestep.protocol.signals import SIGNAL_COUNTS, Probe, Signals
 
-@dataclass(frozen=True, slots=True)
-class ArraySpec:
-    """Dtype (numpy's name) and number of axes of an array field."""
-
-    dtype: str
-    axes: int
-
-
-Uint8Array: TypeAlias = Annotated[NDArray[np.uint8], ArraySpec("uint8", 1)]
-Int32Array: TypeAlias = Annotated[NDArray[np.int32], ArraySpec("int32", 1)]
-Int32Matrix: TypeAlias = Annotated[NDArray[np.int32], ArraySpec("int32", 2)]
-Int64Array: TypeAlias = Annotated[NDArray[np.int64], ArraySpec("int64", 1)]
-Int64Matrix: TypeAlias = Annotated[NDArray[np.int64], ArraySpec("int64", 2)]
-Float32Array: TypeAlias = Annotated[NDArray[np.float32], ArraySpec("float32", 1)]
-Float64Array: TypeAlias = Annotated[NDArray[np.float64], ArraySpec("float64", 1)]
-
-Json: TypeAlias = Any
-"""A free-form value of None, bool, int, float, str, bytes, list and dict with text keys, within ``limits.py``."""
-
-
-class Kind(IntEnum):
-    """The number of a kind on the wire. A number is never used again for another kind."""
-
-    HELLO = 1
-    BLOB = 2
-    TOKENS = 3
-    LOSSES = 4
-    GRADIENTS = 5
-    ANSWERS = 6
-    GENERATION = 7
-    LEARNING_RATES = 8
-    SCALARS = 9
-    STEP_END = 10
-    HEARTBEAT = 11
-    GOODBYE = 12
-    NOTICE = 13
-    CHUNK = 31
-    WELCOME = 32
-    ACK = 33
-    NO_ACK = 34
-    REFUSE = 35
-    REJECT = 36
-    COMMAND = 37
-
-
-class Lane(IntEnum):
-    """How dear a message is: when the window is full the highest number goes first (docs/delivery.md, section 5)."""
-
-    CONTROL = 0
-    LOSS = 1
-    STATISTICS = 2
-    TABLES = 3
-
-
-class Role(IntEnum):
-    """Bits that say what a labelled position is within its answer (``Losses.roles``)."""
-
-    FIRST = 1
-    """The answer's first labelled position."""
-    LATER = 2
-    """Another position up to and with the answer's first EOS."""
-    CONTENT = 4
-    """A position before the answer's first EOS."""
-
-
-def _empty(dtype: type[np.generic], axes: int = 1) -> NDArray[Any]:
-    return np.zeros((0,) * axes, dtype)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Message:
-    """Base of all messages."""
-
-    kind: ClassVar[Kind]
-    lane: ClassVar[Lane] = Lane.CONTROL
-
+__all__ = [
+    "MESSAGE_TYPES",
+    "SIGNAL_COUNTS",
+    "STEP_KINDS",
+    "UNSEQUENCED",
+    "Ack",
+    "Answers",
+    "ArraySpec",
+    "Blob",
+    "Command",
+    "Generation",
+    "Goodbye",
+    "Gradients",
+    "Heartbeat",
+    "Hello",
+    "Json",
+    "Kind",
+    "Lane",
+    "LearningRates",
+    "Losses",
+    "Message",
+    "NoAck",
+    "Notice",
+    "Probe",
+    "Refuse",
+    "Reject",
+    "Role",
+    "Scalars",
+    "Signals",
+    "StepEnd",
+    "Tokens",
+    "Welcome",
+]
+"""All names of the messages, those of the modules beside included: everybody imports from here."""
 
 # ---------------------------------------------------------------------------------------------- trainer -> worker
 
@@ -176,25 +148,25 @@ class Losses(Message):
     """Labelled positions of the micro-batch, whether or not each has a loss here."""
     sampled: bool = False
     """True where ``losses`` is a sample of the labelled positions, not all of them."""
-    losses: Float32Array = field(default_factory=lambda: _empty(np.float32))
+    losses: Float32Array = field(default_factory=lambda: empty(np.float32))
     """One loss per labelled position, non-finite ones included [n]; empty where ``histogram`` stands for them."""
-    target_ids: Int32Array = field(default_factory=lambda: _empty(np.int32))
+    target_ids: Int32Array = field(default_factory=lambda: empty(np.int32))
     """The target at each of those positions [n]."""
-    roles: Uint8Array = field(default_factory=lambda: _empty(np.uint8))
+    roles: Uint8Array = field(default_factory=lambda: empty(np.uint8))
     """``Role`` bits of each of those positions [n]."""
-    highest: Int32Array = field(default_factory=lambda: _empty(np.int32))
+    highest: Int32Array = field(default_factory=lambda: empty(np.int32))
     """Indices into ``losses`` of the largest finite ones, largest first [h]; with ``highest_losses`` for histograms."""
-    highest_losses: Float32Array = field(default_factory=lambda: _empty(np.float32))
+    highest_losses: Float32Array = field(default_factory=lambda: empty(np.float32))
     """Those losses [h]."""
-    highest_targets: Int32Array = field(default_factory=lambda: _empty(np.int32))
+    highest_targets: Int32Array = field(default_factory=lambda: empty(np.int32))
     """Their target ids [h]."""
-    contexts: Int32Matrix = field(default_factory=lambda: _empty(np.int32, 2))
+    contexts: Int32Matrix = field(default_factory=lambda: empty(np.int32, 2))
     """Ids before each of those targets, -1 where there is none [h, c]."""
-    trainer_loss: Float32Array = field(default_factory=lambda: _empty(np.float32))
+    trainer_loss: Float32Array = field(default_factory=lambda: empty(np.float32))
     """The trainer's own number for this micro-batch [0 or 1]."""
-    histogram: Int64Array = field(default_factory=lambda: _empty(np.int64))
+    histogram: Int64Array = field(default_factory=lambda: empty(np.int64))
     """Counts over [0, LOSS_HISTOGRAM_MAX_NATS), where the step is too large to keep its tokens [bins or 0]."""
-    partials: Float64Array = field(default_factory=lambda: _empty(np.float64))
+    partials: Float64Array = field(default_factory=lambda: empty(np.float64))
     """With ``histogram`` [10 or 0]: count, mean, M2, min, max, non-finite, first count and sum, later count and sum."""
     reason: str = ""
     """Why there are no per-token losses, where there are none."""
@@ -227,11 +199,11 @@ class Gradients(Message):
     """Sum of squared deviations from that mean, scaled [n]."""
     absmax: Float64Array
     """Largest absolute value of the finite elements, unscaled [n]."""
-    without_gradient: Int32Array = field(default_factory=lambda: _empty(np.int32))
+    without_gradient: Int32Array = field(default_factory=lambda: empty(np.int32))
     """Rows of trainable parameters that had no gradient at this step [k]."""
-    histogram_modules: Int32Array = field(default_factory=lambda: _empty(np.int32))
+    histogram_modules: Int32Array = field(default_factory=lambda: empty(np.int32))
     """Modules (their number in the table ``parameters``) that ``histograms`` describes [m]."""
-    histograms: Int64Matrix = field(default_factory=lambda: _empty(np.int64, 2))
+    histograms: Int64Matrix = field(default_factory=lambda: empty(np.int64, 2))
     """Counts of log10 |g| over GRADIENT_HISTOGRAM_LOG10_RANGE, finite non-zero elements [m, bins]."""
     scale: float = 1.0
     """The GradScaler's factor that these gradients still carry."""
@@ -274,7 +246,7 @@ class Generation(Message):
     """Sample i generated ``ids[offsets[i]:offsets[i + 1]]``, its first EOS included, nothing after it [n + 1]."""
     ids: Int32Array
     """Generated ids of all samples, one after another [total]."""
-    failed: Int32Array = field(default_factory=lambda: _empty(np.int32))
+    failed: Int32Array = field(default_factory=lambda: empty(np.int32))
     """Rows of samples whose generation raised [k]."""
     failures: tuple[str, ...] = ()
     """What was raised, once per distinct text."""
@@ -332,6 +304,8 @@ class StepEnd(Message):
     """Families that were due at this step."""
     hook_seconds: float = 0.0
     """Wall time that the training thread spent in hooks during the step, generation left out."""
+    stage: str = ""
+    """Name of the stage that begins with this step (``mark_stage``): other data or another objective, on purpose."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -380,7 +354,7 @@ class Welcome(Message):
 
     instance: str
     """Random id of this worker process."""
-    committed: Int64Matrix = field(default_factory=lambda: _empty(np.int64, 2))
+    committed: Int64Matrix = field(default_factory=lambda: empty(np.int64, 2))
     """Inclusive ranges [first, last] of this stream's sequence numbers that the journal holds [n, 2]."""
     hello_known: bool = False
     wanted: tuple[str, ...] = ()
@@ -443,7 +417,7 @@ class Command(Message):
 
 _TO_WORKER: tuple[type[Message], ...] = (
     Hello, Blob, Tokens, Losses, Gradients, Answers, Generation, LearningRates, Scalars, StepEnd, Heartbeat, Goodbye,
-    Notice,
+    Notice, Signals, Probe,
 )  # fmt: skip
 _TO_TRAINER: tuple[type[Message], ...] = (Welcome, Ack, NoAck, Refuse, Reject, Command)
 
@@ -461,5 +435,7 @@ STEP_KINDS = (
     Kind.GENERATION,
     Kind.LEARNING_RATES,
     Kind.SCALARS,
+    Kind.SIGNALS,
+    Kind.PROBE,
 )
 """Kinds that belong to a step and are counted in its ``StepEnd``."""

@@ -26,6 +26,18 @@ def i64(*values: int) -> NDArray[np.int64]:
     return np.array(values, np.int64)
 
 
+def f16(*values: float) -> NDArray[np.float16]:
+    return np.array(values, np.float16)
+
+
+def u8(*values: int) -> NDArray[np.uint8]:
+    return np.array(values, np.uint8)
+
+
+def u16(*values: int) -> NDArray[np.uint16]:
+    return np.array(values, np.uint16)
+
+
 def f32(*values: float) -> NDArray[np.float32]:
     return np.array(values, np.float32)
 
@@ -121,7 +133,42 @@ def every_kind() -> list[m.Message]:
             dropped={"tokens": 1},
             due=("tokens", "loss"),
             hook_seconds=0.001,
+            stage="long answers",
         ),
+        m.Signals(
+            step=7,
+            counts=i64(*range(40, 40 + len(m.SIGNAL_COUNTS))),
+            labelled=4,
+            sampled=True,
+            vocabulary=11,
+            targets=i32(4, 2),
+            predictions=i32(4, 9),
+            losses=f16(0.25, 3.0),
+            entropies=f16(0.5, 1.0),
+            eos_probabilities=f16(0.0, 0.75),
+            places=u8(0, 1),
+            answers=u16(3, 3),
+            top_probability=0.5,
+            mean_ids=i32(9, 4),
+            mean_probabilities=f32(0.5, 0.25),
+            trainer_losses=f32(1.5),
+            sample_hashes=i64(-5, 6),
+            image_hashes=i64(8),
+            image_deviations=f32(0.125),
+            projector_rms=1.5,
+            projector_spread=0.25,
+            gradient_norm=f32(2.0),
+            module_norms=f32(1.0, -1.0),
+            heartbeat=f32(0.5, -0.5),
+            heartbeat_digest=77,
+            rates=f64(1e-3),
+            step_seconds=0.5,
+            wait_seconds=0.125,
+            signal_seconds=0.001,
+            device_seconds=0.0005,
+            rows_share=0.5,
+        ),
+        m.Probe(step=7, loss=1.0, rolled_loss=1.5, labelled=30, images=4, seconds=0.25),
         m.Heartbeat(newest_step=7),
         m.Goodbye(newest_step=7, exit_code=1, reason="an exception"),
         m.Notice(text="Averages are fine", code="fine", level="info", step=7),

@@ -20,7 +20,7 @@ from sidestep.protocol.messages import (
     Welcome,
 )
 from sidestep.protocol.tables import digest
-from sidestep.protocol.version import WIRE_MAJOR
+from sidestep.protocol.version import WIRE_MAJOR, WIRE_MINOR
 from sidestep.worker.intake.feed import Feed, HelloArrived, Refused
 from sidestep.worker.intake.journal import Journal
 from sidestep.worker.intake.reception import RETRY_SECONDS, Reception, Reply
@@ -212,7 +212,7 @@ def test_another_major_version_is_rejected_once(desk: Desk) -> None:
     frame[4] = WIRE_MAJOR + 1
     reject = only(desk.reception.take(b"p0", bytes(frame), 0.0))
     assert isinstance(reject, Reject)
-    assert f"{WIRE_MAJOR + 1}.0" in reject.reason
+    assert f"{WIRE_MAJOR + 1}.{WIRE_MINOR}" in reject.reason
     assert desk.reception.take(b"p0", bytes(frame), 0.0) == []
     assert desk.reception.statistics()["rejected"] == 2
 
