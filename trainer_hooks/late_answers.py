@@ -5,7 +5,7 @@ At a step with nothing due, the copy is all that the training thread does for th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,17 +44,43 @@ class LabelReading:
 
 
 class LateAnswers:
-    """Copies of a step's labels, and how to read each; makes the step's ``Answers`` when called."""
+    """A step's answers, counted or still to be counted; makes its ``Answers``, one per epoch, when called.
 
-    __slots__ = ("_copies", "_epoch", "_step", "size_bytes")
+    A step has micro-batches of several epochs where an epoch left some over (docs/metrics.md, ``data/``).
+    """
 
-    def __init__(self, step: int, epoch: int, copies: Sequence[tuple[LabelReading, torch.Tensor]]) -> None:
-        """Hold ``copies`` [b, t] on the host, which are nobody else's."""
-        self._step, self._epoch, self._copies = step, epoch, copies
-        self.size_bytes = sum([labels.nbytes for _, labels in copies])
-        """Host memory that is held until the call."""
+    __slots__ = ("_copies", "_step", "counted", "size_bytes")
 
-    def __call__(self, counted: Mapping[str, NDArray[Any]]) -> Answers:
-        """Count, and add what was ``counted`` before."""
-        late = {f"late_{place}": reading.counts(labels.numpy()) for place, (reading, labels) in enumerate(self._copies)}
-        return answers_message(step=self._step, epoch=self._epoch, arrays={**counted, **late})
+    def __init__(self, step: int) -> None:
+        self._step = step
+        self._copies: dict[int, list[tuple[LabelReading, torch.Tensor]]] = {}
+        self.counted: dict[str, torch.Tensor] = {}
+        """What ``reduce_answers`` returned, added up where epoch, device and length are the same."""
+        self.size_bytes = 0
+        """Host memory of copied labels, held until the call."""
+
+    def add(self, epoch: int, counted: torch.Tensor | None, copy: tuple[LabelReading, torch.Tensor] | None) -> None:
+        """Take a micro-batch in: what was ``counted`` of it, else a copy [b, t] of its labels that is nobody else's."""
+        if counted is not None:
+            self._copies.setdefault(epoch, [])
+            name = f"{epoch}/{counted.device}/{counted.shape[0]}"
+            before = self.counted.get(name)
+            self.counted[name] = counted if before is None else before + counted
+        if copy is not None:
+            self._copies.setdefault(epoch, []).append(copy)
+            self.size_bytes += copy[1].nbytes
+
+    @property
+    def num_messages(self) -> int:
+        """How many messages the call makes: one per epoch."""
+        return len(self._copies)
+
+    def __call__(self, counted: Mapping[str, NDArray[Any]]) -> list[Answers]:
+        """Count what is left; ``counted`` has the names of the attribute, and has arrived on the host."""
+        return [self._of_epoch(epoch, counted) for epoch in sorted(self._copies)]
+
+    def _of_epoch(self, epoch: int, counted: Mapping[str, NDArray[Any]]) -> Answers:
+        arrays = {name: array for name, array in counted.items() if name.startswith(f"{epoch}/")}
+        for place, (reading, labels) in enumerate(self._copies[epoch]):
+            arrays[f"late_{place}"] = reading.counts(labels.numpy())
+        return answers_message(step=self._step, epoch=epoch, arrays=arrays)

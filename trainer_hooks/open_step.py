@@ -31,6 +31,8 @@ class MicroBatch:
 
     captured: bool
     """Seen by the forward hook, not passed by the trainer."""
+    epoch: int
+    """The one that it was seen in; a step has several where an epoch left micro-batches over."""
     answers: torch.Tensor | None = None
     labels: tuple[LabelReading, torch.Tensor] | None = None
     """In place of ``answers``: a copy of labels that are still to be counted."""
@@ -100,7 +102,6 @@ class StepFacts:
     """What only the end of a step tells."""
 
     step: int
-    epoch: int
     applied: bool
     due: frozenset[str]
     world_size: int
@@ -129,16 +130,15 @@ def stage_step(opened: OpenStep, facts: StepFacts, staging: Staging) -> StepCoun
 
 def _stage_small(opened: OpenStep, facts: StepFacts, staging: Staging, counts: StepCounts) -> None:
     """Stage what comes at every step: answers; with rates and what the trainer logged, where there are some."""
-    copies = [batch.labels for batch in opened.microbatches if batch.labels is not None]
-    reduced = [batch.answers for batch in opened.microbatches if batch.answers is not None]
-    answers = _summed(reduced) if reduced else {}
-    late = LateAnswers(facts.step, facts.epoch, copies) if copies or answers else None
+    late = LateAnswers(facts.step)
+    for batch in opened.microbatches:
+        late.add(batch.epoch, batch.answers, batch.labels)
     rates = opened.rates if facts.applied and "lr" in facts.due else None
-    if late is not None and not answers and not rates and not opened.logged:  # a step with nothing due
+    if late.num_messages and not late.counted and not rates and not opened.logged:  # a step with nothing due
         _stage_labels(late, facts.step, staging, counts)
         return
-    kinds = [Kind.ANSWERS] if late is not None else []
-    tensors = {f"answers/{name}": counted for name, counted in answers.items()}
+    kinds = [Kind.ANSWERS] * late.num_messages
+    tensors = {f"answers/{name}": counted for name, counted in late.counted.items()}
     if rates is not None:
         kinds.append(Kind.LEARNING_RATES)
         tensors |= {f"rates/{name}": tensor for name, tensor in rates.items()}
@@ -152,9 +152,7 @@ def _stage_small(opened: OpenStep, facts: StepFacts, staging: Staging, counts: S
     step, with_rates = facts.step, rates is not None
 
     def finish(arrays: Arrays) -> Sequence[Message]:
-        made: list[Message] = []
-        if late is not None:
-            made.append(late(_below("answers/", arrays)))
+        made: list[Message] = [*late(_below("answers/", arrays))]
         if with_rates:
             made.append(learning_rates_message(step=step, arrays=_below("rates/", arrays)))
         for place, (values, step_key, key_step) in enumerate(plain):
@@ -163,8 +161,7 @@ def _stage_small(opened: OpenStep, facts: StepFacts, staging: Staging, counts: S
             made.append(Scalars(step=step, values={**values, **arrived}, step_key=step_key, key_step=at))
         return made
 
-    held_bytes = late.size_bytes if late is not None else 0
-    staged = staging.stage(tensors, finish, kinds=kinds, step=step, owned=True, held_bytes=held_bytes)
+    staged = staging.stage(tensors, finish, kinds=kinds, step=step, owned=True, held_bytes=late.size_bytes)
     counts.add(kinds, staged=staged)
 
 
@@ -172,9 +169,9 @@ def _stage_labels(late: LateAnswers, step: int, staging: Staging, counts: StepCo
     """The shortest way: at most steps this is all that there is."""
 
     def finish(arrays: Arrays) -> Sequence[Message]:
-        return (late(arrays),)
+        return late(arrays)
 
-    kinds = (Kind.ANSWERS,)
+    kinds = (Kind.ANSWERS,) * late.num_messages
     counts.add(kinds, staged=staging.stage({}, finish, kinds=kinds, step=step, held_bytes=late.size_bytes))
 
 
@@ -235,16 +232,6 @@ def _groups(batches: Sequence[MicroBatch], facts: StepFacts) -> Iterator[list[tu
         size_bytes += needed
     if group:
         yield group
-
-
-def _summed(answers: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Counts of several micro-batches, added where device and length are the same."""
-    sums: dict[tuple[torch.device, int], torch.Tensor] = {}
-    for counts in answers:
-        key = (counts.device, counts.shape[0])
-        before = sums.get(key)
-        sums[key] = counts if before is None else before + counts
-    return {f"answers_{number}": counts for number, counts in enumerate(sums.values())}
 
 
 def _below(prefix: str, arrays: Arrays) -> dict[str, NDArray[Any]]:

@@ -47,9 +47,9 @@ class Reducer:
         told = (self._config.shifted, batch.shifted, self._shifted)
         return next((value for value in told if value is not None), False)
 
-    def reduce(self, batch: Batch, due: frozenset[str], step: int, microstep: int) -> MicroBatch:
+    def reduce(self, batch: Batch, due: frozenset[str], step: int, microstep: int, epoch: int = 0) -> MicroBatch:
         """Reduce what is due of a micro-batch, and count its answers in any case; never waits for a device."""
-        made = MicroBatch(captured=batch.captured)
+        made = MicroBatch(captured=batch.captured, epoch=epoch)
         tokens_due, loss_due = "tokens" in due, "loss" in due
         if not tokens_due and not loss_due:
             if batch.labels is not None:

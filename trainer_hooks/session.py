@@ -109,9 +109,7 @@ class Session:
         batch = self._parts.reader.read(args, kwargs, output)
         if batch is None:
             return
-        opened.microbatches.append(
-            self._parts.reducer.reduce(batch, opened.due, opened.expected, len(opened.microbatches))
-        )
+        self._add(opened, batch)
         self._outputs = _remember(batch.logits, batch.loss)
 
     @guarded
@@ -127,12 +125,10 @@ class Session:
             if opened.due and (batch.logits is None or batch.loss is None):
                 batch = _completed(batch, outputs)
         if batch.epoch is not None:
-            self.epoch = batch.epoch
+            self.epoch = int(batch.epoch)
         if batch.input_ids is None and batch.labels is None:
             raise ValueError("on_batch needs input_ids or labels")
-        opened.microbatches.append(
-            self._parts.reducer.reduce(batch, opened.due, opened.expected, len(opened.microbatches))
-        )
+        self._add(opened, batch)
 
     @guarded
     def before_clip(self) -> None:
@@ -259,6 +255,10 @@ class Session:
             self._opened = OpenStep(expected=expected, due=frozenset(self._schedule.due_families(expected)))
         return self._opened
 
+    def _add(self, opened: OpenStep, batch: Batch) -> None:
+        seen = opened.microbatches
+        seen.append(self._parts.reducer.reduce(batch, opened.due, opened.expected, len(seen), self.epoch))
+
     def _step_that_nobody_ended(self, *, closing: bool = False) -> None:
         if self._opened is not None and self._opened.stepped and (closing or not self._explicit_steps):
             self._end(self.last_step + 1, applied=True)
@@ -319,7 +319,6 @@ class Session:
     def _facts(self, step: int, due: frozenset[str], *, applied: bool) -> StepFacts:
         return StepFacts(
             step=step,
-            epoch=self.epoch,
             applied=applied,
             due=due,
             world_size=self._parts.topology.world_size,

@@ -140,24 +140,20 @@ class Trained:
             for arrays, place in places
         ]
 
-    def answer_lengths(self, up_to_step: int) -> tuple[int, list[int]]:
-        """A step's epoch, and the content lengths of every answer of it so far.
-
-        Micro-batches that an epoch leaves over belong to the update that follows, and to its epoch (docs/nanovlm.md).
-        """
-        epochs: dict[int, int] = {}
-        found: list[tuple[int, NDArray[Any]]] = []
+    def answer_lengths(self, up_to_step: int) -> dict[int, list[int]]:
+        """The content lengths of every answer so far, by the epoch that its micro-batch was taken from."""
+        found: dict[int, list[NDArray[Any]]] = {}
         for arrays in self.on:
             for key in arrays:
                 match = re.fullmatch(r"(batch/(\d+)/\d+)/labels", key)
-                if match and (step := int(match[2])) <= up_to_step:
-                    epochs[step] = max(epochs.get(step, 0), int(arrays[f"{match[1]}/epoch"]))
-                    found.append((step, arrays[key]))
-        rows = [row for step, labels in found if epochs[step] == epochs[up_to_step] for row in labels]
-        texts = ["".join("|" if i < 0 else f"{i}," for i in row) for row in rows]
-        answers = [answer.split(",")[:-1] for text in texts for answer in re.findall(r"(?:\d+,)+", text)]
-        lengths = [len(reference.cut([int(i) for i in answer], self.vocabulary.eos)[0]) for answer in answers]
-        return epochs[up_to_step], lengths
+                if match and int(match[2]) <= up_to_step:
+                    found.setdefault(int(arrays[f"{match[1]}/epoch"]), []).extend(arrays[key])
+        return {epoch: [length for row in rows for length in self._lengths(row)] for epoch, rows in found.items()}
+
+    def _lengths(self, row: NDArray[Any]) -> list[int]:
+        text = "".join("|" if i < 0 else f"{i}," for i in row)
+        answers = [answer.split(",")[:-1] for answer in re.findall(r"(?:\d+,)+", text)]
+        return [len(reference.cut([int(i) for i in answer], self.vocabulary.eos)[0]) for answer in answers]
 
     def gradients(self, step: int) -> dict[str, Any]:
         """By full name, nanoVLM's ``MP`` as the hooks show it."""
@@ -203,13 +199,19 @@ def test_gradients_equal_the_reference(trained: Trained) -> None:
         reference.assert_equal(trained.by_step[step], expected, step, absolute)
 
 
-def test_answer_lengths_equal_the_reference(trained: Trained) -> None:
-    epochs = set()
+def test_answer_lengths_equal_the_reference_in_every_epoch(trained: Trained) -> None:
+    shown: dict[str, Any] = {}
     for step in range(0, NUM_STEPS, ANSWER_INTERVAL):
-        epoch, lengths = trained.answer_lengths(step)
-        epochs.add(epoch)
-        reference.assert_equal(trained.by_step[step], reference.answer_length_metrics(lengths, epoch), step)
-    assert len(epochs) > 1 or trained.way.conversations > 120
+        lengths = trained.answer_lengths(step)
+        newest = max(lengths)
+        reference.assert_equal(
+            trained.by_step[step], reference.answer_length_metrics(lengths.pop(newest), newest), step
+        )
+        shown |= trained.by_step[step]
+        for epoch, of_it in lengths.items():  # those that have ended keep their closing values
+            closed = reference.answer_length_metrics(of_it, epoch)
+            reference.assert_equal(shown, {key: closed[key] for key in closed if f"_epoch_{epoch}" in key}, step)
+    assert newest > 1 or trained.way.conversations > 300
 
 
 def test_prompts_are_what_its_chat_template_makes_of_the_first_question(trained: Trained) -> None:
