@@ -101,10 +101,23 @@ class Conversation:
 
     # ------------------------------------------------------------------------------------------------- out
 
-    @property
-    def is_welcome(self) -> bool:
-        """Whether data may be sent on this connection."""
-        return self._welcomed
+    def has_more(self, now: float) -> bool:
+        """Return whether there is something that may be sent now, repeats included."""
+        if self.rejected:
+            return False
+        if self._control:
+            return True
+        if not self._welcomed:
+            return False
+        return bool(self._blobs_due or self._blob_frames) or (
+            now >= self._quiet_until and self._delivery.num_to_send > 0
+        )
+
+    def silent_seconds(self, now: float) -> float:
+        """Return for how long the worker has owed an answer; 0 where nothing waits for one. Any thread may ask."""
+        if not self._welcomed:
+            return now - (self._started_at if self.last_answer_at is None else self.last_answer_at)
+        return now - self._last_progress if self._delivery.num_unacked else 0.0
 
     def opened(self, now: float) -> None:
         """Begin again on a new connection: Hello first, data after the Welcome."""

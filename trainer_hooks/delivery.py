@@ -153,6 +153,11 @@ class Delivery:
         return len(self._lanes)
 
     @property
+    def num_to_send(self) -> int:
+        """Messages that this connection has yet to carry: unsent ones, and those to be sent again."""
+        return len(self._lanes) + self._window.num_outgoing
+
+    @property
     def num_unacked(self) -> int:
         """Messages that were sent and are not acked."""
         return len(self._window)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from sidestep.protocol.messages import Kind, Lane, Message
+from sidestep.protocol.messages import Gradients, Kind, Lane, Message
 
 NEVER_DROPPED = frozenset({Kind.STEP_END, Kind.GOODBYE})
 """Without these the worker could not tell a drop from a delay (docs/delivery.md, section 2)."""
@@ -35,6 +35,16 @@ def estimate_message_bytes(message: Message) -> int:
     return _FRAME_OVERHEAD_BYTES + sum(estimate_bytes(getattr(message, entry.name)) for entry in fields(message))
 
 
+def rank_of(message: Message) -> int:
+    """Return how dear ``message`` is, 0 the dearest: by its lane, non-finite gradients with the losses."""
+    if message.kind in NEVER_DROPPED:
+        return 0
+    lane = message.lane
+    if isinstance(message, Gradients) and message.nonfinite.any():
+        lane = min(lane, Lane.LOSS)
+    return lane + 1
+
+
 @dataclass(slots=True, eq=False)
 class Unsent:
     """One message that waits for its first send."""
@@ -43,11 +53,8 @@ class Unsent:
     size_bytes: int
     arrival: int
     """Its place in the order of arrival over all lanes."""
-
-    @property
-    def rank(self) -> int:
-        """How dear it is: 0 for what is never dropped, then by lane."""
-        return 0 if self.message.kind in NEVER_DROPPED else self.message.lane + 1
+    rank: int
+    """How dear it is: 0 for what is never dropped, then by lane."""
 
 
 class Lanes:
@@ -81,7 +88,7 @@ class Lanes:
     def wrap(self, message: Message) -> Unsent:
         """Return ``message`` with its size and its place in the order; it is not held yet."""
         self._arrivals += 1
-        return Unsent(message, estimate_message_bytes(message), self._arrivals)
+        return Unsent(message, estimate_message_bytes(message), self._arrivals, rank_of(message))
 
     def add(self, unsent: Unsent) -> None:
         """Hold ``unsent``, which is the newest of its rank."""

@@ -47,6 +47,11 @@ class Window:
         """Return how many messages are unacked."""
         return len(self._parcels)
 
+    @property
+    def num_outgoing(self) -> int:
+        """Messages that this connection has yet to carry; some of them may have been settled since."""
+        return len(self._outgoing)
+
     def pin(self, parcel: Parcel) -> None:
         """Hold ``parcel`` until it is acked or refused, and send it next; sequence numbers only grow."""
         self._parcels[parcel.sequence] = parcel

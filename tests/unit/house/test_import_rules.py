@@ -28,7 +28,7 @@ DOORS = {
     ("trainer_hooks", "lightning"): ("trainer_hooks.integrations.lightning",),
     ("trainer_hooks", "pytorch_lightning"): ("trainer_hooks.integrations.lightning",),
     ("trainer_hooks", "transformers"): ("trainer_hooks.integrations.transformers",),
-    ("trainer_hooks", "zmq"): ("trainer_hooks.publisher",),
+    ("trainer_hooks", "zmq"): ("trainer_hooks.connection",),
     ("worker", "zmq"): ("worker.intake.receiver", "worker.intake.authentication", "worker.keys"),
     ("worker", "wandb"): ("worker.sinks.wandb_sink",),
     ("worker", "tokenizers"): ("worker.text.detokenizer",),

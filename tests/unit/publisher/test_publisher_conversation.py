@@ -151,6 +151,49 @@ def test_a_worker_that_cannot_store_is_given_a_rest() -> None:
     assert "STEP_END" in talk.kinds()
 
 
+def test_what_is_left_to_send_is_known_repeats_and_tables_included() -> None:
+    talk = Talk()
+    assert talk.conversation.has_more(talk.now), "Hello"
+    talk.says()
+    for step in range(3):
+        talk.delivery.take(end(step))
+    assert not talk.conversation.has_more(talk.now), "nothing may leave before the Welcome"
+    talk.hears(Welcome(instance="a", hello_known=True))
+    assert talk.conversation.has_more(talk.now)
+    talk.says()
+    assert not talk.conversation.has_more(talk.now), "all is on its way"
+    talk.hears(Welcome(instance="b", hello_known=True))
+    assert talk.conversation.has_more(talk.now), "all of it again"
+    talk.says()
+    talk.hears(Ack(committed=ranges((1, 3)), wanted=(DIGEST,)))
+    assert talk.conversation.has_more(talk.now), "a table"
+    talk.says()
+    talk.delivery.take(end(3))
+    talk.hears(NoAck(reason="disk full"))
+    assert not talk.conversation.has_more(talk.now), "the worker rests"
+    talk.now += 16
+    assert talk.conversation.has_more(talk.now)
+
+
+def test_only_an_answer_that_is_owed_counts_as_silence() -> None:
+    talk = Talk()
+    talk.now += 12
+    assert talk.conversation.silent_seconds(talk.now) == 12, "nobody has ever answered"
+    talk.hears(Welcome(instance="a", hello_known=True))
+    talk.says()
+    talk.now += 60
+    assert talk.conversation.silent_seconds(talk.now) == 0, "a step of a minute owes nothing"
+    talk.delivery.take(end(1))
+    talk.says()
+    talk.now += 7
+    assert talk.conversation.silent_seconds(talk.now) == 7
+    talk.hears(Ack(committed=ranges((1, 1))))
+    assert talk.conversation.silent_seconds(talk.now) == 0
+    talk.now += 3
+    talk.conversation.opened(talk.now)
+    assert talk.conversation.silent_seconds(talk.now) == 3, "another connection, and no Welcome yet"
+
+
 def test_reject_ends_the_talk_and_is_said_once() -> None:
     talk = Talk()
     for _ in range(2):

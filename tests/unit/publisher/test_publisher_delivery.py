@@ -16,6 +16,7 @@ from sidestep.protocol.frames import Envelope
 from sidestep.protocol.messages import (
     Generation,
     Goodbye,
+    Gradients,
     Heartbeat,
     Kind,
     Losses,
@@ -246,6 +247,26 @@ def test_tables_go_first_then_statistics_then_losses() -> None:
     assert Kind.GENERATION not in kinds
     assert Kind.TOKENS not in kinds
     assert kinds.count(Kind.LOSSES) == 4
+
+
+def gradients(step: int, num_nonfinite: int) -> Gradients:
+    rows = 300
+    whole, moments = np.zeros(rows, np.int64), np.zeros(rows, np.float64)
+    nonfinite = whole.copy()
+    nonfinite[7] = num_nonfinite
+    return Gradients(
+        step=step, parameters=np.arange(rows, dtype=np.int32), counts=whole, nonfinite=nonfinite, zeros=whole,
+        exponents=np.zeros(rows, np.int32), means=moments, m2=moments, absmax=moments,
+    )  # fmt: skip
+
+
+def test_non_finite_gradients_are_as_dear_as_losses() -> None:
+    delivery = Delivery(IDENTITY, window_bytes=45_000)
+    delivery.take(gradients(1, 2))
+    delivery.take(gradients(2, 0))
+    delivery.take(losses(3))
+    delivery.take(gradients(4, 0))
+    assert [m.step for m in carried(delivery) if isinstance(m, Gradients)] == [1, 4], "the oldest finite one has gone"
 
 
 def test_a_message_that_cannot_fit_evicts_nobody() -> None:
