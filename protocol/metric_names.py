@@ -1,7 +1,8 @@
-"""Every metric by name, in one table: what docs/metrics.md promises, the projection writes and the report groups.
+"""Every metric by name: what docs/metrics.md promises, the projection writes and the report groups.
 
-Placeholders stand in braces: ``{module}``, ``{param}``, ``{group}``, ``{epoch}``, ``{rule}``, ``{kind}``. A test
-compares this table with docs/metrics.md and with what a run really writes.
+A second table has what Sidestep says of itself, which docs/sidecar_metrics.md describes. Placeholders stand in
+braces: ``{module}``, ``{param}``, ``{group}``, ``{epoch}``, ``{rule}``, ``{kind}``. Tests compare the tables with the two
+pages and with what a run really writes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class MetricSpec:
     unit: str
     """``nats``, ``tokens``, ``steps``, ``seconds``, ... or empty."""
     over_ranks: str
-    """How the ranks become one value: ``sum``, ``union``, ``merge`` (exact moments), ``rank 0`` or ``worker``."""
+    """How ranks become one value: ``sum``, ``max``, ``union``, ``merge`` (exact moments), ``rank 0`` or ``worker``."""
     summary: str
 
 
@@ -47,6 +48,9 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
     "Data Quality": ("data",),
 }
 """The six sections of the user's dashboard, to the families in each."""
+
+SIDECAR_FAMILY = "sidecar"
+"""The family of what Sidestep says of itself; it has no interval and none of the six sections."""
 
 COLLAPSE_RULES = ("single_token_dominance", "low_diversity", "identical_sequences", "excessive_eos")
 """The user's rules, in the order in which reasons are joined."""
@@ -133,22 +137,55 @@ data/batches_without_labels|count||sum|micro-batches so far without one labelled
 lr/{group}|number||rank 0|the rate that the step was taken with
 """
 
+_SIDECAR_ROWS = """
+sidecar/produced|count|messages|sum|messages that the trainer had made when it was last heard, those it lost included
+sidecar/journal_rows|count|messages|sum|messages that the run's rows were made of so far
+sidecar/dropped/{kind}|count|messages|sum|messages of this kind that the trainer gave up
+sidecar/refused|count|messages|sum|messages that the worker will never store, of all kinds
+sidecar/refused/{kind}|count|messages|sum|those of this kind
+sidecar/resent|count|messages|sum|messages that were sent again
+sidecar/late_parts|count|messages|sum|messages of earlier steps that came since the closing before
+sidecar/ranks_seen|count|ranks|worker|ranks that ended the step, where they are not all
+sidecar/lag_seconds|number|seconds|max|from the end of the step to the arrival of its last message
+sidecar/hook_ms|number|milliseconds|max|time of the training thread in hooks during the step, generation left out
+sidecar/tail_unknown|flag||worker|1: the trainer went without a goodbye, and what it had not sent is not known
+sidecar/malformed_parts|count|messages|sum|messages of the step that contradict themselves or the run's tables
+sidecar/unknown_ids|count|ids|sum|ids in the step's messages that are beyond the tokenizer's
+sidecar/nonfinite_scalars|count|values|sum|values that the trainer logged at the step and that are NaN or infinite
+sidecar/scalars_left_out|count|values|sum|values that it logged and that a row cannot hold
+sidecar/refused_row|text||worker|why W&B was not told the values of this row
+sidecar/table_id|text||worker|which table this is, the same where it had to be sent again
+loss/trainer_nonfinite|count|batches|sum|micro-batches whose loss, as the trainer gave it, is not finite
+gradients/global/params_incomplete|count||merge|parameters whose shares did not all come
+train/step|count|steps|worker|the optimizer step that the row belongs to
+train/attempt|count||worker|how often the run was resumed before
+train/epoch|count|epochs|max|the epoch that the step belongs to
+train/skipped|flag||worker|1: the optimizer did not take this step
+epoch|count|epochs|max|the axis of the values under data/ that have no epoch in their name
+"""
 
-def _row(line: str) -> MetricSpec:
+
+def _row(line: str, family: str = "") -> MetricSpec:
     key, form, unit, over_ranks, summary = line.split("|")
-    return MetricSpec(key=key, family=key.split("/")[0], form=form, unit=unit, over_ranks=over_ranks, summary=summary)
+    family = family or key.split("/")[0]
+    return MetricSpec(key=key, family=family, form=form, unit=unit, over_ranks=over_ranks, summary=summary)
 
 
 METRICS: tuple[MetricSpec, ...] = tuple(map(_row, _ROWS.strip().splitlines()))
 """The table, in the order of docs/metrics.md."""
 
+SIDECAR_METRICS: tuple[MetricSpec, ...] = tuple(
+    _row(line, SIDECAR_FAMILY) for line in _SIDECAR_ROWS.strip().splitlines()
+)
+"""What Sidestep says of itself, in the order of docs/sidecar_metrics.md."""
+
 
 @lru_cache(maxsize=1)
 def _patterns() -> tuple[tuple[re.Pattern[str], MetricSpec], ...]:
-    literal_first = sorted(METRICS, key=lambda spec: spec.key.count("{"))
+    literal_first = sorted((*METRICS, *SIDECAR_METRICS), key=lambda spec: spec.key.count("{"))
     return tuple((re.compile(re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(spec.key))), spec) for spec in literal_first)
 
 
 def spec_of(key: str) -> MetricSpec | None:
-    """Return the table's row for a key as a run writes it, or None for a user's own scalar."""
+    """Return the tables' row for a key as a run writes it, or None for a user's own scalar."""
     return next((spec for pattern, spec in _patterns() if pattern.fullmatch(key)), None)

@@ -7,7 +7,6 @@ Deterministic: no clock, no I/O; the same steps, contexts and ends give the same
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, cast
@@ -23,15 +22,18 @@ from sidestep.worker.metrics.measurement import Value, notice_once
 from sidestep.worker.notice_board import NoticeBoard
 from sidestep.worker.outbox import OutboxEntry, entry
 from sidestep.worker.records import AssembledStep, RunContext
+from sidestep.worker.run_accounts import RunAccounts
 from sidestep.worker.run_entry import run_entry
 from sidestep.worker.scalar_rows import scalar_rows
 from sidestep.worker.settings import RunSettings
-from sidestep.worker.step_facts import changed, companion_facts, lost_messages, telling_facts
+from sidestep.worker.step_facts import changed, companion_facts, telling_facts
 from sidestep.worker.step_metrics import StepMetrics, measure_step
 from sidestep.worker.text.clipping import clip
 from sidestep.worker.text.tables import table_payload
 
-STATE_VERSION: Final = 1
+STATE_VERSION: Final = 2
+READ_VERSIONS: Final = (1, STATE_VERSION)
+"""Version 1 had no accounts but the drops that the steps' ends tell."""
 LEVELS: Final = ("info", "warning", "critical")
 
 
@@ -93,7 +95,7 @@ class RunProjection:
         self._attempt = -1
         self._unix_time = 0.0
         self._remembered: dict[str, tuple[int, Value]] = {}
-        self._dropped: Counter[str] = Counter()
+        self._accounts = RunAccounts()
         self._lost_written: dict[str, Value] = {}
 
     def adopt(self, context: RunContext, hello: Hello | None = None) -> None:
@@ -108,6 +110,7 @@ class RunProjection:
         draft = _Draft(unix_time=self._unix_time, attempt=step.attempt, step=step.step)
         opening = self._open()
         self._begin(step, draft)
+        self._accounts.take(step)
         for notice in step.notices:
             if self._board.is_new(notice):
                 draft.show(notice, to_trainer=False)
@@ -129,7 +132,7 @@ class RunProjection:
         draft = _Draft(unix_time=unix_time or self._unix_time, attempt=attempt, step=newest_step)
         opening = self._open()
         if tail_unknown:
-            draft.add_row({"sidecar/tail_unknown": 1})
+            draft.add_row({"sidecar/tail_unknown": 1, **self._accounts.figures(), **self._accounts.losses()})
         repeats = self._board.repeats()
         for code, count in repeats.items():
             text = f"the notice {code!r} came up {count} more times"
@@ -147,7 +150,7 @@ class RunProjection:
                 "attempt": self._attempt,
                 "unix_time": self._unix_time,
                 "remembered": dict(sorted(self._remembered.items())),
-                "dropped": dict(sorted(self._dropped.items())),
+                "accounts": self._accounts.state(),
                 "lost_written": dict(sorted(self._lost_written.items())),
                 "notices": self._board.state(),
                 "answers": self._answers.state(),
@@ -167,13 +170,16 @@ class RunProjection:
             raise ValueError(f"not a state of a projection of version {STATE_VERSION}: {error!r}") from error
 
     def _take(self, saved: Mapping[str, Any]) -> None:
-        if saved["version"] != STATE_VERSION:
+        if saved["version"] not in READ_VERSIONS:
             raise ValueError(f"version {saved['version']}")
         self._is_open = bool(saved["is_open"])
         self._attempt = int(saved["attempt"])
         self._unix_time = float(saved["unix_time"])
         self._remembered = {key: (int(at), value) for key, (at, value) in saved["remembered"].items()}
-        self._dropped = Counter(saved["dropped"])
+        if saved["version"] == 1:
+            self._accounts.restore_drops(saved["dropped"])
+        else:
+            self._accounts.restore(saved["accounts"])
         self._lost_written = dict(saved["lost_written"])
         self._board.restore(saved["notices"])
         self._answers.restore(saved["answers"])
@@ -215,8 +221,8 @@ class RunProjection:
         measured = measure_step(step, self._context, self._settings, self._answers)
         found = measured.found
         findings = self._detect(step, measured)
-        facts, companions = telling_facts(step), companion_facts(step)
-        lost = lost_messages(step, self._dropped)
+        facts, lost = telling_facts(step), self._accounts.losses()
+        companions = {**companion_facts(step), **self._accounts.figures()}
         own = {**found.values, **facts}
         logged = scalar_rows(step.parts.get(Kind.SCALARS, ()), {**own, **companions, **lost})
         if logged.num_nonfinite:

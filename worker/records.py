@@ -60,6 +60,16 @@ class StepClosing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RankAccount:
+    """What one rank's publisher says of its messages, cumulative over its incarnation (docs/delivery.md, section 6)."""
+
+    kinds: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+    """Kind's name (lower case) to (produced, dropped, refused)."""
+    resent: int = 0
+    """Messages that were sent again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AssembledStep:
     """All that is known of one optimizer step when it closes."""
 
@@ -82,8 +92,10 @@ class AssembledStep:
     """The trainer's clock when the step ended, the latest over ranks; without an end, when the last part arrived."""
     lag_seconds: float = 0.0
     """From the end of the step to the arrival of its last part, between two clocks; never below 0."""
-    accounts: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
-    """Kind's name (lower case) to (produced, dropped, refused), cumulative, summed over the ranks seen."""
+    accounts: Mapping[int, RankAccount] = field(default_factory=dict)
+    """Rank to what its newest message among these says of its publisher."""
+    num_messages: int = 0
+    """Journaled messages that went in, late ones, ``StepEnd`` and notices included, a ``Goodbye`` not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

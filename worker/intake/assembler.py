@@ -56,6 +56,8 @@ class Assembler:
         self._floors: dict[int, int] = {}
         self.goodbyes: dict[int, Journaled] = {}
         self._first_goodbye_at: float | None = None
+        self._told: dict[int, tuple[int, ...]] = {}
+        self._used_goodbyes: set[Key] = set()
         self.late_parts = 0
         """Parts that came after their step had closed."""
 
@@ -122,7 +124,19 @@ class Assembler:
 
     def has_leftovers(self) -> bool:
         """Return whether something waits for a closing to be counted in."""
-        return bool(self._open or self._late or self._notices)
+        return bool(self._open or self._has_tail())
+
+    def _has_tail(self) -> bool:
+        return bool(self._late or self._notices or self._goodbyes_with_news())
+
+    def _goodbyes_with_news(self) -> dict[Key, Journaled]:
+        """Return the goodbyes not yet counted in, where one tells of losses that no message before it told of."""
+        fresh = {each.key: each for each in self.goodbyes.values() if each.key not in self._used_goodbyes}
+        has_news = any(
+            any(told > known for told, known in zip(_losses(each), self._told.get(rank, (0, 0, 0)), strict=True))
+            for (rank, _), each in fresh.items()
+        )
+        return fresh if has_news else {}
 
     def close_ready(self, now: float, *, ended: bool = False, limit: int = 256) -> list[ClosedStep]:
         """Close what can be closed, in order, ``limit`` steps at most; with ``ended`` everything can be.
@@ -135,7 +149,7 @@ class Assembler:
             if reason is None or len(closed) >= limit:
                 break
             closed.append(self._close(step, reason))
-        if ended and not self._open and (self._late or self._notices) and len(closed) < limit:
+        if ended and not self._open and self._has_tail() and len(closed) < limit:
             closed.append(self._close(max(0, self.last_closed), "tail"))
         if closed:
             newest = max(each.last_arrival for each in closed)
@@ -166,7 +180,8 @@ class Assembler:
 
     def _close(self, step: int, reason: ClosingReason) -> ClosedStep:
         held = _OpenStep(first_part_at=0.0) if reason == "tail" else self._open.pop(step)
-        own = {**held.messages, **self._notices}
+        goodbyes = self._goodbyes_with_news() if reason == "tail" else {}
+        own = {**held.messages, **self._notices, **goodbyes}
         late, self._late, self._notices = self._late, {}, {}
         closing = StepClosing(
             run_id=self.incarnation.run_id,
@@ -179,6 +194,10 @@ class Assembler:
             ranks_expected=self.incarnation.world_size,
         )
         used = {**own, **late}
+        self._used_goodbyes.update(goodbyes)
+        for (rank, _), each in used.items():
+            known = self._told.get(rank, (0, 0, 0))
+            self._told[rank] = tuple(map(max, known, _losses(each)))
         for rank, end in held.ends.items():
             self._floors[rank] = max(self._floors.get(rank, 0), end.envelope.sequence)
         if reason != "tail":
@@ -195,3 +214,9 @@ class Assembler:
         waiting = [each.arrival for held in self._open.values() for each in held.messages.values()]
         waiting += [each.arrival for each in self.goodbyes.values()]
         return min(waiting, default=otherwise)
+
+
+def _losses(each: Journaled) -> tuple[int, ...]:
+    """Return how many messages its stream had dropped, was refused and had sent again."""
+    counts = each.envelope.accounts.values()
+    return sum(dropped for _, dropped, _ in counts), sum(refused for *_, refused in counts), each.envelope.resent

@@ -11,10 +11,10 @@ from typing import TypeAlias
 
 from sidestep.protocol.errors import ProtocolError
 from sidestep.protocol.frames import Envelope, UnknownMessage, decode
-from sidestep.protocol.messages import STEP_KINDS, Kind, Message, Notice, StepEnd
+from sidestep.protocol.messages import STEP_KINDS, Goodbye, Kind, Message, Notice, StepEnd
 from sidestep.worker.errors import JournalError
 from sidestep.worker.intake.segments import Row
-from sidestep.worker.records import AssembledStep, Part, StepClosing
+from sidestep.worker.records import AssembledStep, Part, RankAccount, StepClosing
 
 Key: TypeAlias = tuple[int, int]
 """(rank, sequence) within one incarnation."""
@@ -76,7 +76,8 @@ def assemble(closing: StepClosing, messages: Mapping[Key, Journaled]) -> Assembl
     Raises:
         JournalError: a message that the closing names is not among ``messages``.
     """
-    missing = [key for key in (*closing.parts, *closing.late_parts) if key not in messages]
+    keys = (*closing.parts, *closing.late_parts)
+    missing = [key for key in keys if key not in messages]
     if missing:
         raise JournalError(f"step {closing.step} of run {closing.run_id} used messages that are gone: {missing[:5]}")
     own = [messages[key] for key in sorted(closing.parts)]
@@ -100,7 +101,8 @@ def assemble(closing: StepClosing, messages: Mapping[Key, Journaled]) -> Assembl
         notices=tuple(each.message for each in own if isinstance(each.message, Notice)),
         unix_time=unix_time if ends else _latest(closing, messages),
         lag_seconds=max(0.0, newest - unix_time) if ends else 0.0,
-        accounts=_accounts(envelope for envelope, _ in ends.values()),
+        accounts=_newest_accounts(messages[key].envelope for key in keys),
+        num_messages=sum(not isinstance(messages[key].message, Goodbye) for key in keys),
     )
 
 
@@ -114,10 +116,12 @@ def _newest_ends(messages: Sequence[Journaled]) -> dict[int, tuple[Envelope, Ste
     return {each.envelope.rank: (each.envelope, each.message) for each in messages if isinstance(each.message, StepEnd)}
 
 
-def _accounts(envelopes: Iterable[Envelope]) -> dict[str, tuple[int, int, int]]:
-    totals: dict[str, tuple[int, int, int]] = {}
+def _newest_accounts(envelopes: Iterable[Envelope]) -> dict[int, RankAccount]:
+    newest: dict[int, Envelope] = {}
     for envelope in envelopes:
-        for kind, (produced, dropped, refused) in envelope.accounts.items():
-            before = totals.get(kind, (0, 0, 0))
-            totals[kind] = (before[0] + produced, before[1] + dropped, before[2] + refused)
-    return dict(sorted(totals.items()))
+        known = newest.get(envelope.rank)
+        if envelope.accounts and (known is None or known.sequence < envelope.sequence):
+            newest[envelope.rank] = envelope
+    return {
+        rank: RankAccount(kinds=envelope.accounts, resent=envelope.resent) for rank, envelope in sorted(newest.items())
+    }

@@ -10,6 +10,7 @@ from sidestep.worker.errors import JournalError
 from sidestep.worker.intake.assembler import Assembler, ClosedStep
 from sidestep.worker.intake.assembly import Journaled, assemble
 from sidestep.worker.intake.decisions import Incarnation
+from sidestep.worker.records import RankAccount
 
 DEADLINE_SECONDS = 30.0
 
@@ -63,7 +64,7 @@ def test_a_step_closes_when_its_end_and_all_announced_parts_are_here() -> None:
     assert set(closed.step.parts) == {Kind.LEARNING_RATES, Kind.LOSSES, Kind.ANSWERS}
     assert closed.step.unix_time == 1_700_000_000.0
     assert closed.step.lag_seconds == 100.0
-    assert closed.step.accounts == {"losses": (4, 1, 0)}
+    assert closed.step.accounts == {0: RankAccount(kinds={"losses": (4, 1, 0)})}
     assert (closed.step.ranks_expected, closed.step.ranks_seen) == (1, 1)
 
 
@@ -166,7 +167,19 @@ def test_all_goodbyes_end_the_incarnation_and_close_what_is_open() -> None:
     assert not stream.assembler.has_ended(0.0)
     stream.add(stream.make(Goodbye(newest_step=-1), rank=1))
     assert stream.assembler.has_ended(0.0)
-    assert steps(stream.close(ended=True)) == [(0, "ended")]
+    ended, tail = stream.close(ended=True)
+    assert steps([ended, tail]) == [(0, "ended"), (0, "tail")]
+    assert tail.closing.parts == ((0, 5), (1, 1)), "rank 1's goodbye is all that tells of its loss"
+    assert tail.step.accounts[1].kinds == {"losses": (1, 1, 0)}
+    assert tail.step.num_messages == 0
+    assert not stream.assembler.has_leftovers()
+
+
+def test_a_goodbye_without_news_is_in_no_closing() -> None:
+    stream = Stream()
+    stream.add(*stream.make_step(0), stream.make(Goodbye(newest_step=0)))
+    (closed,) = stream.close(ended=True)
+    assert steps([closed]) == [(0, "complete")]
     assert not stream.assembler.has_leftovers()
 
 

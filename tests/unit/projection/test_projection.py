@@ -27,7 +27,7 @@ from sidestep.protocol.messages import (
 from sidestep.protocol.metric_names import FAMILIES, spec_of
 from sidestep.worker.outbox import canonical
 from sidestep.worker.projection import Projection, RunProjection
-from sidestep.worker.records import AssembledStep, Part, RunContext
+from sidestep.worker.records import AssembledStep, Part, RankAccount, RunContext
 
 EOS, A = 0, 10
 
@@ -138,7 +138,7 @@ def test_all_families_of_a_step_are_one_row_and_every_name_is_in_the_table_of_me
     assert kinds == ["run", "row", "table", "table", "notice", "notice"]
     merged = row(projection)
     assert {key.split("/")[0] for key in merged} >= set(FAMILIES)
-    assert [key for key in merged if key.split("/")[0] in FAMILIES and spec_of(key) is None] == []
+    assert [key for key in merged if not key.startswith("_") and spec_of(key) is None] == []
     assert merged["_timestamp"] == 1_000.0
     assert (merged["train/step"], merged["train/attempt"], merged["train/epoch"]) == (0, 0, 0)
     assert merged["sidecar/hook_ms"] == 2.0
@@ -221,10 +221,11 @@ def test_missing_ranks_and_drops_are_shown_when_they_change() -> None:
     assert (first["sidecar/ranks_seen"], first["sidecar/dropped/tokens"]) == (1, 2)
     second = projection.project(assembled(2))
     assert values(second, "row") == [], "nothing new"
-    third = row(projection.project(assembled(3, accounts={"losses": (9, 4, 1), "tokens": (9, 0, 0)})))
+    kinds = {"losses": (9, 4, 1), "tokens": (9, 0, 0)}
+    third = row(projection.project(assembled(3, accounts={0: RankAccount(kinds=kinds)})))
     assert third["sidecar/dropped/losses"] == 4
     assert third["sidecar/dropped/tokens"] == 2
-    assert third["sidecar/refused/losses"] == 1
+    assert third["sidecar/refused/losses"] == third["sidecar/refused"] == 1
 
 
 def test_a_tail_without_ends_counts_late_parts_and_keeps_the_time() -> None:
@@ -395,7 +396,8 @@ def test_an_unclean_end_says_that_the_tail_is_unknown() -> None:
     projection = RunProjection(context())
     projection.project(assembled(7))
     found = projection.finish(137, "killed", attempt=0, newest_step=7, tail_unknown=True)
-    assert row(found) == {"_timestamp": 1_007.0, "train/step": 7, "train/attempt": 0, "sidecar/tail_unknown": 1}
+    none = {"sidecar/journal_rows": 0}
+    assert row(found) == {"_timestamp": 1_007.0, "train/step": 7, "train/attempt": 0, "sidecar/tail_unknown": 1, **none}
     assert values(found, "finish") == [{"exit_code": 137, "reason": "killed", "attempt": 0}]
     assert found.entries[-1].kind == "finish"
 

@@ -11,6 +11,7 @@ from sidestep.worker.sinks.report.charts import Chart, bar_chart, heat_chart, li
 from sidestep.worker.sinks.report.history import RunHistory, TableRecord
 
 MAX_MODULE_HEATMAPS = 6
+_ACCOUNTS = ("sidecar/dropped/{kind}", "sidecar/refused", "sidecar/refused/{kind}", "sidecar/resent")
 _GRADIENT_LEAVES = ("norm", "mean", "std", "max")
 
 
@@ -173,6 +174,7 @@ def _loss(history: RunHistory) -> Section:
                 _keys("loss", {"first_vs_later_ratio": "first / later", "high_loss_token_ratio": "high-loss share"}),
             ),
             _unless_zero(history, "Tokens with a non-finite loss", "loss/nonfinite_tokens"),
+            _unless_zero(history, "Micro-batches whose own loss is not finite", "loss/trainer_nonfinite"),
         ],
         [_table(history, "loss/highest_tokens", "Highest-loss tokens")],
     )
@@ -248,6 +250,7 @@ def _gradients(history: RunHistory) -> Section:
                     },
                 ),
             ),
+            _unless_zero(history, "Parameters without all their shares", "gradients/global/params_incomplete"),
             *heatmaps,
         ],
         [_parameters(history), _table(history, "gradients/details", "Gradient details")],
@@ -312,9 +315,14 @@ def _own(history: RunHistory) -> Section | None:
 
 def _sidecar(history: RunHistory) -> Section | None:
     keys = sorted(key for key in history.series if key.startswith("sidecar/"))
-    dropped = {key: key.removeprefix("sidecar/") for key in keys if key.startswith("sidecar/dropped/")}
-    charts = [line_chart(history, "Dropped messages", dropped)] if dropped else []
-    charts += [line_chart(history, key.removeprefix("sidecar/"), {key: key}) for key in keys if key not in dropped]
-    if not charts:
+    counters = [key for key in keys if (spec := spec_of(key)) is not None and spec.key in _ACCOUNTS]
+    made = {"sidecar/produced": "made by the trainer", "sidecar/journal_rows": "in the run"}
+    charts = [line_chart(history, "Messages", made)]
+    lost = {key: key.removeprefix("sidecar/") for key in counters if any(history.series[key].values)}
+    charts += [line_chart(history, "Messages lost or sent again", lost)] if lost else []
+    charts += [
+        line_chart(history, key.removeprefix("sidecar/"), {key: key}) for key in keys if key not in {*counters, *made}
+    ]
+    if not any(charts):
         return None
     return _section("Sidecar", "What Sidestep itself cost, and what it could not keep.", charts)
