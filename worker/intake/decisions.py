@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from sidestep.worker.intake.schema import unpack_pairs
@@ -63,7 +64,24 @@ class Repeat:
     closed_number: int = -1
 
 
-Decision: TypeAlias = StepClosing | Ending | ContextRecord | Repeat
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rewind:
+    """A new attempt begins at a step that an earlier one had passed: what was known before that step is known again."""
+
+    run_id: str
+    attempt: int
+    step: int
+    """The new attempt's first step."""
+    source_number: int
+    """The closing after which the state is taken up again: the newest of the largest step before; -1: nothing was."""
+    snapshot_number: int
+    """The closing whose state was at hand, at or before the source; -1: none."""
+    is_exact: bool
+    """Whether the steps between snapshot and source are worked out again; else they are missing, which is said."""
+    closed_number: int = -1
+
+
+Decision: TypeAlias = StepClosing | Ending | ContextRecord | Repeat | Rewind
 """What is recorded in the order it was decided, and obeyed by a replay."""
 
 
@@ -77,11 +95,13 @@ class Closure:
     """Messages that arrived before it are all accounted for."""
     last_arrival: int = -1
     """The latest message that this closing used."""
+    pieces: Mapping[str, bytes] = field(default_factory=dict)
+    """Pieces of the projection's state as they are after it, those that changed since they were stored last."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
-    """A projection's state as it was stored."""
+    """A projection's state as a journal of schema 1 holds it: one body, after the newest closing."""
 
     closed_number: int
     attempt: int
@@ -121,3 +141,12 @@ def repeat_of_row(row: tuple[Any, ...]) -> Repeat:
     run_id, attempt, number, rows = row
     numbers = tuple(row_number for row_number, _ in unpack_pairs(rows))
     return Repeat(run_id=run_id, attempt=attempt, closed_number=number, row_numbers=numbers)
+
+
+def rewind_of_row(row: tuple[Any, ...]) -> Rewind:
+    """Return a row of ``rewind``."""
+    run_id, attempt, number, step, source_number, snapshot_number, is_exact = row
+    return Rewind(
+        run_id=run_id, attempt=attempt, closed_number=number, step=step, source_number=source_number,
+        snapshot_number=snapshot_number, is_exact=bool(is_exact),
+    )  # fmt: skip

@@ -21,13 +21,16 @@ from sidestep.worker.intake.decisions import (
     Ending,
     Incarnation,
     Repeat,
+    Rewind,
     State,
     context_of_row,
     ending_of_row,
     repeat_of_row,
+    rewind_of_row,
     step_closing_of_row,
 )
 from sidestep.worker.intake.schema import INDEX_SCHEMA, SCHEMA_VERSION, pack_pairs
+from sidestep.worker.intake.state_history import PIECES_QUERY, write_pieces
 from sidestep.worker.outbox import NUMBERED_KINDS, OutboxEntry, StoredEntry
 from sidestep.worker.records import StepClosing
 
@@ -143,7 +146,9 @@ class Index:
                 " UNION ALL SELECT closed_number FROM step_closed WHERE run_id = ?"
                 " UNION ALL SELECT closed_number FROM ending WHERE run_id = ?"
                 " UNION ALL SELECT closed_number FROM context WHERE run_id = ?"
-                " UNION ALL SELECT closed_number FROM repeat WHERE run_id = ?)",
+                " UNION ALL SELECT closed_number FROM repeat WHERE run_id = ?"
+                " UNION ALL SELECT closed_number FROM rewind WHERE run_id = ?)",
+                run_id,
                 run_id,
                 run_id,
                 run_id,
@@ -200,6 +205,14 @@ class Index:
         elif isinstance(closing, Repeat):
             rows = pack_pairs([(row_number, 0) for row_number in closing.row_numbers])
             connection.execute("INSERT INTO repeat VALUES (?, ?, ?, ?)", (run_id, closing.attempt, number, rows))
+        elif isinstance(closing, Rewind):
+            connection.execute(
+                "INSERT INTO rewind VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (
+                    run_id, closing.attempt, number, closing.step,
+                    closing.source_number, closing.snapshot_number, int(closing.is_exact),
+                ),
+            )  # fmt: skip
         else:
             ranks = pack_pairs([(rank, 0) for rank in closing.ranks])
             connection.execute(
@@ -214,6 +227,7 @@ class Index:
                     " ".join(closing.missing),
                 ),
             )
+        write_pieces(connection, run_id, number, closure.pieces)
         return self._write_entries(connection, run_id, counters, closure.entries)
 
     @staticmethod
@@ -240,17 +254,18 @@ class Index:
         )
         return stored
 
-    def closings(self, run_id: str, first: int = 0) -> list[Decision]:
-        """Return the run's recorded decisions from number ``first`` on, in the order they were made."""
-        condition = "WHERE run_id = ? AND closed_number >= ?"
+    def closings(self, run_id: str, first: int = 0, last: int = 1 << 62) -> list[Decision]:
+        """Return the run's recorded decisions from number ``first`` to ``last``, in the order they were made."""
+        condition = "WHERE run_id = ? AND closed_number BETWEEN ? AND ?"
         made: list[Decision] = []
         for table, decision_of in (
             ("step_closed", step_closing_of_row),
             ("ending", ending_of_row),
             ("context", context_of_row),
             ("repeat", repeat_of_row),
+            ("rewind", rewind_of_row),
         ):
-            rows = self._rows(f"SELECT * FROM {table} {condition}", run_id, first)  # noqa: S608  (the names above)
+            rows = self._rows(f"SELECT * FROM {table} {condition}", run_id, first, last)  # noqa: S608  (the names above)
             made += [decision_of(row) for row in rows]
         return sorted(made, key=lambda each: each.closed_number)
 
@@ -296,6 +311,28 @@ class Index:
             "SELECT closed_number, attempt, step, body FROM state WHERE run_id = ? AND name = 'projection'", run_id
         )
         return State(**dict(zip(("closed_number", "attempt", "step", "body"), rows[0], strict=True))) if rows else None
+
+    def pieces(self, run_id: str, closed_number: int = 1 << 62) -> dict[str, bytes]:
+        """Return the projection's state after a closing (the newest, or a snapshot), in pieces; empty for none."""
+        return {str(name): bytes(body) for name, body in self._rows(PIECES_QUERY, run_id, closed_number)}
+
+    def newest_step_closing(self, run_id: str, before: int | None = None) -> tuple[int, int, int] | None:
+        """Return the run's newest closing of a step, as (closed number, attempt, step); None for none.
+
+        With ``before``, the newest one of the largest step that is smaller.
+        """
+        query = "SELECT closed_number, attempt, step FROM step_closed WHERE run_id = ?1 AND reason <> 'tail'"
+        if before is None:
+            rows = self._rows(f"{query} ORDER BY closed_number DESC LIMIT 1", run_id)
+        else:
+            query = f"{query} AND step < ?2 ORDER BY step DESC, closed_number DESC LIMIT 1"
+            rows = self._rows(query, run_id, before)
+        return (int(rows[0][0]), int(rows[0][1]), int(rows[0][2])) if rows else None
+
+    def rewinds(self, run_id: str) -> list[Rewind]:
+        """Return where the run's trainers went back to, in the order they did."""
+        rows = self._rows("SELECT * FROM rewind WHERE run_id = ? ORDER BY closed_number", run_id)
+        return [rewind_of_row(row) for row in rows]
 
     # ------------------------------------------------------------------------------------------------ outbox, segments
 

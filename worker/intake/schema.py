@@ -47,6 +47,13 @@ CREATE TABLE IF NOT EXISTS context(
 CREATE TABLE IF NOT EXISTS repeat(
   run_id TEXT NOT NULL, attempt INTEGER NOT NULL, closed_number INTEGER NOT NULL, row_numbers BLOB NOT NULL,
   PRIMARY KEY(run_id, closed_number));
+CREATE TABLE IF NOT EXISTS rewind(
+  run_id TEXT NOT NULL, attempt INTEGER NOT NULL, closed_number INTEGER NOT NULL, step INTEGER NOT NULL,
+  source_number INTEGER NOT NULL, snapshot_number INTEGER NOT NULL, is_exact INTEGER NOT NULL,
+  PRIMARY KEY(run_id, closed_number));
+CREATE TABLE IF NOT EXISTS state_piece(
+  run_id TEXT NOT NULL, name TEXT NOT NULL, closed_number INTEGER NOT NULL, body BLOB NOT NULL,
+  PRIMARY KEY(run_id, name, closed_number));
 CREATE TABLE IF NOT EXISTS state(
   run_id TEXT NOT NULL, name TEXT NOT NULL, closed_number INTEGER NOT NULL, attempt INTEGER NOT NULL,
   step INTEGER NOT NULL, body BLOB NOT NULL, PRIMARY KEY(run_id, name));
