@@ -1,8 +1,8 @@
 """Every metric by name: what docs/metrics.md promises, the projection writes and the report groups.
 
-A second table has what Sidestep says of itself, which docs/sidecar_metrics.md describes. Placeholders stand in
-braces: ``{module}``, ``{param}``, ``{group}``, ``{epoch}``, ``{rule}``, ``{kind}``. Tests compare the tables with the two
-pages and with what a run really writes.
+A second table has what Sidestep says of itself, which docs/sidecar_metrics.md describes. Placeholders stand in braces:
+``{module}``, ``{param}``, ``{group}``, ``{epoch}``, ``{rule}``, ``{kind}``. Tests compare the tables with the two pages
+and with what a run really writes.
 """
 
 from __future__ import annotations
