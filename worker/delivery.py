@@ -6,6 +6,7 @@ None of them is waited for while a training goes on; what they lack stays in the
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sqlite3
 import time
@@ -25,6 +26,13 @@ _POLL_SECONDS: Final = 0.05
 _LEAST_STOP_SECONDS: Final = 1.0
 
 Mode = Literal["offline", "online", "disabled"]
+_TUNED: Final[Mapping[str, str]] = {
+    "SIDESTEP_WANDB_ROWS_PER_SECOND": "rows_per_second",
+    "SIDESTEP_WANDB_STALL_SECONDS": "stall_seconds",
+    "SIDESTEP_WANDB_START_SECONDS": "start_seconds",
+    "SIDESTEP_WANDB_FINISH_SECONDS": "finish_seconds",
+}
+"""Variables that change one field of ``WandbSinkConfig`` for all of a worker's runs."""
 _MODES: Final[Mapping[str, Mode]] = {
     "online": "online", "run": "online", "shared": "online",
     "offline": "offline", "dryrun": "offline", "disabled": "disabled",
@@ -44,6 +52,26 @@ def wandb_mode(chosen: str, environment: Mapping[str, str] | None = None) -> Mod
             raise ConfigError(f"wandb_mode: {wanted!r} (from WANDB_MODE) is not online, offline or disabled")
         return _MODES[wanted]
     return "online" if environment.get("WANDB_API_KEY") or _has_netrc_entry(environment) else "offline"
+
+
+def wandb_patience(environment: Mapping[str, str] | None = None) -> dict[str, float]:
+    """Return the fields of ``WandbSinkConfig`` that the environment sets (``SIDESTEP_WANDB_STALL_SECONDS`` and others).
+
+    Raises:
+        ConfigError: a value is no number of 0 or more, or 0 where it has to be positive.
+    """
+    environment = os.environ if environment is None else environment
+    chosen = {}
+    for variable, name in _TUNED.items():
+        if text := environment.get(variable):
+            try:
+                number = float(text)
+            except ValueError:
+                number = math.nan
+            if not math.isfinite(number) or number < 0 or (number == 0 and name != "rows_per_second"):
+                raise ConfigError(f"{variable}: {text!r} is not a number above 0 (rows per second: 0 for no limit)")
+            chosen[name] = number
+    return chosen
 
 
 def _has_netrc_entry(environment: Mapping[str, str]) -> bool:
@@ -76,6 +104,7 @@ class Deliveries:
         self._out = out
         self._console = console
         self._mode = mode
+        self._patience = wandb_patience()
         self._supervisors: dict[str, WandbSupervisor] = {}
         self._broken: set[str] = set()
 
@@ -91,6 +120,7 @@ class Deliveries:
                 out=self._out,
                 mode=self._mode,
                 environment={name: value for name, value in defaults.items() if value},
+                **self._patience,
             )
         )
         self._supervisors[run_id] = made

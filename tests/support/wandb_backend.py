@@ -41,6 +41,13 @@ class BackendRun:
     overwritten_lines: int = 0
     """History lines that were sent again with other values (the logging process's own clock left out)."""
     repeated_lines: int = 0
+    """History lines that were sent again."""
+    identical_lines: int = 0
+    """Of those, the ones whose bytes were the same, the clock of the process that logged included."""
+    relinked_tables: int = 0
+    """Of those, the ones that name another upload of a table beside the same scalars."""
+    posts_by_status: Counter[int] = field(default_factory=Counter)
+    """Answers to the run's file stream."""
     holes: int = 0
     """History lines that were sent beyond the end of what was there."""
     alerts: list[dict[str, Any]] = field(default_factory=list)
@@ -68,14 +75,28 @@ class BackendRun:
 
     def _count(self, stored: Mapping[int, str], number: int, line: str) -> None:
         if number in stored:
+            before, after = _values(stored[number]), _values(line)
             self.repeated_lines += 1
-            self.overwritten_lines += _values(stored[number]) != _values(line)
+            self.identical_lines += stored[number] == line
+            self.overwritten_lines += _without_tables(before) != _without_tables(after)
+            self.relinked_tables += _without_tables(before) == _without_tables(after) and before != after
         elif number != len(stored):
             self.holes += 1
 
 
 def _values(line: str) -> dict[str, Any]:
     return {key: value for key, value in json.loads(line).items() if key != _CLOCK_KEY}
+
+
+def _without_tables(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave the uploads of tables out: each has an address of its own, whoever logs the table."""
+    return {key: "table" if table_path(value) else value for key, value in values.items()}
+
+
+def table_path(value: object) -> str:
+    """Return which upload a row's value names, empty where it is no table."""
+    is_table = isinstance(value, dict) and value.get("_type") == "table-file"
+    return str(value["artifact_path"]) if is_table and isinstance(value, dict) else ""
 
 
 @dataclass(kw_only=True)
@@ -165,6 +186,15 @@ class WandbBackend:
                 run.exit_code = post.get("exitcode")
             return {"stopped": run_id in self.stopped_runs}
 
+    def has_table(self, path: str) -> bool:
+        """Return whether the upload that a row names (``table_path``) is committed, its file included."""
+        client_id, _, name = path.removeprefix("wandb-client-artifact://").partition("/")
+        with self.lock:
+            made = [key for key, artifact in self.artifacts.items() if artifact["client_id"] == client_id]
+            return any(
+                self.artifacts[key]["state"] == "COMMITTED" and f"/artifact/{key}/{name}" in self.files for key in made
+            )
+
     def answer(self, operation: str, variables: Mapping[str, Any]) -> dict[str, Any]:
         """Answer a GraphQL operation; one that is not known is an error, as it is at the real server."""
         with self.lock:
@@ -231,7 +261,8 @@ class WandbBackend:
 
     def _create_artifact(self, variables: Mapping[str, Any]) -> dict[str, Any]:
         given, made = variables["input"], f"artifact{len(self.artifacts)}"
-        self.artifacts[made] = {"digest": given.get("digest"), "run": given.get("runName"), "state": "PENDING"}
+        self.artifacts[made] = {"digest": given.get("digest"), "run": given.get("runName"), "state": "PENDING",
+                                "client_id": given.get("clientID")}  # fmt: skip
         artifact = {"id": made, "state": "PENDING", "artifactSequence": {"latestArtifact": None}}
         return {"createArtifact": {"artifact": artifact}}
 
@@ -303,7 +334,7 @@ class _Connection(BaseHTTPRequestHandler):
             if not (self._fails("graphql") or self._fails(operation)):
                 self._reply(backend.answer(operation, query.get("variables") or {}))
         elif match := _STREAM_PATH.match(self.path):
-            if self._fails("filestream") or self._fails(f"filestream {match[1]}"):
+            if self._fails("filestream", match[1]) or self._fails(f"filestream {match[1]}", match[1]):
                 return
             answer = backend.stream(match[1], json.loads(body))
             backend.operations["stored late"] += self._late
@@ -322,10 +353,12 @@ class _Connection(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._reply({})
 
-    def _fails(self, kind: str) -> bool:
+    def _fails(self, kind: str, run_id: str = "") -> bool:
         fault = self.server.backend.fault_of(kind)
         if fault is None:
             return False
+        if run_id and not fault.delay_seconds and run_id in self.server.backend.runs:
+            self.server.backend.runs[run_id].posts_by_status[fault.status] += 1
         if fault.delay_seconds:
             time.sleep(fault.delay_seconds)
             self._late = True

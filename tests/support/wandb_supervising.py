@@ -80,11 +80,11 @@ def assert_every_row_once(run: BackendRun, rows: int) -> None:
     assert (run.holes, run.overwritten_lines, run.exit_code) == (0, 0, 0)
 
 
-def sync_fragments(out: Path, backend: WandbBackend) -> None:
+def sync_fragments(out: Path, backend: WandbBackend, timeout_seconds: float = 40.0) -> None:
     """Bring a folder's offline fragments to the server by W&B's own command, which ends with 0 whatever it met."""
     fragments = sorted(str(place) for place in (out / "wandb").glob("offline-run-*"))
     command = [sys.executable, "-m", "wandb", "sync", *fragments]
     environment = {**os.environ, **backend.environment, "WANDB_SILENT": "false"}
-    done = subprocess.run(command, check=True, env=environment, capture_output=True, timeout=40, text=True)
+    done = subprocess.run(command, check=True, env=environment, capture_output=True, timeout=timeout_seconds, text=True)
     assert done.stderr.count("Finished syncing") == len(fragments), done.stderr
     assert "ERROR" not in done.stderr
