@@ -109,6 +109,11 @@ class Assembler:
         return len(self._open)
 
     @property
+    def open_since(self) -> float | None:
+        """When the first message of the oldest open step came, on the clock of ``add``; None where no step is open."""
+        return min((held.first_part_at for held in list(self._open.values())), default=None)
+
+    @property
     def newest_step(self) -> int:
         """The newest step of which anything has come, -1 for none."""
         return max([self.last_closed, *self._open])
