@@ -255,6 +255,16 @@ class RunPipeline:
         )
         self._ended.add(assembler.incarnation.incarnation)
 
+    def standing(self, now: float) -> tuple[int, float]:
+        """Return the newest closed step, -1 for none, and how long the oldest open step has waited, in seconds.
+
+        ``now`` is on the clock of ``add``; any thread may ask.
+        """
+        assemblers = list(self._assemblers.values())
+        waiting = [each.open_since for each in assemblers if each.open_since is not None]
+        closed = assemblers[-1].last_closed if assemblers else -1
+        return closed, max(0.0, now - min(waiting)) if waiting else 0.0
+
     def statistics(self) -> dict[str, int]:
         """Return exact counts since the start, and what is open."""
         assemblers = list(self._assemblers.values())  # asked for on another thread
