@@ -1,6 +1,6 @@
 """A publisher and a worker process through refusals, a stop, a kill and a full window: the accounts balance throughout.
 
-At every step ``produced == accepted + refused + dropped + in_window`` on the publisher's side, and in the end the run says
+At every step ``produced == accepted + refused + dropped + in_window`` on the publisher's side. In the end the run says
 of its messages what the publisher and the journal say (docs/delivery.md, section 6; docs/sidecar_metrics.md).
 """
 
