@@ -8,11 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from sidestep.protocol.faults import Faults
 from sidestep.trainer_hooks.agreement import Agreed, agree, new_incarnation
 from sidestep.trainer_hooks.capture import ForwardReader
 from sidestep.trainer_hooks.checks import check_samples, check_topology
 from sidestep.trainer_hooks.config import HooksConfig
 from sidestep.trainer_hooks.console import Console
+from sidestep.trainer_hooks.faulty_staging import make_staging
 from sidestep.trainer_hooks.generation import GenerateFunction, Generator, with_prompts
 from sidestep.trainer_hooks.heads import find_head, head_sizes
 from sidestep.trainer_hooks.opening import Introduction, RunNames, choose_run_id, find_worker, introduce
@@ -21,7 +23,6 @@ from sidestep.trainer_hooks.reducing import Reducer
 from sidestep.trainer_hooks.reductions.learning_rate import group_names
 from sidestep.trainer_hooks.samples import Sample, samples_table
 from sidestep.trainer_hooks.session import Parts, Session
-from sidestep.trainer_hooks.staging import Staging
 from sidestep.trainer_hooks.support import EXACT, capabilities, support_line
 from sidestep.trainer_hooks.topology import Topology, read_topology
 from sidestep.trainer_hooks.transport import OpenTransport
@@ -113,13 +114,14 @@ def make_introduction(
     run_id: str | None,
     endpoint: str | None,
     transport: OpenTransport | None,
+    faults: Faults | None,
 ) -> Introduction | None:
     """The run, the tables and the way to the worker; None on a rank that does not hear from rank 0.
 
     Raises:
         EncodeError: a table or the run's configuration is too large.
         EndpointError: the endpoint is malformed.
-        ValueError: ``run_config`` is no configuration.
+        ValueError: ``run_config`` is no configuration, or ``faults`` name a point that there is not.
     """
     config, topology, console = training.config, seen.topology, Console()
     tables = {
@@ -154,10 +156,11 @@ def make_introduction(
         rank=topology.rank,
         hello=hello,
         blobs=blobs,
-        staging=Staging(max_host_bytes=config.staging_bytes, console=console),
+        staging=make_staging(faults, rank=topology.rank, max_host_bytes=config.staging_bytes, console=console),
         console=console,
         window_bytes=config.window_bytes,
         open_transport=transport,
+        faults=faults,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from sidestep.protocol.faults import Faults
 from sidestep.protocol.messages import Command
 from sidestep.trainer_hooks.attachment import (
     Training,
@@ -199,6 +200,7 @@ def attach(
     endpoint: str | None = None,
     run_id: str | None = None,
     transport: OpenTransport | None = None,
+    faults: Faults | None = None,
 ) -> Hooks:
     """Look over a training's shoulder: ship its raw signals to a worker, which makes metrics and warnings of them.
 
@@ -223,6 +225,7 @@ def attach(
         endpoint: where the worker listens, ``ipc://PATH`` or ``tcp://HOST:PORT``.
         run_id: the run to go on in; else ``SIDESTEP_RUN_ID``, else that of ``load_state_dict``, else a new one.
         transport: another way for the messages than the publisher (``InProcessTransport``).
+        faults: what is to go wrong on purpose, for tests of a training under failures; else ``SIDESTEP_FAULTS``.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -242,7 +245,14 @@ def attach(
     seen = look_at(training, tokenizer, samples)
     generator = make_generator(training, seen, generate_fn)
     introduction = make_introduction(
-        training, seen, names, step=step, run_id=run_id, endpoint=endpoint, transport=transport
+        training,
+        seen,
+        names,
+        step=step,
+        run_id=run_id,
+        endpoint=endpoint,
+        transport=transport,
+        faults=Faults.from_environment() if faults is None else faults,
     )
     if introduction is None:
         return Hooks(None, None, keep_step=False)

@@ -16,11 +16,14 @@ NEVER_DROPPED = frozenset({Kind.STEP_END, Kind.GOODBYE})
 _FRAME_OVERHEAD_BYTES = 512
 """Prefix, envelope and accounts of a frame, and the Python objects around an unsent message."""
 
+_ARRAY_OVERHEAD_BYTES = 112
+"""A numpy array beside its elements; empty ones have it too."""
+
 
 def estimate_bytes(value: object) -> int:
-    """Return about how many bytes ``value`` takes on the wire: exact for arrays and texts, generous for the rest."""
+    """Return about how many bytes ``value`` takes in memory, which is more than on the wire."""
     if isinstance(value, np.ndarray):
-        return value.nbytes + 32
+        return value.nbytes + _ARRAY_OVERHEAD_BYTES
     if isinstance(value, (str, bytes)):
         return len(value) + 8
     if isinstance(value, Mapping):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from sidestep.protocol import frames
+from sidestep.protocol.faults import Faults
 from sidestep.protocol.frames import Envelope
 from sidestep.protocol.messages import Hello
 from sidestep.protocol.tables import digest, encode_table
@@ -54,6 +55,8 @@ class Introduction:
     window_bytes: int
     open_transport: OpenTransport | None
     """In place of the publisher."""
+    faults: Faults | None = None
+    """What goes wrong on purpose."""
 
     def run_id(self, state: Mapping[str, Any]) -> str:
         """Explicit > ``SIDESTEP_RUN_ID`` > a checkpoint's > random (docs/delivery.md, section 1)."""
@@ -74,6 +77,7 @@ class Introduction:
             source=self.staging,
             console=self.console,
             window_bytes=self.window_bytes,
+            faults=self.faults,
         ).start()
 
 

@@ -16,14 +16,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from sidestep.protocol.endpoints import Endpoint
+from sidestep.protocol.faults import Faults
 from sidestep.protocol.frames import Envelope
 from sidestep.protocol.limits import WINDOW_BYTES
 from sidestep.protocol.messages import Command, Goodbye, Hello, Kind, Message, StepEnd
 from sidestep.trainer_hooks.accounts import KindAccount
-from sidestep.trainer_hooks.connection import DealerConnector
+from sidestep.trainer_hooks.connection import Connector, DealerConnector
 from sidestep.trainer_hooks.console import Console
 from sidestep.trainer_hooks.conversation import Conversation, Patience
 from sidestep.trainer_hooks.delivery import Delivery
+from sidestep.trainer_hooks.faults import POINTS, FaultyConnector, FaultyIntake
 from sidestep.trainer_hooks.link import Link
 from sidestep.trainer_hooks.pace import Pace
 from sidestep.trainer_hooks.publisher_statistics import PublisherStatistics
@@ -59,6 +61,7 @@ class Publisher:
         console: Console | None = None,
         window_bytes: int = WINDOW_BYTES,
         patience: Patience | None = None,
+        faults: Faults | None = None,
     ) -> None:
         """Make a publisher that does nothing until ``start``.
 
@@ -71,11 +74,12 @@ class Publisher:
             console: Where notices are shown; stderr by default.
             window_bytes: Bytes of unsent and unacked messages together.
             patience: How long what is waited for.
+            faults: What goes wrong on purpose (tests); else what ``SIDESTEP_FAULTS`` says, which is nothing.
 
         Raises:
             EndpointError: ``endpoint`` is malformed, or names any free port.
             EncodeError: ``hello`` cannot travel.
-            ValueError: ``window_bytes`` is not positive.
+            ValueError: ``window_bytes`` is not positive, or the faults name a point that there is not.
         """
         self._endpoint = Endpoint.parse(endpoint)
         self._console = console or Console()
@@ -98,9 +102,16 @@ class Publisher:
         self._wakes_to_close = threading.Event()
         self._next_rounds = 0.0
         self._deadline = 0.0
-        self._link = Link(
-            DealerConnector(self._endpoint), self._conversation, address=self._endpoint.address, console=self._console
-        )
+        connector: Connector = DealerConnector(self._endpoint)
+        self._faulty: FaultyIntake | None = None
+        faults = Faults.from_environment() if faults is None else faults
+        if faults is not None:
+            faults.check_points("trainer", POINTS)
+            self._faulty = FaultyIntake(faults, self._delivery, rank=identity.rank)
+            connector = FaultyConnector(
+                connector, faults, rank=identity.rank, newest_step=lambda: self._conversation.newest_step
+            )
+        self._link = Link(connector, self._conversation, address=self._endpoint.address, console=self._console)
         self._pace = Pace()
         self._statistics = PublisherStatistics()
         self._accounts: dict[Kind, KindAccount] = {}
@@ -212,6 +223,8 @@ class Publisher:
 
     def _settle_the_rest(self) -> None:
         self._take_in(time.monotonic())
+        if self._faulty is not None:
+            self._faulty.release()
         num_lost = self._delivery.abandon()
         self._publish_figures()
         if num_lost and not self._conversation.rejected:
@@ -222,6 +235,8 @@ class Publisher:
 
     def _tick(self, now: float) -> None:
         self._num_ticks += 1
+        if self._faulty is not None:
+            self._faulty.at_tick(self._conversation.newest_step)
         is_idle = not self._take_in(now) and self._delivery.num_unacked == 0
         is_rounds_turn = now >= self._next_rounds
         if is_rounds_turn:
@@ -253,7 +268,10 @@ class Publisher:
 
     def _take(self, message: Message) -> None:
         self._num_taken += 1
-        self._delivery.take(message)
+        if self._faulty is None:
+            self._delivery.take(message)
+        else:
+            self._faulty.take(message)
 
     def _publish_figures(self) -> None:
         delivery, conversation, link = self._delivery, self._conversation, self._link

@@ -30,7 +30,9 @@ _MAX_ENTRIES = 256
 
 
 @dataclass(slots=True, eq=False)
-class _Entry:
+class Entry:
+    """Copies on their way, and what becomes of them."""
+
     arrays: Arrays
     slot: Slot | None
     finish: Finish
@@ -75,8 +77,8 @@ class Staging:
         self._console = console or Console()
         self._ring = PinnedRing(num_slots=num_slots, max_bytes=max_host_bytes)
         self._max_host_bytes = max_host_bytes
-        self._copying: deque[_Entry] = deque()
-        self._ready: deque[_Entry] = deque()
+        self._copying: deque[Entry] = deque()
+        self._ready: deque[Entry] = deque()
         self._skips: deque[Skip] = deque()
         self._staged_bytes = self._finished_bytes = 0  # each has one writer: the training and the publisher thread
         self._num_staged = self._num_finished = self._num_skipped = self._num_finish_errors = 0
@@ -149,9 +151,9 @@ class Staging:
         *,
         owned: bool,
         held_bytes: int,
-    ) -> _Entry | None:
+    ) -> Entry | None:
         if not tensors:
-            return _Entry({}, None, finish, kinds, step, held_bytes) if self._has_room(held_bytes) else None
+            return Entry({}, None, finish, kinds, step, held_bytes) if self._has_room(held_bytes) else None
         device = {name: tensor.detach() for name, tensor in tensors.items() if tensor.is_cuda}
         host = {name: tensor.detach() for name, tensor in tensors.items() if tensor.is_cpu}
         if len(device) + len(host) < len(tensors):
@@ -163,14 +165,14 @@ class Staging:
         if device and slot is None:
             return None
         arrays = {name: _to_array(tensor, owned=owned) for name, tensor in host.items()}
-        return _Entry(arrays, slot, finish, kinds, step, size_bytes)
+        return Entry(arrays, slot, finish, kinds, step, size_bytes)
 
     def _has_room(self, size_bytes: int) -> bool:
         held_bytes = self._staged_bytes - self._finished_bytes
         return self.num_pending < _MAX_ENTRIES and held_bytes + size_bytes <= self._max_host_bytes
 
     @staticmethod
-    def _is_done(entry: _Entry) -> bool:
+    def _is_done(entry: Entry) -> bool:
         return entry.slot is None or entry.slot.is_done()
 
     # ------------------------------------------------------------------------------------- the publisher thread
@@ -192,7 +194,7 @@ class Staging:
         """Return the messages that never came to be since the last call."""
         return [self._skips.popleft() for _ in range(len(self._skips))]
 
-    def _finish(self, entry: _Entry) -> Sequence[Message]:
+    def _finish(self, entry: Entry) -> Sequence[Message]:
         try:
             arrays = entry.arrays
             if entry.slot is not None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sidestep.protocol.messages import Kind
 from sidestep.protocol.ranges import RangeSet
+
+_PARCEL_OVERHEAD_BYTES = 192
+_FRAME_OVERHEAD_BYTES = 48
 
 
 @dataclass(slots=True, eq=False)
@@ -21,11 +24,12 @@ class Parcel:
     frames: tuple[bytes, ...]
     settled: bool = False
     """True once it was acked or refused; nothing more of it is sent."""
+    size_bytes: int = field(init=False)
+    """Bytes of its frames and of the Python objects around them, which small messages are mostly made of."""
 
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of its frames."""
-        return sum(map(len, self.frames))
+    def __post_init__(self) -> None:
+        """Measure it once; its frames never change."""
+        self.size_bytes = _PARCEL_OVERHEAD_BYTES + sum(map(len, self.frames)) + _FRAME_OVERHEAD_BYTES * len(self.frames)
 
 
 class Window:
@@ -37,7 +41,7 @@ class Window:
         self._outgoing: deque[Parcel] = deque()
         self._frame_at = 0
         self.size_bytes = 0
-        """Bytes of all unacked frames."""
+        """Bytes of all unacked messages."""
         self.counts: Counter[Kind] = Counter()
         """Unacked messages per kind."""
         self.num_resends = 0

@@ -240,7 +240,7 @@ def test_messages_leave_in_order_of_arrival_over_all_lanes() -> None:
 
 
 def test_tables_go_first_then_statistics_then_losses() -> None:
-    delivery = Delivery(IDENTITY, window_bytes=10_000)
+    delivery = Delivery(IDENTITY, window_bytes=14_000)
     for message in (generation(1, 300), tokens(1, 50), losses(1, 300), losses(1, 300), losses(1, 300), losses(1, 300)):
         delivery.take(message)
     kinds = [m.kind for m in carried(delivery)]
