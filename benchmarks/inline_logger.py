@@ -1,36 +1,72 @@
 """The same metrics taken inline: on the training thread, read from the device at once, logged with ``wandb.log``.
 
 This is how such metrics are usually written (docs/metrics.md lists them): one ``.item()`` per value, the loss over
-every position, one blocking generation per sample. It stands beside Sidestep in ``step_overhead.py``, nowhere else.
+every position, one blocking generation per sample. It stands beside Sidestep in ``step_overhead.py`` and
+``nanovlm_step.py``, nowhere else.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 import wandb
 from torch.nn import functional as F
 
-from sidestep.examples.digits_vqa.prompts import mixed_prompts
-from sidestep.examples.digits_vqa.training import Training
 from sidestep.trainer_hooks.config import HooksConfig
 
 IGNORE_INDEX = -100
 
 
+class Prompt(Protocol):
+    """What to generate from."""
+
+    @property
+    def question(self) -> str:
+        """What the user says."""
+
+    @property
+    def answer(self) -> str:
+        """What should come."""
+
+    @property
+    def ids(self) -> list[int]:
+        """The conversation up to the answer."""
+
+    @property
+    def tiles(self) -> list[torch.Tensor]:
+        """Its images, as the model takes them."""
+
+
 class InlineLogger:
     """Has the hooks' calls, does all of their work on the spot."""
 
-    def __init__(self, training: Training, config: HooksConfig, *, generate: bool) -> None:
-        self._training, self._config, self._generate = training, config, generate
+    def __init__(
+        self,
+        model: Any,
+        optimizer: torch.optim.Optimizer,
+        tokenizer: Any,
+        prompts: Sequence[Prompt],
+        config: HooksConfig,
+    ) -> None:
+        """Open a run of its own, offline.
+
+        Args:
+            model: with nanoVLM's contract.
+            optimizer: whose rates are logged.
+            tokenizer: with ``eos_token_id``, a length and ``decode(ids)``.
+            prompts: what to generate from; none: no generation.
+            config: whose intervals hold.
+        """
+        self._model, self._optimizer, self._tokenizer = model, optimizer, tokenizer
+        self._config, self._prompts = config, prompts
         self._step, self._epoch_lengths = 0, list[int]()
         self._values: dict[str, Any] = {}
-        self._prompts = mixed_prompts(training.held_out, training.tokenizer, config.generation_samples)
         self._folder = tempfile.TemporaryDirectory(prefix="inline-logger-")
-        self._run = wandb.init(
+        self.run = wandb.init(
             mode="offline", dir=self._folder.name, settings=wandb.Settings(silent=True, console="off")
         )
 
@@ -58,7 +94,7 @@ class InlineLogger:
         if self._due(self._config.gradient_log_interval):
             self._gradients()
         if self._due(self._config.lr_interval):
-            for number, group in enumerate(self._training.optimizer.param_groups):
+            for number, group in enumerate(self._optimizer.param_groups):
                 self._values[f"lr/{number}"] = group["lr"]
 
     def after_step(self, step: int) -> None:
@@ -69,23 +105,23 @@ class InlineLogger:
             self._values["data/answer_length_std"] = lengths.std().item()
             self._values["data/answer_length_histogram"] = wandb.Histogram(self._epoch_lengths)
         wanted = self._due(self._config.generation_eval_interval) or self._due(self._config.collapse_detection_interval)
-        if self._generate and wanted:
+        if self._prompts and wanted:
             self._generations()
         if self._values:
-            self._run.log({"train/step": step, **self._values})
+            self.run.log({"train/step": step, **self._values}, step=step)
             self._values = {}
         self._step = step + 1
 
     def close(self) -> None:
         """End the run."""
-        self._run.finish()
+        self.run.finish()
         self._folder.cleanup()
 
     def _due(self, interval: int) -> bool:
         return interval > 0 and self._step % interval == 0
 
     def _answer_lengths(self, labels: torch.Tensor) -> list[int]:
-        lengths, eos = [], self._training.tokenizer.eos_token_id
+        lengths, eos = [], self._tokenizer.eos_token_id
         for row in labels.tolist():
             content, ended, inside = 0, False, False
             for target in [*row, IGNORE_INDEX]:
@@ -104,8 +140,8 @@ class InlineLogger:
         self._values |= {
             "tokens/total_tokens": ids.numel(),
             "tokens/unique_tokens": torch.unique(real).numel(),
-            "tokens/unique_token_ratio": torch.unique(real).numel() / len(self._training.tokenizer),
-            "tokens/eos_count": (real == self._training.tokenizer.eos_token_id).sum().item(),
+            "tokens/unique_token_ratio": torch.unique(real).numel() / len(self._tokenizer),
+            "tokens/eos_count": (real == self._tokenizer.eos_token_id).sum().item(),
             "tokens/pad_ratio": (mask == 0).float().mean().item(),
             "tokens/answer_length": sum(lengths) / max(len(lengths), 1),
             "tokens/answer_diversity_ratio": common / max(targets.numel(), 1),
@@ -131,7 +167,7 @@ class InlineLogger:
 
     def _gradients(self) -> None:
         norms = []
-        for name, parameter in self._training.model.named_parameters():
+        for name, parameter in self._model.named_parameters():
             if parameter.grad is None:
                 continue
             gradient = parameter.grad
@@ -146,23 +182,26 @@ class InlineLogger:
         self._values["gradients/global/total_norm"] = sum(norm**2 for norm in norms) ** 0.5
         self._values["gradients/global/avg_norm"] = sum(norms) / max(len(norms), 1)
 
+    def _content(self, ids: list[int]) -> list[int]:
+        eos = self._tokenizer.eos_token_id
+        return ids[: ids.index(eos)] if eos in ids else ids
+
     def _generations(self) -> None:
-        training = self._training
         table = wandb.Table(columns=["question", "generated", "target", "length"])
         tokens: list[int] = []
-        training.model.eval()
+        self._model.eval()
         for prompt in self._prompts:
-            made = training.model.generate(
+            made = self._model.generate(
                 torch.tensor([prompt.ids]),
                 [prompt.tiles],
                 attention_mask=torch.ones(1, len(prompt.ids), dtype=torch.int64),
                 max_new_tokens=self._config.max_new_tokens,
                 greedy=True,
             )
-            content = training.tokenizer.until_end(made[0].tolist())
+            content = self._content(made[0].tolist())
             tokens += content
-            table.add_data(prompt.question, training.tokenizer.decode(content), prompt.answer, len(content))
-        training.model.train()
+            table.add_data(prompt.question, self._tokenizer.decode(content), prompt.answer, len(content))
+        self._model.train()
         common = Counter(tokens).most_common(1)
         self._values |= {
             "generation/samples": table,

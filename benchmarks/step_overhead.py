@@ -11,50 +11,29 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
-import platform
 import sqlite3
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where this is run from does not matter
+
+from benchmarks.turns import TimedCalls, Turns, machine, spread, take_turns, worker_beside
+
 from sidestep.protocol import frames
 from sidestep.protocol.messages import Hello, Kind, StepEnd
 
 MODES = ("none", "sidestep_without_generation", "sidestep", "inline_without_generation", "inline")
-TURN_STEPS = 5
 WARMUP_STEPS = 10
 SHORTEST_INTERVAL_STEPS = 25
 """Of the defaults of ``HooksConfig``, which all modes use; the others are multiples of it."""
-
-
-class TimedCalls:
-    """Passes calls on and keeps the thread's CPU and the wall time of each."""
-
-    def __init__(self, hooks: Any) -> None:
-        self._hooks = hooks
-        self.calls: list[tuple[str, float, float]] = []
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        inner = getattr(self._hooks, name)
-
-        def timed(*arguments: Any, **named: Any) -> Any:
-            wall, cpu = time.perf_counter(), time.thread_time()
-            try:
-                return inner(*arguments, **named)
-            finally:
-                self.calls.append((name, time.thread_time() - cpu, time.perf_counter() - wall))
-
-        return timed
 
 
 class NoHooks:
@@ -73,17 +52,11 @@ class NoHooks:
         """Do nothing."""
 
 
-class Turns:
-    """An observer of the demo's loop that stops every few steps until it is this process' turn again."""
+class Observer:
+    """Sees the demo's loop end its steps."""
 
-    def __init__(self, pipe: Any, timed: TimedCalls) -> None:
-        self._pipe, self._timed = pipe, timed
-        self._steps: list[dict[str, Any]] = []
-        self._pipe.recv()
-        self._stamp()
-
-    def _stamp(self) -> None:
-        self._at = (time.perf_counter(), time.thread_time(), time.process_time())
+    def __init__(self, turns: Turns) -> None:
+        self._turns = turns
 
     def after_forward(self, *_: Any) -> None:
         """Nothing to see here."""
@@ -92,19 +65,8 @@ class Turns:
         """Nor here."""
 
     def after_step(self, step: int, *_: Any) -> None:
-        """Keep what the step cost; hand over at the end of a turn."""
-        now = (time.perf_counter(), time.thread_time(), time.process_time())
-        wall, thread_cpu, process_cpu = (b - a for a, b in zip(self._at, now, strict=True))
-        calls = self._timed.calls
-        self._steps.append(
-            {"step": step, "wall": wall, "thread_cpu": thread_cpu, "process_cpu": process_cpu, "calls": list(calls)}
-        )
-        calls.clear()
-        if len(self._steps) == TURN_STEPS:
-            self._pipe.send(self._steps)
-            self._steps = []
-            self._pipe.recv()
-        self._stamp()
+        """Keep what the step cost."""
+        self._turns.end_step(step)
 
 
 def train_in_turns(mode: str, num_steps: int, threads: int, pipe: Any) -> None:
@@ -113,6 +75,7 @@ def train_in_turns(mode: str, num_steps: int, threads: int, pipe: Any) -> None:
     from benchmarks.inline_logger import InlineLogger  # noqa: PLC0415
 
     import sidestep  # noqa: PLC0415
+    from sidestep.examples.digits_vqa.prompts import mixed_prompts  # noqa: PLC0415
     from sidestep.examples.digits_vqa.settings import Settings  # noqa: PLC0415
     from sidestep.examples.digits_vqa.training import build, generation_samples, train  # noqa: PLC0415
 
@@ -128,38 +91,15 @@ def train_in_turns(mode: str, num_steps: int, threads: int, pipe: Any) -> None:
             config=config, project="benchmark", name=mode,
         )  # fmt: skip
     elif mode.startswith("inline"):
-        hooks = InlineLogger(training, config, generate=mode == "inline")
+        prompts = mixed_prompts(training.held_out, training.tokenizer, config.generation_samples)
+        hooks = InlineLogger(
+            training.model, training.optimizer, training.tokenizer, prompts if mode == "inline" else (), config
+        )
     timed: Any = TimedCalls(hooks)
     pipe.send("ready")
-    losses = train(training, timed, Turns(pipe, timed))
+    losses = train(training, timed, Observer(Turns(pipe, timed)))
     hooks.close()
     pipe.send(losses)
-
-
-@contextmanager
-def worker(folder: Path) -> Any:
-    """A real worker beside the trainers, for as long as the block lasts."""
-    environment = {**os.environ, "SIDESTEP_HOME": str(folder / "home"), "WANDB_MODE": "offline"}
-    endpoint = f"ipc://{folder}/w.sock"
-    command = [
-        sys.executable,
-        "-m",
-        "sidestep.worker.cli",
-        "worker",
-        "--endpoint",
-        endpoint,
-        "--out",
-        str(folder / "out"),
-    ]
-    folder.chmod(0o700)
-    with (folder / "worker.log").open("wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    os.environ["SIDESTEP_ENDPOINT"] = endpoint
-    try:
-        yield process
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
 
 
 def hook_milliseconds(journal: Path) -> dict[str, list[float]]:
@@ -182,25 +122,8 @@ def hook_milliseconds(journal: Path) -> dict[str, list[float]]:
 
 def measure(num_steps: int, threads: int) -> tuple[dict[str, list[dict[str, Any]]], dict[str, list[float]], bool]:
     """Return each mode's steps, what the hooks counted, and whether all modes trained with the very same losses."""
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = {}, {}
-    with tempfile.TemporaryDirectory(prefix="sidestep-bench-") as folder, worker(Path(folder)):
-        for mode in MODES:
-            pipes[mode], theirs = context.Pipe()
-            processes[mode] = context.Process(target=train_in_turns, args=(mode, num_steps, threads, theirs))
-            processes[mode].start()
-        for pipe in pipes.values():
-            pipe.recv()
-        steps: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}
-        for _ in range(num_steps // TURN_STEPS):
-            for mode in MODES:
-                pipes[mode].send("go")
-                steps[mode] += pipes[mode].recv()
-        for pipe in pipes.values():
-            pipe.send("go")
-        losses = {mode: pipes[mode].recv() for mode in MODES}
-        for process in processes.values():
-            process.join(timeout=60)
+    with tempfile.TemporaryDirectory(prefix="sidestep-bench-") as folder, worker_beside(Path(folder)):
+        steps, losses = take_turns(MODES, train_in_turns, (num_steps, threads), num_steps)
         time.sleep(1.0)  # the worker stores what the goodbyes have just brought
         counted = hook_milliseconds(Path(folder) / "out" / "journal")
     return steps, counted, all(values == losses["none"] for values in losses.values())
@@ -228,11 +151,7 @@ def per_call(steps: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
             for name, cpu, _ in step["calls"]:
                 groups.setdefault(f"{name} ({'due' if due else 'nothing due'})", []).append(1e3 * cpu)
     for name, values in sorted(groups.items()):
-        ordered = sorted(values)
-        found[name] = {
-            "calls": len(values), "median": statistics.median(values), "mean": statistics.mean(values),
-            "p99": ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))], "max": ordered[-1],
-        }  # fmt: skip
+        found[name] = {"calls": len(values), **spread(values)}
     return found
 
 
@@ -277,8 +196,7 @@ def main() -> None:
     result = {
         "command": " ".join(["python", *sys.argv]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
+        **machine(),
         "steps_per_mode": num_steps,
         "losses_identical_in_all_modes": identical,
         "hooks_share_of_step": share["sidestep_without_generation"],
@@ -302,5 +220,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     main()
