@@ -66,15 +66,20 @@ def pack(arrays: Mapping[str, NDArray[Any]]) -> tuple[list[tuple[str, str, list[
 
 
 def _description(entry: object) -> tuple[str, np.dtype[Any], list[int]]:
-    if not isinstance(entry, list) or len(entry) < 3:
+    if type(entry) is not list or len(entry) < 3:
         raise DecodeError("an array's description is not a list of name, dtype and shape")
     name, dtype, shape = entry[:3]
-    if not isinstance(name, str) or not isinstance(dtype, str) or dtype not in WIRE_DTYPES:
-        raise DecodeError(f"the dtype {dtype!r} of array {name!r} may not travel")
-    if not isinstance(shape, list) or not all(type(axis) is int and axis >= 0 for axis in shape):
-        raise DecodeError(f"the shape {shape!r} of array {name!r} is not a list of lengths")
+    if type(name) is not str or type(dtype) is not str or dtype not in WIRE_DTYPES:
+        raise DecodeError(f"the dtype {str(dtype)[:64]!r} of array {str(name)[:64]!r} may not travel")
+    if type(shape) is not list:
+        raise DecodeError(f"the shape of array {name[:64]!r} is no list")
     if len(shape) > MAX_ARRAY_DIMENSIONS:
-        raise LimitExceededError(f"array {name!r} has {len(shape)} axes, more than {MAX_ARRAY_DIMENSIONS}")
+        raise LimitExceededError(f"array {name[:64]!r} has {len(shape)} axes, more than {MAX_ARRAY_DIMENSIONS}")
+    for axis in shape:
+        if type(axis) is not int or axis < 0:
+            raise DecodeError(f"the shape of array {name[:64]!r} is not a list of lengths")
+        if axis > MAX_MESSAGE_BYTES:
+            raise LimitExceededError(f"array {name[:64]!r} has an axis of more than {MAX_MESSAGE_BYTES} entries")
     return name, WIRE_DTYPES[dtype], shape
 
 
@@ -85,22 +90,25 @@ def unpack(descriptions: object, body: memoryview) -> dict[str, NDArray[Any]]:
         LimitExceededError: more arrays, axes or bytes than ``limits.py`` allows.
         DecodeError: a description is malformed, or does not fit the bytes that arrived.
     """
-    if not isinstance(descriptions, list):
+    if type(descriptions) is not list:
         raise DecodeError("the head's arrays are not a list")
     if len(descriptions) > MAX_ARRAYS:
         raise LimitExceededError(f"{len(descriptions)} arrays in one message, more than {MAX_ARRAYS}")
     arrays: dict[str, NDArray[Any]] = {}
     offset = 0
-    for name, dtype, shape in map(_description, descriptions):
-        num_bytes = math.prod(shape) * dtype.itemsize
+    for entry in descriptions:
+        name, dtype, shape = _description(entry)
+        count = math.prod(shape)
+        num_bytes = count * dtype.itemsize
         if num_bytes > MAX_MESSAGE_BYTES:
-            raise LimitExceededError(f"array {name!r} declares {num_bytes} bytes, more than {MAX_MESSAGE_BYTES}")
+            raise LimitExceededError(f"array {name[:64]!r} declares {num_bytes} bytes, more than {MAX_MESSAGE_BYTES}")
         if offset + num_bytes > len(body):
-            raise DecodeError(f"array {name!r} declares {num_bytes} bytes, {len(body) - offset} arrived")
+            raise DecodeError(f"array {name[:64]!r} declares {num_bytes} bytes, {len(body) - offset} arrived")
         if name in arrays:
-            raise DecodeError(f"array {name!r} is described twice")
-        arrays[name] = np.frombuffer(body, dtype, count=math.prod(shape), offset=offset).reshape(shape)
-        offset += num_bytes + padding(num_bytes)
+            raise DecodeError(f"array {name[:64]!r} is described twice")
+        flat = np.frombuffer(body, dtype, count, offset)
+        arrays[name] = flat if len(shape) == 1 else flat.reshape(shape)
+        offset += num_bytes + -num_bytes % ALIGNMENT_BYTES
     if offset != len(body):
         raise DecodeError(f"{len(body) - offset} bytes behind the last array")
     return arrays

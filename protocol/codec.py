@@ -10,13 +10,12 @@ import dataclasses
 import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sidestep.protocol.array_frame import check_array
+from sidestep.protocol.array_frame import WIRE_DTYPES, check_array
 from sidestep.protocol.errors import DecodeError, EncodeError, LimitExceededError
 from sidestep.protocol.limits import MAX_BLOB_BYTES, MAX_MAP_ENTRIES, MAX_NESTING_LEVELS, MAX_TEXT_BYTES
 from sidestep.protocol.messages import ArraySpec, Kind, Message
@@ -26,8 +25,7 @@ _INT64 = 1 << 63
 Check = Callable[[str, object], Any]
 
 
-@dataclass(frozen=True, slots=True)
-class FieldSchema:
+class FieldSchema(NamedTuple):
     """One field: how it is checked, whether it is an array, whether it may be missing."""
 
     name: str
@@ -35,6 +33,8 @@ class FieldSchema:
     array: ArraySpec | None
     raw_bytes: bool
     required: bool
+    dtype: np.dtype[Any] | None
+    """Of the array that it travels as; None for a plain field."""
 
 
 def _wrong(name: str, value: object, wanted: str) -> DecodeError:
@@ -42,6 +42,8 @@ def _wrong(name: str, value: object, wanted: str) -> DecodeError:
 
 
 def _check_int(name: str, value: object) -> int:
+    if type(value) is int and -_INT64 <= value < _INT64:
+        return value
     if not isinstance(value, int) or isinstance(value, bool):
         raise _wrong(name, value, "an integer")
     value = int(value)
@@ -51,6 +53,8 @@ def _check_int(name: str, value: object) -> int:
 
 
 def _check_float(name: str, value: object) -> float:
+    if type(value) is float:
+        return value
     if isinstance(value, int) and not isinstance(value, bool):
         value = float(_check_int(name, value))
     if not isinstance(value, float):
@@ -65,6 +69,8 @@ def _check_bool(name: str, value: object) -> bool:
 
 
 def _check_str(name: str, value: object) -> str:
+    if type(value) is str and len(value) * 4 <= MAX_TEXT_BYTES:
+        return value
     if not isinstance(value, str):
         raise _wrong(name, value, "a text")
     value = str.__str__(value)  # a member of a StrEnum is a text too
@@ -164,7 +170,9 @@ def _read_schema(message_type: type[Message]) -> tuple[FieldSchema, ...]:
         spec = _array_spec(annotation)
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         check = _check_json if spec else _check_of(annotation)
-        fields.append(FieldSchema(field.name, check, spec, annotation is bytes, required))
+        raw_bytes = annotation is bytes
+        dtype = WIRE_DTYPES[spec.dtype if spec else "uint8"] if spec or raw_bytes else None
+        fields.append(FieldSchema(field.name, check, spec, raw_bytes, required, dtype))
     return tuple(fields)
 
 
@@ -190,18 +198,6 @@ def to_fields(message: Message) -> tuple[dict[str, Any], dict[str, NDArray[Any]]
     return plain, arrays
 
 
-def _decoded(field: FieldSchema, plain: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Any:
-    if field.array is not None or field.raw_bytes:
-        array = arrays[field.name]
-        spec = field.array or ArraySpec("uint8", 1)
-        if array.dtype.name != spec.dtype or array.ndim != spec.axes:
-            raise DecodeError(
-                f"field {field.name!r} is {array.dtype}[{array.ndim} axes], not {spec.dtype}[{spec.axes} axes]"
-            )
-        return field.check(field.name, array.tobytes()) if field.raw_bytes else array
-    return field.check(field.name, plain[field.name])
-
-
 def from_fields(message_type: type[Message], plain: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Message:
     """Build a message of ``message_type``; unknown fields are skipped.
 
@@ -209,12 +205,20 @@ def from_fields(message_type: type[Message], plain: Mapping[str, Any], arrays: M
         DecodeError: a required field is missing, or a value is not of its declared type.
         LimitExceededError: a value is over a limit.
     """
-    values = {}
-    for field in schema(message_type):
-        if field.name in (arrays if field.array is not None or field.raw_bytes else plain):
-            values[field.name] = _decoded(field, plain, arrays)
-        elif field.required:
-            raise DecodeError(f"{message_type.__name__} has no field {field.name!r}")
+    values: dict[str, Any] = {}
+    for name, check, spec, raw_bytes, required, dtype in schema(message_type):
+        if dtype is None:
+            if name in plain:
+                values[name] = check(name, plain[name])
+                continue
+        elif name in arrays:
+            array, axes = arrays[name], spec.axes if spec else 1
+            if array.dtype != dtype or array.ndim != axes:
+                raise DecodeError(f"field {name!r} is {array.dtype}[{array.ndim} axes], not {dtype}[{axes} axes]")
+            values[name] = check(name, array.tobytes()) if raw_bytes else array
+            continue
+        if required:
+            raise DecodeError(f"{message_type.__name__} has no field {name!r}")
     return message_type(**values)
 
 

@@ -11,12 +11,14 @@ Peers a major version apart do not decode each other; a kind of a later minor ve
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import struct
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, cast
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple, NoReturn, cast
 
 import msgpack  # type: ignore[import-untyped]
 import numpy as np
@@ -25,24 +27,35 @@ from sidestep.protocol import array_frame, codec
 from sidestep.protocol.errors import DecodeError, EncodeError, IncompatibleWireError, LimitExceededError
 from sidestep.protocol.limits import (
     CHUNK_BYTES,
+    MAX_ACCOUNTS,
     MAX_CHUNKS,
     MAX_HEAD_BYTES,
+    MAX_HEAD_ENTRIES,
+    MAX_IDENTITY_CHARACTERS,
     MAX_MAP_ENTRIES,
     MAX_MESSAGE_BYTES,
+    MAX_NESTING_LEVELS,
     MAX_TEXT_BYTES,
 )
 from sidestep.protocol.messages import MESSAGE_TYPES, Kind, Message
+from sidestep.protocol.packed_bounds import check_packed
 from sidestep.protocol.version import WIRE_MAJOR, WIRE_MINOR
 
 MAGIC = b"SST"
 _PREFIX = struct.Struct("<3sBBBHII")
-MAX_IDENTITY_CHARACTERS = 128
+_COUNT_END: Final = 1 << 62
+"""Counts and numbers on the wire stay below it: sums of them fit 64 bits."""
+_WALK_HEAD_BYTES: Final = 1 << 10
+"""A head of up to so many bytes is unpacked as it is: nested as deep as it can be, it makes under 3 MiB of lists."""
+_HEAD_LEVELS: Final = MAX_NESTING_LEVELS + 3
+"""Around a free-form value are the head, its fields, and the field."""
+_PARTIAL_BYTES: Final = 512
+"""What it takes to keep track of a message in chunks, beside its pieces."""
 
 Frame = bytes | bytearray | memoryview
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Envelope:
+class Envelope(NamedTuple):
     """Whose message this is, which one, and what became of those before it."""
 
     run_id: str
@@ -50,14 +63,13 @@ class Envelope:
     rank: int
     sequence: int = 0
     """1, 2, ... per (incarnation, rank); 0 for kinds in ``messages.UNSEQUENCED``."""
-    accounts: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+    accounts: Mapping[str, tuple[int, int, int]] = MappingProxyType({})
     """Kind's name to (produced, dropped, refused), cumulative when the message was first sent."""
     resent: int = 0
     """Messages of this stream that were sent again until then, to a worker that had lost them."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FramePrefix:
+class FramePrefix(NamedTuple):
     """What the first 16 bytes say; enough to tell versions and kinds apart."""
 
     kind: int
@@ -85,7 +97,7 @@ def peek(frame: Frame) -> FramePrefix:
     magic, kind, major, minor, _, head_bytes, body_bytes = _PREFIX.unpack_from(frame)
     if magic != MAGIC:
         raise DecodeError("the frame does not begin with the protocol's magic bytes")
-    return FramePrefix(kind=kind, major=major, minor=minor, head_bytes=head_bytes, body_bytes=body_bytes)
+    return FramePrefix(kind, major, minor, head_bytes, body_bytes)
 
 
 def _assemble(kind: int, head: Mapping[str, Any], buffers: list[bytes]) -> bytes:
@@ -122,25 +134,44 @@ def encode(envelope: Envelope, message: Message) -> bytes:
     return _assemble(message.kind, head, buffers)
 
 
+def _refuse_extension(code: int, _content: bytes) -> NoReturn:
+    raise ValueError(f"an extension of type {code}")
+
+
+_unpack = functools.partial(
+    msgpack.unpackb,
+    raw=False,
+    strict_map_key=True,
+    ext_hook=_refuse_extension,
+    max_str_len=MAX_TEXT_BYTES,
+    max_bin_len=MAX_TEXT_BYTES,
+    max_array_len=MAX_MAP_ENTRIES,
+    max_map_len=MAX_MAP_ENTRIES,
+    max_ext_len=0,
+)
+
+
 def _parts(frame: Frame) -> tuple[FramePrefix, dict[str, Any], memoryview]:
     prefix = peek(frame)
-    if prefix.major != WIRE_MAJOR:
-        raise IncompatibleWireError(prefix.major, prefix.minor)
-    if prefix.head_bytes > MAX_HEAD_BYTES:
-        raise LimitExceededError(f"a head of {prefix.head_bytes} bytes, more than {MAX_HEAD_BYTES}")
-    body_at = _PREFIX.size + prefix.head_bytes + array_frame.padding(prefix.head_bytes)
-    if body_at + prefix.body_bytes != len(frame):
-        raise DecodeError(f"the frame declares {body_at + prefix.body_bytes} bytes, {len(frame)} arrived")
+    _, major, minor, head_bytes, body_bytes = prefix
+    if major != WIRE_MAJOR:
+        raise IncompatibleWireError(major, minor)
+    if head_bytes > MAX_HEAD_BYTES:
+        raise LimitExceededError(f"a head of {head_bytes} bytes, more than {MAX_HEAD_BYTES}")
+    body_at = _PREFIX.size + head_bytes + -head_bytes % array_frame.ALIGNMENT_BYTES
+    if body_at + body_bytes != len(frame):
+        raise DecodeError(f"the frame declares {body_at + body_bytes} bytes, {len(frame)} arrived")
+    if body_at + body_bytes > MAX_MESSAGE_BYTES:
+        raise LimitExceededError(f"a message of {len(frame)} bytes, more than {MAX_MESSAGE_BYTES}")
     view = memoryview(frame)
+    packed = view[_PREFIX.size : _PREFIX.size + head_bytes]
+    if head_bytes > _WALK_HEAD_BYTES:
+        check_packed(packed, max_levels=_HEAD_LEVELS, max_entries=MAX_HEAD_ENTRIES)
     try:
-        head = msgpack.unpackb(
-            view[_PREFIX.size : _PREFIX.size + prefix.head_bytes],
-            raw=False, strict_map_key=True, max_str_len=MAX_TEXT_BYTES, max_bin_len=MAX_TEXT_BYTES,
-            max_array_len=MAX_MAP_ENTRIES, max_map_len=MAX_MAP_ENTRIES, max_ext_len=0,
-        )  # fmt: skip
+        head = _unpack(packed)
     except (ValueError, msgpack.UnpackException, RecursionError) as error:
         raise DecodeError(f"the head is not msgpack within limits: {error}") from error
-    if not isinstance(head, dict):
+    if type(head) is not dict:
         raise DecodeError("the head is not a map")
     return prefix, head, view[body_at:]
 
@@ -151,37 +182,30 @@ def _envelope(head: Mapping[str, Any]) -> Envelope:
         raise DecodeError("the head has no envelope")
     run_id, incarnation, rank, sequence = entry[:4]
     for text in (run_id, incarnation):
-        if not isinstance(text, str) or len(text) > MAX_IDENTITY_CHARACTERS:
+        if type(text) is not str or len(text) > MAX_IDENTITY_CHARACTERS:
             raise DecodeError("a run or incarnation id is not a short text")
-    for number in (rank, sequence):
-        if type(number) is not int or not 0 <= number < 1 << 62:
-            raise DecodeError("a rank or sequence number is not a natural number")
     resent = head.get("n", 0)
-    if type(resent) is not int or not 0 <= resent < 1 << 62:
-        raise DecodeError("the count of resent messages is not a natural number")
-    return Envelope(
-        run_id=run_id,
-        incarnation=incarnation,
-        rank=rank,
-        sequence=sequence,
-        accounts=_accounts(head.get("a", {})),
-        resent=resent,
-    )
+    for number in (rank, sequence, resent):
+        if type(number) is not int or not 0 <= number < _COUNT_END:
+            raise DecodeError("a rank, a sequence number or the count of resent messages is not a natural number")
+    return Envelope(run_id, incarnation, rank, sequence, _accounts(head.get("a", {})), resent)
 
 
 def _accounts(entry: object) -> dict[str, tuple[int, int, int]]:
-    if not isinstance(entry, dict):
+    if type(entry) is not dict:
         raise DecodeError("the accounts are not a map")
+    if len(entry) > MAX_ACCOUNTS:
+        raise LimitExceededError(f"accounts of {len(entry)} kinds, more than {MAX_ACCOUNTS}")
     accounts = {}
     for name, counts in entry.items():
-        if (
-            not isinstance(name, str)
-            or not isinstance(counts, list)
-            or len(counts) != 3
-            or not all(type(count) is int for count in counts)
-        ):
-            raise DecodeError("an account is not three counts")
-        accounts[name] = (counts[0], counts[1], counts[2])
+        if type(name) is not str or len(name) > MAX_IDENTITY_CHARACTERS or type(counts) is not list or len(counts) != 3:
+            raise DecodeError("an account is not a kind's three counts")
+        produced, dropped, refused = counts
+        if not type(produced) is type(dropped) is type(refused) is int:
+            raise DecodeError("an account's counts are not integers")
+        if not (0 <= produced < _COUNT_END and 0 <= dropped < _COUNT_END and 0 <= refused < _COUNT_END):
+            raise DecodeError("an account's counts are not natural numbers")
+        accounts[name] = (produced, dropped, refused)
     return accounts
 
 
@@ -192,8 +216,7 @@ def identify(frame: Frame) -> Envelope:
         DecodeError: not even that can be read.
         IncompatibleWireError: another major version.
     """
-    _, head, _ = _parts(frame)
-    return _envelope(head)
+    return _envelope(_parts(frame)[1])
 
 
 def decode(frame: Frame) -> tuple[Envelope, Message | UnknownMessage]:
@@ -212,7 +235,7 @@ def decode(frame: Frame) -> tuple[Envelope, Message | UnknownMessage]:
             raise DecodeError("a chunk is not a whole message")
         return envelope, UnknownMessage(kind=prefix.kind)
     fields = head.get("f", {})
-    if not isinstance(fields, dict):
+    if type(fields) is not dict:
         raise DecodeError("the fields are not a map")
     return envelope, codec.from_fields(message_type, fields, arrays)
 
@@ -236,6 +259,11 @@ class _Partial:
     total_bytes: int
     pieces: list[bytes | None]
     missing: int
+    held_bytes: int = 0
+
+    @property
+    def cost_bytes(self) -> int:
+        return self.total_bytes + _PARTIAL_BYTES + 8 * len(self.pieces)
 
 
 class ChunkJoiner:
@@ -245,13 +273,10 @@ class ChunkJoiner:
         """Start with nothing held."""
         self._max_bytes = max_bytes
         self._partials: OrderedDict[str, _Partial] = OrderedDict()
+        self.held_bytes = 0
+        """Bytes that the messages which are not yet whole may come to, and what it takes to keep track of them."""
         self.given_up = 0
         """Messages whose first chunks were forgotten to stay within ``max_bytes``."""
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes declared by the messages that are not yet whole."""
-        return sum(partial.total_bytes for partial in self._partials.values())
 
     def add(self, frame: Frame) -> tuple[Envelope, bytes | None]:
         """Take one chunk; return its envelope, and the whole message's frame once every chunk is here.
@@ -259,23 +284,46 @@ class ChunkJoiner:
         Raises:
             DecodeError: a chunk that is malformed, contradicts its siblings, or a joined message of another digest.
         """
-        _, head, body = _parts(frame)
+        prefix, head, body = _parts(frame)
+        if prefix.kind != Kind.CHUNK:
+            raise DecodeError("a whole message is no chunk")
         envelope = _envelope(head)
         digest, index, count, total = self._placement(head.get("c"))
         piece = array_frame.unpack(head.get("r", []), body).get("piece")
         if piece is None or piece.dtype != np.uint8:
             raise DecodeError("a chunk has no bytes")
-        partial = self._partials.setdefault(digest, _Partial(total, [None] * count, count))
-        if partial.total_bytes != total or len(partial.pieces) != count:
-            raise DecodeError("chunks of one message disagree on its size")
+        partial = self._partial(digest, count, total)
         if partial.pieces[index] is None:
+            if partial.held_bytes + piece.nbytes > total:
+                self._forget(digest)
+                raise DecodeError("the chunks of one message are more bytes than they declare")
             partial.pieces[index] = piece.tobytes()
+            partial.held_bytes += piece.nbytes
             partial.missing -= 1
         if partial.missing:
-            self._keep_within_bounds()
             return envelope, None
-        del self._partials[digest]
+        self._forget(digest)
         return envelope, self._joined(partial, digest)
+
+    def give_up_oldest(self) -> None:
+        """Forget the message whose first chunk came before all others', where there is one."""
+        if self._partials:
+            self._forget(next(iter(self._partials)))
+            self.given_up += 1
+
+    def _partial(self, digest: str, count: int, total: int) -> _Partial:
+        partial = self._partials.get(digest)
+        if partial is None:
+            partial = self._partials[digest] = _Partial(total, [None] * count, count)
+            self.held_bytes += partial.cost_bytes
+            while self.held_bytes > self._max_bytes and len(self._partials) > 1:
+                self.give_up_oldest()
+        elif partial.total_bytes != total or len(partial.pieces) != count:
+            raise DecodeError("chunks of one message disagree on its size")
+        return partial
+
+    def _forget(self, digest: str) -> None:
+        self.held_bytes -= self._partials.pop(digest).cost_bytes
 
     @staticmethod
     def _placement(entry: object) -> tuple[str, int, int, int]:
@@ -291,11 +339,6 @@ class ChunkJoiner:
         if not (0 <= index < count <= MAX_CHUNKS and 0 < total <= MAX_MESSAGE_BYTES):
             raise LimitExceededError(f"chunk {index} of {count} of a message of {total} bytes is out of bounds")
         return digest, index, count, total
-
-    def _keep_within_bounds(self) -> None:
-        while self.held_bytes > self._max_bytes:
-            self._partials.popitem(last=False)
-            self.given_up += 1
 
     @staticmethod
     def _joined(partial: _Partial, digest: str) -> bytes:

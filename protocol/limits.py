@@ -32,8 +32,29 @@ MAX_NESTING_LEVELS = 16
 MAX_MAP_ENTRIES = 65_536
 """Entries of one map or list inside a head."""
 
+MAX_HEAD_ENTRIES = 262_144
+"""Entries of all maps and lists inside a head together, a map's keys and values each."""
+
+MAX_ACCOUNTS = 64
+"""Kinds in a head's accounts."""
+
+MAX_IDENTITY_CHARACTERS = 128
+"""A run's or incarnation's id."""
+
+MAX_RANKS = 65_536
+"""Ranks of one incarnation."""
+
+MAX_RANGES = 65_536
+"""Ranges of sequence numbers that one ack can name."""
+
+MAX_TABLES = 16
+"""Tables that one Hello names."""
+
 MAX_BLOB_BYTES = 48 << 20
 """One table by hash: a tokenizer, a parameter table, the samples with their images."""
+
+MAX_TABLE_ENTRIES = 4_194_304
+"""Entries of all maps and lists inside a table together, a map's keys and values each."""
 
 MAX_EXACT_LOSS_TOKENS_PER_STEP = 1_000_000
 """Labelled tokens of a due step, over all ranks, that are kept one by one (docs/metrics.md, "Due data too large")."""

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from sidestep.protocol.limits import MAX_RANGES
+
 
 class RangeSet:
     """A set of integers, kept as sorted, disjoint, non-adjacent inclusive ranges.
@@ -26,18 +28,26 @@ class RangeSet:
 
     @classmethod
     def from_ranges(cls, ranges: NDArray[np.int64]) -> RangeSet:
-        """Return the set of the inclusive ranges [n, 2].
+        """Return the set of the inclusive ranges [n, 2], in whatever order.
 
         Raises:
-            ValueError: a range ends before it begins.
+            ValueError: a range ends before it begins, or they are more than ``MAX_RANGES``.
         """
+        if len(ranges) > MAX_RANGES:
+            raise ValueError(f"{len(ranges)} ranges, more than {MAX_RANGES}")
         made = cls()
+        if len(ranges) > 1 and (ranges[1:, 0] < ranges[:-1, 0]).any():  # inserted in order, each costs the same
+            ranges = ranges[np.argsort(ranges[:, 0], kind="stable")]
         for first, last in ranges.tolist():
             made.add_range(first, last)
         return made
 
     def add(self, number: int) -> bool:
         """Add ``number``; return False where it was there already."""
+        lasts = self._lasts
+        if lasts and number == lasts[-1] + 1:
+            lasts[-1] = number
+            return True
         if number in self:
             return False
         self.add_range(number, number)
@@ -53,6 +63,10 @@ class RangeSet:
             raise ValueError(f"the range {first}..{last} ends before it begins")
         if self._lasts and first == self._lasts[-1] + 1:
             self._lasts[-1] = last
+            return
+        if not self._lasts or first > self._lasts[-1]:
+            self._firsts.append(first)
+            self._lasts.append(last)
             return
         low = bisect_right(self._lasts, first - 2)
         high = bisect_right(self._firsts, last + 1)
@@ -74,6 +88,16 @@ class RangeSet:
     def ranges(self) -> NDArray[np.int64]:
         """Return the inclusive ranges, ascending [n, 2]."""
         return np.array([self._firsts, self._lasts], np.int64).T.copy()
+
+    @property
+    def num_ranges(self) -> int:
+        """How many ranges it takes."""
+        return len(self._firsts)
+
+    @property
+    def newest(self) -> int | None:
+        """The highest number, None for none."""
+        return self._lasts[-1] if self._lasts else None
 
     def __len__(self) -> int:
         """Return how many numbers are in the set."""

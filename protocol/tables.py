@@ -10,9 +10,10 @@ from typing import cast
 
 import msgpack  # type: ignore[import-untyped]
 
-from sidestep.protocol.errors import DecodeError, EncodeError
-from sidestep.protocol.limits import MAX_BLOB_BYTES
+from sidestep.protocol.errors import DecodeError, EncodeError, LimitExceededError
+from sidestep.protocol.limits import MAX_BLOB_BYTES, MAX_NESTING_LEVELS, MAX_TABLE_ENTRIES
 from sidestep.protocol.messages import Json
+from sidestep.protocol.packed_bounds import check_packed
 
 
 def encode_table(value: Json) -> bytes:
@@ -37,8 +38,11 @@ def decode_table(content: bytes) -> Json:
     """Return what ``encode_table`` was given (tuples as lists).
 
     Raises:
-        DecodeError: not msgpack.
+        DecodeError: not msgpack; ``LimitExceededError`` where it is larger, deeper or of more entries than allowed.
     """
+    if len(content) > MAX_BLOB_BYTES:
+        raise LimitExceededError(f"a table of {len(content)} bytes, more than {MAX_BLOB_BYTES}")
+    check_packed(content, max_levels=MAX_NESTING_LEVELS, max_entries=MAX_TABLE_ENTRIES)
     try:
         return msgpack.unpackb(content, raw=False, strict_map_key=False, max_ext_len=0)
     except (ValueError, msgpack.UnpackException, RecursionError) as error:

@@ -6,8 +6,7 @@ Live and replay use the same function on the same inputs, so a replayed step is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from sidestep.protocol.errors import ProtocolError
 from sidestep.protocol.frames import Envelope, UnknownMessage, decode
@@ -20,8 +19,7 @@ Key: TypeAlias = tuple[int, int]
 """(rank, sequence) within one incarnation."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Journaled:
+class Journaled(NamedTuple):
     """One message that is on disk."""
 
     envelope: Envelope

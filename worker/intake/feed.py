@@ -10,12 +10,14 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 from sidestep.worker.intake.assembly import Journaled, journaled
 from sidestep.worker.intake.segments import Segments
 
 _READ_MESSAGES: Final = 1_000
+MAX_EVENTS: Final = 65_536
+"""Events that wait; of refused numbers, those beyond it are left to the assembler's deadline."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +28,7 @@ class HelloArrived:
     incarnation: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refused:
+class Refused(NamedTuple):
     """This sequence number will never come."""
 
     run_id: str
@@ -56,6 +57,9 @@ class Feed:
         self.read_back = 0
         """Messages that were read from the journal, a restart's included."""
 
+        self.left_out = 0
+        """Refused numbers that nobody was told of, because too many waited."""
+
     @property
     def next_arrival(self) -> int:
         """Arrival number before which everything has been taken."""
@@ -63,11 +67,11 @@ class Feed:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the messages in memory."""
+        """Memory that the messages here take, by what ``offer`` was told."""
         return self._held_bytes
 
     def offer(self, messages: Sequence[tuple[Journaled, int]]) -> None:
-        """Add messages that have just been committed, each with its size in bytes."""
+        """Add messages that have just been committed, each with the memory in bytes that it takes."""
         with self._lock:
             for each, size_bytes in messages:
                 if self._is_behind or self._held_bytes + size_bytes > self._limit_bytes:
@@ -79,6 +83,9 @@ class Feed:
 
     def tell(self, event: Event) -> None:
         """Add an event."""
+        if isinstance(event, Refused) and len(self._events) >= MAX_EVENTS:
+            self.left_out += 1
+            return
         self._events.append(event)
         self._arrived.set()
 

@@ -11,6 +11,8 @@ from sidestep.protocol.frames import ChunkJoiner, Envelope
 
 MAX_PEERS: Final = 16_384
 """Connections that are remembered; the one that was silent longest is forgotten first, and greeted again."""
+MAX_JOINING_BYTES: Final = 512 << 20
+"""Messages in chunks that are not whole yet, over all connections; the connection with the most gives up first."""
 ASK_AGAIN_SECONDS: Final = 10.0
 """A table that one rank was asked for in vain is asked of the next after it."""
 
@@ -34,10 +36,13 @@ class Peer:
 class Peers:
     """All connections that have said who they are."""
 
-    def __init__(self, max_peers: int = MAX_PEERS) -> None:
+    def __init__(self, max_peers: int = MAX_PEERS, max_joining_bytes: int = MAX_JOINING_BYTES) -> None:
         """Start with none."""
         self._peers: OrderedDict[bytes, Peer] = OrderedDict()
         self._max_peers = max_peers
+        self._max_joining_bytes = max_joining_bytes
+        self.joining_bytes = 0
+        """What all joiners hold together."""
 
     def __len__(self) -> int:
         """Return how many are remembered."""
@@ -50,19 +55,34 @@ class Peers:
     def meet(self, routing_id: bytes, envelope: Envelope, now: float) -> tuple[Peer, bool]:
         """Return the connection's peer and whether it is new; the same connection may not change its identity."""
         peer = self._peers.get(routing_id)
-        is_new = peer is None or (peer.incarnation, peer.rank) != (envelope.incarnation, envelope.rank)
-        if peer is None or is_new:
-            peer = Peer(routing_id, envelope.run_id, envelope.incarnation, envelope.rank, now)
-            self._peers[routing_id] = peer
-            if len(self._peers) > self._max_peers:
-                self._peers.popitem(last=False)
-        peer.last_seen = now
-        self._peers.move_to_end(routing_id)
-        return peer, is_new
+        if peer is not None and peer.incarnation == envelope.incarnation and peer.rank == envelope.rank:
+            peer.last_seen = now
+            self._peers.move_to_end(routing_id)
+            return peer, False
+        self.forget(routing_id)
+        peer = self._peers[routing_id] = Peer(routing_id, envelope.run_id, envelope.incarnation, envelope.rank, now)
+        if len(self._peers) > self._max_peers:
+            self.forget(next(iter(self._peers)))
+        return peer, True
+
+    def join(self, peer: Peer, frame: bytes) -> tuple[Envelope, bytes | None]:
+        """Give one chunk to the peer's joiner, within the bytes that all may hold; raises as ``ChunkJoiner.add``."""
+        before = peer.joiner.held_bytes
+        try:
+            return peer.joiner.add(frame)
+        finally:
+            self.joining_bytes += peer.joiner.held_bytes - before
+            while self.joining_bytes > self._max_joining_bytes:
+                greedy = max(self._peers.values(), key=lambda each: each.joiner.held_bytes).joiner
+                held = greedy.held_bytes
+                greedy.give_up_oldest()
+                self.joining_bytes += greedy.held_bytes - held
 
     def forget(self, routing_id: bytes) -> None:
         """Drop a connection that is gone."""
-        self._peers.pop(routing_id, None)
+        peer = self._peers.pop(routing_id, None)
+        if peer is not None:
+            self.joining_bytes -= peer.joiner.held_bytes
 
     def of_run(self, run_id: str) -> list[Peer]:
         """Return the run's connections, the lowest rank first; of one rank only the one heard last."""
@@ -81,10 +101,16 @@ class Wanted:
         self._present = set(present)
         self._asked: dict[str, tuple[bytes, float]] = {}
         self._known: dict[tuple[str, int], frozenset[str]] = {}
+        self._named: set[str] = set()
 
     def named(self, incarnation: str, rank: int, digests: Iterable[str]) -> None:
         """Remember which tables this rank can send."""
         self._known[incarnation, rank] = frozenset(digests)
+        self._named |= self._known[incarnation, rank]
+
+    def is_missing(self, digest: str) -> bool:
+        """Return whether a Hello named this table and nobody has sent it."""
+        return digest in self._named and digest not in self._present
 
     def arrived(self, digest: str) -> None:
         """A table is here."""

@@ -23,6 +23,8 @@ _IDLE_POLL_MILLISECONDS: Final = 50
 _BUSY_POLL_MILLISECONDS: Final = 5
 _FRAMES_PER_TURN: Final = 256
 _QUIET_SECONDS: Final = 0.3
+_NOBLOCK: Final = int(zmq.NOBLOCK)
+_RCVMORE: Final = int(zmq.RCVMORE)
 
 
 class Receiver:
@@ -110,17 +112,26 @@ class Receiver:
                 return
 
     def _read(self, socket: zmq.Socket[bytes]) -> None:
+        receive, option, reception, clock = socket.recv, socket.getsockopt, self._reception, time.monotonic
         for _ in range(_FRAMES_PER_TURN):
             try:
-                frames = socket.recv_multipart(zmq.NOBLOCK)
+                routing_id = receive(_NOBLOCK)
             except zmq.Again:
                 return
-            if len(frames) != 2:
+            if not option(_RCVMORE):
                 self._counts["malformed"] += 1
                 continue
-            now = time.monotonic()
-            self._say(socket, self._reception.take(frames[0], frames[1], now))
-            if self._reception.is_full or self._reception.commit_due(now):
+            frame = receive()
+            if option(_RCVMORE):
+                self._counts["malformed"] += 1
+                while option(_RCVMORE):
+                    receive()
+                continue
+            now = clock()
+            replies = reception.take(routing_id, frame, now)
+            if replies:
+                self._say(socket, replies)
+            if reception.is_full or reception.commit_due(now):
                 return
 
     def _say(self, socket: zmq.Socket[bytes], replies: Iterable[Reply]) -> None:

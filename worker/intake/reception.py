@@ -8,11 +8,10 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Final, NamedTuple, TypeAlias
 
 from sidestep.protocol.errors import DecodeError, IncompatibleWireError
-from sidestep.protocol.frames import Envelope, UnknownMessage, decode, identify, peek
+from sidestep.protocol.frames import Envelope, UnknownMessage, decode, identify
 from sidestep.protocol.messages import (
     UNSEQUENCED,
     Ack,
@@ -28,8 +27,10 @@ from sidestep.protocol.messages import (
     Reject,
     Welcome,
 )
+from sidestep.protocol.ranges import RangeSet
 from sidestep.protocol.tables import digest as digest_of
 from sidestep.worker.errors import JournalWriteError
+from sidestep.worker.intake.admission import MAX_HOLES, MAX_STRANGER_BYTES, MESSAGE_OVERHEAD_BYTES, is_within, why_not
 from sidestep.worker.intake.assembly import Journaled, step_of
 from sidestep.worker.intake.decisions import Incarnation
 from sidestep.worker.intake.feed import Feed, HelloArrived, Refused
@@ -43,13 +44,16 @@ Reply: TypeAlias = tuple[bytes, Envelope, Message]
 RETRY_SECONDS: Final = 1.0
 """Between two tries to write to a journal that could not be written."""
 MAX_WAITING_BYTES: Final = 64 << 20
-"""Uncommitted bytes at which nothing more is read from the socket."""
+"""Memory of what is not committed at which nothing more is read from the socket."""
 MAX_UNDELIVERED: Final = 256
 """Notices and commands that wait for a trainer to connect, per worker."""
-
-
 MAX_REJECTED: Final = 1_024
-"""Connections of another wire version that are remembered, so that each is told once."""
+"""Connections that are not talked to and are remembered, so that each is told once."""
+_NOBODY: Final = Envelope(run_id="", incarnation="", rank=0)
+
+
+_KIND_AT: Final = 3
+"""Where a frame's kind stands; its version follows."""
 
 
 class _Arrived(NamedTuple):
@@ -85,7 +89,9 @@ class Reception:
         for incarnation in self._incarnations:
             for rank, body in journal.index.hellos(incarnation).items():
                 self._remember_hello(incarnation, rank, body)
-        self._waiting: dict[tuple[str, int, int], tuple[Row, Journaled]] = {}
+        self._taken: dict[tuple[str, int], RangeSet] = {}
+        self._rows: list[Row] = []
+        self._waiting: list[tuple[Journaled, int]] = []
         self._waiting_bytes = 0
         self._waiting_since: float | None = None
         self._to_ack: dict[bytes, Peer] = {}
@@ -95,8 +101,7 @@ class Reception:
         self._counts: Counter[str] = Counter()
         self.last_heard: dict[str, float] = {}
         """Incarnation to when any of its ranks was last heard, on the clock that ``take`` is called with."""
-        self.produced: dict[tuple[str, int], int] = {}
-        """(incarnation, rank) to the messages it had produced when it was last heard."""
+        self._accounts: dict[tuple[str, int], Mapping[str, tuple[int, int, int]]] = {}
         self.failure = ""
         """Why the journal cannot be written at the moment; empty while it can."""
 
@@ -124,29 +129,36 @@ class Reception:
         replies: list[Reply] = []
         try:
             whole: bytes | None = frame
-            if peek(frame).kind == Kind.CHUNK:
-                peer = self._greet(routing_id, identify(frame), now, replies)
-                _, whole = peer.joiner.add(frame)
+            if len(frame) > _KIND_AT and frame[_KIND_AT] == Kind.CHUNK:
+                whole = self._join(routing_id, frame, now, replies)
             if whole is not None:
                 envelope, message = decode(whole)
                 self._take_message(_Arrived(routing_id, whole, now), envelope, message, replies)
         except IncompatibleWireError as error:
-            self._reject(routing_id, error, replies)
+            self._reject(routing_id, str(error), replies)
         except DecodeError as error:
             self._refuse(routing_id, frame, str(error), now, replies)
         except JournalWriteError as error:
             self._peers.forget(routing_id)
             self._fail(error, now)
-            replies.append((routing_id, Envelope(run_id="", incarnation="", rank=0), NoAck(reason=self.failure)))
+            replies.append((routing_id, _NOBODY, NoAck(reason=self.failure)))
         return replies
+
+    def _join(self, routing_id: bytes, frame: bytes, now: float, replies: list[Reply]) -> bytes | None:
+        peer = self._greet(routing_id, identify(frame), now, replies)
+        _, whole = self._peers.join(peer, frame)
+        if peer.incarnation not in self._incarnations and peer.joiner.held_bytes > MAX_STRANGER_BYTES:
+            self._counts["strangers"] += 1
+            self._peers.forget(routing_id)
+        return whole
 
     def _greet(self, routing_id: bytes, envelope: Envelope, now: float, replies: list[Reply]) -> Peer:
         """Return the connection's peer; one that is not known gets a Welcome, and sends all again that we lack."""
         peer, is_new = self._peers.meet(routing_id, envelope, now)
-        self.last_heard[envelope.incarnation] = now
-        if envelope.accounts:
-            produced = sum(counts[0] for counts in envelope.accounts.values())
-            self.produced[envelope.incarnation, envelope.rank] = produced
+        if is_within(envelope, self._incarnations):
+            self.last_heard[envelope.incarnation] = now
+            if envelope.accounts:
+                self._accounts[envelope.incarnation, envelope.rank] = envelope.accounts
         if is_new:
             self._counts["welcomes"] += 1
             welcome = Welcome(
@@ -165,19 +177,24 @@ class Reception:
             self._take_hello(arrived, envelope, message, replies)
             return
         peer = self._greet(arrived.routing_id, envelope, arrived.now, replies)
-        if isinstance(message, Blob):
-            self._take_blob(peer, message, arrived.now, replies)
-        elif isinstance(message, Heartbeat):
-            self._counts["heartbeats"] += 1
-        elif envelope.sequence == 0 or (isinstance(message, Message) and message.kind in UNSEQUENCED):
-            self._counts["misplaced"] += 1
+        if message.kind in UNSEQUENCED or envelope.sequence == 0:
+            if isinstance(message, Blob):
+                self._take_blob(peer, message, arrived.now, replies)
+            else:
+                self._counts["heartbeats" if isinstance(message, Heartbeat) else "misplaced"] += 1
         elif envelope.incarnation not in self._incarnations:
             self._counts["strangers"] += 1  # its Welcome has said that its Hello is not known; it comes again after it
+        elif not is_within(envelope, self._incarnations):
+            raise DecodeError("no such rank or run in this incarnation")
         else:
-            self._take_sequenced(peer, arrived, Journaled(envelope=envelope, message=message))
+            self._take_sequenced(peer, arrived, envelope, message)
 
     def _take_hello(self, arrived: _Arrived, envelope: Envelope, hello: Hello, replies: list[Reply]) -> None:
         stream = (envelope.incarnation, envelope.rank)
+        reason = why_not(envelope, hello, self._incarnations, len(self._hellos))
+        if reason:
+            self._reject(arrived.routing_id, reason, replies)
+            return
         if stream not in self._hellos:
             made = Incarnation(
                 incarnation=envelope.incarnation,
@@ -199,38 +216,54 @@ class Reception:
             replies.append(self._ack(peer, arrived.now))
 
     def _take_blob(self, peer: Peer, blob: Blob, now: float, replies: list[Reply]) -> None:
+        if not self._wanted.is_missing(blob.digest):
+            self._counts["misplaced"] += 1  # nobody's table, or one that is here
+            return
         if digest_of(blob.content) != blob.digest:
             self._counts["refused"] += 1
             return
         self._journal.index.add_blob(blob.digest, blob.content, self._clock())
         self._wanted.arrived(blob.digest)
-        self._feed.tell(HelloArrived(run_id=peer.run_id, incarnation=peer.incarnation))
+        if peer.incarnation in self._incarnations:
+            self._feed.tell(HelloArrived(run_id=peer.run_id, incarnation=peer.incarnation))
         replies.append(self._ack(peer, now))
 
-    def _take_sequenced(self, peer: Peer, arrived: _Arrived, each: Journaled) -> None:
-        rank, sequence = each.key
+    def _take_sequenced(
+        self, peer: Peer, arrived: _Arrived, envelope: Envelope, message: Message | UnknownMessage
+    ) -> None:
+        _, incarnation, rank, sequence, _, _ = envelope
+        taken = self._taken.get((incarnation, rank))
+        if taken is None:
+            taken = self._taken[incarnation, rank] = self._journal.segments.committed(incarnation, rank)
+        if taken.num_ranges >= MAX_HOLES and sequence - 1 not in taken and sequence + 1 not in taken:
+            raise DecodeError(f"the stream's numbers have {MAX_HOLES} holes already")
         self._to_ack[peer.routing_id] = peer
-        key = (each.envelope.incarnation, rank, sequence)
         if self._waiting_since is None:
             self._waiting_since = arrived.now
-        if key in self._waiting or self._journal.segments.holds(*key):
+        if not taken.add(sequence):
             self._counts["duplicates"] += 1
             return
-        prefix, body = peek(arrived.frame), bytes(arrived.frame)
-        step = step_of(each.message)
-        row = Row(*key, prefix.kind, step, prefix.major, prefix.minor, self._clock(), -1, body)
-        self._waiting[key] = (row, each)
-        self._waiting_bytes += len(body)
+        frame, at, received_at = bytes(arrived.frame), self._next_arrival(), self._clock()
+        major, minor = frame[_KIND_AT + 1], frame[_KIND_AT + 2]
+        step = step_of(message)
+        self._rows.append(Row(incarnation, rank, sequence, message.kind, step, major, minor, received_at, at, frame))
+        size_bytes = len(frame) + MESSAGE_OVERHEAD_BYTES
+        self._waiting.append((Journaled(envelope, message, at, received_at), size_bytes))
+        self._waiting_bytes += size_bytes
+
+    def _next_arrival(self) -> int:
+        """Only what waits here is ever appended, in its order, until it is."""
+        return self._journal.segments.next_arrival + len(self._rows)
 
     # ------------------------------------------------------------------------------------------------ what is wrong
 
-    def _reject(self, routing_id: bytes, error: IncompatibleWireError, replies: list[Reply]) -> None:
+    def _reject(self, routing_id: bytes, reason: str, replies: list[Reply]) -> None:
         self._counts["rejected"] += 1
         if len(self._rejected) > MAX_REJECTED:
             self._rejected.clear()
         if routing_id not in self._rejected:
             self._rejected.add(routing_id)
-            replies.append((routing_id, Envelope(run_id="", incarnation="", rank=0), Reject(reason=str(error))))
+            replies.append((routing_id, _NOBODY, Reject(reason=reason)))
 
     def _refuse(self, routing_id: bytes, frame: bytes, reason: str, now: float, replies: list[Reply]) -> None:
         self._counts["refused"] += 1
@@ -242,9 +275,8 @@ class Reception:
         peer = self._greet(routing_id, envelope, now, replies)
         if envelope.sequence and not self._journal.segments.holds(peer.incarnation, peer.rank, envelope.sequence):
             replies.append((routing_id, peer.envelope(), Refuse(sequence=envelope.sequence, reason=reason)))
-            self._feed.tell(
-                Refused(run_id=peer.run_id, incarnation=peer.incarnation, rank=peer.rank, sequence=envelope.sequence)
-            )
+            if is_within(envelope, self._incarnations):
+                self._feed.tell(Refused(peer.run_id, peer.incarnation, peer.rank, envelope.sequence))
 
     # ------------------------------------------------------------------------------------------------ commits
 
@@ -256,13 +288,7 @@ class Reception:
 
     def commit(self, now: float) -> list[Reply]:
         """Write what waits in one transaction; return the acks, or where it failed NoAcks, and keep it."""
-        first = self._journal.segments.next_arrival
-        rows: list[Row] = []
-        messages: list[tuple[Journaled, int]] = []
-        for at, (row, each) in enumerate(self._waiting.values(), first):
-            rows.append(row._replace(arrival=at))
-            messages.append((replace(each, arrival=at, received_at=row.received_at), len(row.body)))
-        peers = list(self._to_ack.values())
+        rows, peers = self._rows, list(self._to_ack.values())
         try:
             self._journal.segments.append(rows)
         except JournalWriteError as error:
@@ -271,7 +297,7 @@ class Reception:
         self.failure = ""
         self._counts["commits"] += 1
         self._counts["journaled"] += len(rows)
-        self._waiting.clear()
+        messages, self._waiting, self._rows = self._waiting, [], []
         self._waiting_bytes, self._waiting_since = 0, None
         self._to_ack.clear()
         self._feed.offer(messages)
@@ -306,7 +332,8 @@ class Reception:
 
     def account(self, incarnation: str) -> tuple[int, int]:
         """Return how many messages an incarnation had made when it was last heard, and how many are on disk."""
-        made = sum(count for (name, _), count in list(self.produced.items()) if name == incarnation)
+        accounts = [each for (name, _), each in list(self._accounts.items()) if name == incarnation]
+        made = sum(produced for each in accounts for produced, _, _ in each.values())
         segments = self._journal.segments
         held = sum(len(segments.committed(name, rank)) for name, rank in segments.streams() if name == incarnation)
         return made, held
