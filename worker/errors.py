@@ -7,6 +7,7 @@
     +-- JournalError         the journal cannot be used as it is: nothing was lost, read the text
     |   +-- JournalLockedError   another worker has it: use that one, or another folder
     |   +-- JournalWriteError    it cannot be written now (a full disk): kept in memory and tried again
+    |   +-- JournalDamageError   one of its files is broken: the text says which, and what to do
     +-- ListenError          the endpoint cannot or must not be listened on
         +-- EndpointBusyError    another worker serves it already: use that one
 """
@@ -32,6 +33,10 @@ class JournalLockedError(JournalError):
 
 class JournalWriteError(JournalError):
     """A transaction failed and nothing of it was kept; the same one may be tried again."""
+
+
+class JournalDamageError(JournalError):
+    """A file of the journal is no database any more, or not all of one."""
 
 
 class ListenError(WorkerError):

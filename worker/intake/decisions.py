@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from sidestep.worker.intake.schema import unpack_pairs
-from sidestep.worker.outbox import OutboxEntry
+from sidestep.worker.outbox import OutboxEntry, entry
 from sidestep.worker.records import StepClosing
 
 
@@ -81,7 +81,23 @@ class Rewind:
     closed_number: int = -1
 
 
-Decision: TypeAlias = StepClosing | Ending | ContextRecord | Repeat | Rewind
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loss:
+    """A file of the journal broke, and what that means for the run; said once in it."""
+
+    run_id: str
+    attempt: int
+    file: str
+    """The name that the broken file was given."""
+    text: str
+    closed_number: int = -1
+
+    def entries(self) -> tuple[OutboxEntry, ...]:
+        """Return what the run says of it."""
+        return (entry("notice", {"text": self.text, "level": "critical", "code": "journal_damaged"}),)
+
+
+Decision: TypeAlias = StepClosing | Ending | ContextRecord | Repeat | Rewind | Loss
 """What is recorded in the order it was decided, and obeyed by a replay."""
 
 
@@ -150,3 +166,9 @@ def rewind_of_row(row: tuple[Any, ...]) -> Rewind:
         run_id=run_id, attempt=attempt, closed_number=number, step=step, source_number=source_number,
         snapshot_number=snapshot_number, is_exact=bool(is_exact),
     )  # fmt: skip
+
+
+def loss_of_row(row: tuple[Any, ...]) -> Loss:
+    """Return a row of ``loss``."""
+    run_id, attempt, number, file, text = row
+    return Loss(run_id=run_id, attempt=attempt, closed_number=number, file=file, text=text)

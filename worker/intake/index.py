@@ -6,33 +6,44 @@ One SQLite file, one connection, shared by the worker's threads under a lock; ev
 from __future__ import annotations
 
 import sqlite3
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from sidestep.worker.errors import JournalError
-from sidestep.worker.intake.database import connect, transaction
+from sidestep.worker.errors import JournalDamageError, JournalError
+from sidestep.worker.intake.database import Database, damage_text, is_damage
 from sidestep.worker.intake.decisions import (
     Closure,
     ContextRecord,
     Decision,
     Ending,
     Incarnation,
+    Loss,
     Repeat,
     Rewind,
     State,
     context_of_row,
     ending_of_row,
+    loss_of_row,
     repeat_of_row,
     rewind_of_row,
     step_closing_of_row,
 )
-from sidestep.worker.intake.schema import INDEX_SCHEMA, SCHEMA_VERSION, pack_pairs
+from sidestep.worker.intake.schema import ADD_LAST_ARRIVALS, INDEX_SCHEMA, READABLE_SCHEMAS, SCHEMA_VERSION, pack_pairs
+from sidestep.worker.intake.segment_table import SegmentTable
 from sidestep.worker.intake.state_history import PIECES_QUERY, write_pieces
 from sidestep.worker.outbox import NUMBERED_KINDS, OutboxEntry, StoredEntry
 from sidestep.worker.records import StepClosing
+
+DECISION_TABLES: Final[Mapping[str, Callable[[tuple[Any, ...]], Decision]]] = {
+    "step_closed": step_closing_of_row,
+    "ending": ending_of_row,
+    "context": context_of_row,
+    "repeat": repeat_of_row,
+    "rewind": rewind_of_row,
+    "loss": loss_of_row,
+}
 
 
 @dataclass(slots=True)
@@ -45,35 +56,61 @@ class _Counters:
 class Index:
     """The index of one journal."""
 
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
-        """Open or make it.
+    def __init__(self, path: Path, *, read_only: bool = False, shared_log: bool = True) -> None:
+        """Open or make it; ``shared_log`` as ``connect`` has it.
 
         Raises:
+            JournalDamageError: it is broken; the text says what to do.
             JournalError: it cannot be opened, or is of a schema that this version does not know.
         """
         self.path = path
-        self._lock = threading.RLock()
-        self._connection = connect(path, read_only=read_only)
+        try:
+            self.database = Database(path, read_only=read_only, shared_log=shared_log)
+        except JournalDamageError as error:
+            raise JournalDamageError(damage_text(path, error)) from error
+        self._lock = self.database.lock
+        self._connection = self.database.connection
         self._counters: dict[str, _Counters] = {}
         try:
-            if not read_only:
-                self._connection.executescript(INDEX_SCHEMA)
+            self._open(is_writer=not read_only)
+            self._tables = {str(name) for (name,) in self._rows("SELECT name FROM sqlite_master")}
+            self.segments = SegmentTable(self.database)
+        except BaseException as error:
+            self.database.close()
+            if isinstance(error, sqlite3.Error) and is_damage(error):
+                raise JournalDamageError(damage_text(path, error)) from error
+            if isinstance(error, (sqlite3.Error, TypeError)):
+                raise JournalError(f"{path} is not a journal's index: {error}") from error
+            raise
+
+    def _open(self, *, is_writer: bool) -> None:
+        tables = {name for (name,) in self._connection.execute("SELECT name FROM sqlite_master")}
+        version = SCHEMA_VERSION
+        if "meta" in tables or not is_writer:
             (version,) = self._connection.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone()
-        except (sqlite3.Error, TypeError) as error:
-            self._connection.close()
-            raise JournalError(f"{path} is not a journal's index: {error}") from error
-        if version != SCHEMA_VERSION:
-            self._connection.close()
-            raise JournalError(f"{path} has schema {version}, this version of sidestep knows {SCHEMA_VERSION}")
+        if version not in READABLE_SCHEMAS:
+            raise JournalError(
+                f"{self.path} has schema {version}, this version of sidestep knows {' and '.join(READABLE_SCHEMAS)}"
+            )
+        if is_writer:
+            if version == "1" and "stream_range" in tables:
+                self._connection.execute(ADD_LAST_ARRIVALS)
+            self._connection.executescript(INDEX_SCHEMA)
+            self._connection.execute(
+                "UPDATE meta SET value = ? WHERE key = 'schema' AND value <> ?1", (SCHEMA_VERSION,)
+            )
+
+    @property
+    def shared_log(self) -> bool:
+        """Whether it has a write-ahead log."""
+        return str(self._connection.execute("PRAGMA journal_mode").fetchone()[0]) == "wal"
 
     def close(self) -> None:
         """Close the file; the last one to do so folds the write-ahead log in."""
-        with self._lock:
-            self._connection.close()
+        self.database.close()
 
     def _rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
-        with self._lock:
-            return self._connection.execute(query, values).fetchall()
+        return self.database.rows(query, *values)
 
     # ------------------------------------------------------------------------------------------------ who spoke
 
@@ -83,7 +120,8 @@ class Index:
         Raises:
             JournalWriteError: nothing was stored.
         """
-        with self._lock, transaction(self._connection) as connection:
+
+        def block(connection: sqlite3.Connection) -> None:
             connection.execute(
                 "INSERT OR IGNORE INTO run(run_id, created_at) VALUES (?, ?)", (made.run_id, made.first_seen)
             )
@@ -94,6 +132,8 @@ class Index:
             connection.execute(
                 "INSERT OR IGNORE INTO hello VALUES (?, ?, ?, ?)", (made.incarnation, rank, received_at, body)
             )
+
+        self.database.write(block)
         return next(each for each in self.incarnations(made.run_id) if each.incarnation == made.incarnation)
 
     def add_blob(self, digest: str, content: bytes, received_at: float) -> None:
@@ -102,8 +142,8 @@ class Index:
         Raises:
             JournalWriteError: nothing was stored.
         """
-        with self._lock, transaction(self._connection) as connection:
-            connection.execute("INSERT OR IGNORE INTO blob VALUES (?, ?, ?)", (digest, content, received_at))
+        values = (digest, content, received_at)
+        self.database.write(lambda made: made.execute("INSERT OR IGNORE INTO blob VALUES (?, ?, ?)", values))
 
     def runs(self) -> list[str]:
         """Return the runs, the oldest first."""
@@ -141,19 +181,9 @@ class Index:
             rows = self._rows(
                 "SELECT COALESCE(MAX(position) + 1, 0), COUNT(row_number) FROM outbox WHERE run_id = ?", run_id
             )
-            numbers = self._rows(
-                "SELECT MAX(n) + 1 FROM (SELECT -1 AS n"
-                " UNION ALL SELECT closed_number FROM step_closed WHERE run_id = ?"
-                " UNION ALL SELECT closed_number FROM ending WHERE run_id = ?"
-                " UNION ALL SELECT closed_number FROM context WHERE run_id = ?"
-                " UNION ALL SELECT closed_number FROM repeat WHERE run_id = ?"
-                " UNION ALL SELECT closed_number FROM rewind WHERE run_id = ?)",
-                run_id,
-                run_id,
-                run_id,
-                run_id,
-                run_id,
-            )
+            tables = [name for name in DECISION_TABLES if name in self._tables]
+            each = " UNION ALL ".join(f"SELECT closed_number AS n FROM {name} WHERE run_id = ?1" for name in tables)  # noqa: S608
+            numbers = self._rows(f"SELECT COALESCE(MAX(n) + 1, 0) FROM ({each})", run_id)  # noqa: S608
             (position, row_number), ((closed_number,),) = rows[0], numbers
             self._counters[run_id] = _Counters(int(position), int(row_number), int(closed_number))
         return self._counters[run_id]
@@ -170,15 +200,18 @@ class Index:
         """
         with self._lock:
             before = self._counters_of(run_id)
-            counters = _Counters(before.position, before.row_number, before.closed_number)
-            stored: list[StoredEntry] = []
-            with transaction(self._connection) as connection:
+
+            def block(connection: sqlite3.Connection) -> tuple[_Counters, list[StoredEntry]]:
+                counters = _Counters(before.position, before.row_number, before.closed_number)
+                stored: list[StoredEntry] = []
                 for closure in closures:
                     stored += self._write_one(connection, run_id, counters, closure)
                 if state is not None:
                     _write_state(connection, run_id, closures[-1].closing, counters.closed_number - 1, state)
-            self._counters[run_id] = counters
-            return stored
+                return counters, stored
+
+            self._counters[run_id], entries = self.database.write(block)
+            return list(entries)
 
     def _write_one(
         self, connection: sqlite3.Connection, run_id: str, counters: _Counters, closure: Closure
@@ -205,6 +238,9 @@ class Index:
         elif isinstance(closing, Repeat):
             rows = pack_pairs([(row_number, 0) for row_number in closing.row_numbers])
             connection.execute("INSERT INTO repeat VALUES (?, ?, ?, ?)", (run_id, closing.attempt, number, rows))
+        elif isinstance(closing, Loss):
+            told = (run_id, closing.attempt, number, closing.file, closing.text)
+            connection.execute("INSERT INTO loss VALUES (?, ?, ?, ?, ?)", told)
         elif isinstance(closing, Rewind):
             connection.execute(
                 "INSERT INTO rewind VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -258,13 +294,9 @@ class Index:
         """Return the run's recorded decisions from number ``first`` to ``last``, in the order they were made."""
         condition = "WHERE run_id = ? AND closed_number BETWEEN ? AND ?"
         made: list[Decision] = []
-        for table, decision_of in (
-            ("step_closed", step_closing_of_row),
-            ("ending", ending_of_row),
-            ("context", context_of_row),
-            ("repeat", repeat_of_row),
-            ("rewind", rewind_of_row),
-        ):
+        for table, decision_of in DECISION_TABLES.items():
+            if table not in self._tables:
+                continue  # of an older version, opened for reading
             rows = self._rows(f"SELECT * FROM {table} {condition}", run_id, first, last)  # noqa: S608  (the names above)
             made += [decision_of(row) for row in rows]
         return sorted(made, key=lambda each: each.closed_number)
@@ -305,6 +337,13 @@ class Index:
         rows = self._rows("SELECT * FROM ending WHERE run_id = ? ORDER BY closed_number", run_id)
         return [ending_of_row(row) for row in rows]
 
+    def losses(self, run_id: str) -> list[Loss]:
+        """Return what the run was told of broken files, in the order it was told."""
+        if "loss" not in self._tables:
+            return []
+        rows = self._rows("SELECT * FROM loss WHERE run_id = ? ORDER BY closed_number", run_id)
+        return [loss_of_row(row) for row in rows]
+
     def state(self, run_id: str) -> State | None:
         """Return the run's projection as it was after the newest closing, None where there was none."""
         rows = self._rows(
@@ -328,6 +367,37 @@ class Index:
             query = f"{query} AND step < ?2 ORDER BY step DESC, closed_number DESC LIMIT 1"
             rows = self._rows(query, run_id, before)
         return (int(rows[0][0]), int(rows[0][1]), int(rows[0][2])) if rows else None
+
+    def newest_attempt(self, run_id: str) -> int:
+        """Return the newest attempt of which a step has closed, -1 for none."""
+        rows = self._rows("SELECT MAX(attempt) FROM step_closed WHERE run_id = ? AND reason <> 'tail'", run_id)
+        return -1 if rows[0][0] is None else int(rows[0][0])
+
+    def newest_step_until(self, run_id: str, closed_number: int) -> int | None:
+        """Return the step of the newest closing of a step up to a number, None for none."""
+        rows = self._rows(
+            "SELECT step FROM step_closed WHERE run_id = ? AND reason <> 'tail' AND closed_number <= ?"
+            " ORDER BY closed_number DESC LIMIT 1",
+            run_id,
+            closed_number,
+        )
+        return int(rows[0][0]) if rows else None
+
+    def count_steps(self, run_id: str, first: int, last: int) -> int:
+        """Return how many of the closings from number ``first`` to ``last`` are of steps."""
+        query = "SELECT COUNT(*) FROM step_closed WHERE run_id = ? AND closed_number BETWEEN ? AND ?"
+        return int(self._rows(query, run_id, first, last)[0][0])
+
+    def closings_with_late_parts(self, run_id: str, after: int) -> list[StepClosing]:
+        """Return later closings of closing ``after``'s attempt that counted messages of earlier steps."""
+        rows = self._rows(
+            "SELECT * FROM step_closed WHERE run_id = ?1 AND closed_number > ?2 AND LENGTH(late_parts) > 0 AND"
+            " attempt = (SELECT attempt FROM step_closed WHERE run_id = ?1 AND closed_number = ?2)"
+            " ORDER BY closed_number",
+            run_id,
+            after,
+        )
+        return [step_closing_of_row(row) for row in rows]
 
     def rewinds(self, run_id: str) -> list[Rewind]:
         """Return where the run's trainers went back to, in the order they did."""
@@ -364,35 +434,13 @@ class Index:
         Raises:
             JournalWriteError: nothing was stored.
         """
-        with self._lock, transaction(self._connection) as connection:
-            connection.execute("INSERT OR REPLACE INTO sink_mark VALUES (?, ?, ?, ?)", (run_id, sink, position, body))
+        values = (run_id, sink, position, body)
+        self.database.write(lambda made: made.execute("INSERT OR REPLACE INTO sink_mark VALUES (?, ?, ?, ?)", values))
 
     def sink_mark(self, run_id: str, sink: str) -> int:
         """Return the position that the sink was marked with, -1 where it never was."""
         rows = self._rows("SELECT position FROM sink_mark WHERE run_id = ? AND sink = ?", run_id, sink)
         return int(rows[0][0]) if rows else -1
-
-    def seal(self, number: int, first: int, last: int, streams: Sequence[tuple[str, int, bytes]]) -> None:
-        """Record that a segment is full and which messages it holds.
-
-        Raises:
-            JournalWriteError: nothing was stored.
-        """
-        with self._lock, transaction(self._connection) as connection:
-            connection.execute("INSERT OR REPLACE INTO segment VALUES (?, ?, ?)", (number, first, last))
-            connection.executemany(
-                "INSERT OR REPLACE INTO stream_range VALUES (?, ?, ?, ?)",
-                [(number, incarnation, rank, ranges) for incarnation, rank, ranges in streams],
-            )
-
-    def sealed(self) -> dict[int, tuple[int, int]]:
-        """Return the full segments' numbers to their first and last arrival."""
-        return {int(n): (int(a), int(b)) for n, a, b in self._rows("SELECT * FROM segment ORDER BY number")}
-
-    def sealed_streams(self, number: int) -> list[tuple[str, int, bytes]]:
-        """Return what a full segment holds: (incarnation, rank, packed ranges)."""
-        rows = self._rows("SELECT incarnation, rank, ranges FROM stream_range WHERE segment = ?", number)
-        return [(str(incarnation), int(rank), bytes(ranges)) for incarnation, rank, ranges in rows]
 
 
 def _write_state(

@@ -7,21 +7,28 @@ from typing import Any, Final
 
 import numpy as np
 
-SCHEMA_VERSION: Final = "1"
+SCHEMA_VERSION: Final = "2"
+READABLE_SCHEMAS: Final = ("1", "2")
+"""Version 1 has no checksums in segments and knows of no segment that went; it is read, and becomes 2 when written."""
 
 SEGMENT_SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS message(
   incarnation TEXT NOT NULL, rank INTEGER NOT NULL, sequence INTEGER NOT NULL,
   kind INTEGER NOT NULL, step INTEGER NOT NULL, wire_major INTEGER NOT NULL, wire_minor INTEGER NOT NULL,
-  received_at REAL NOT NULL, arrival INTEGER NOT NULL, body BLOB NOT NULL,
+  received_at REAL NOT NULL, arrival INTEGER NOT NULL, body BLOB NOT NULL, checksum INTEGER,
   PRIMARY KEY(incarnation, rank, sequence)) WITHOUT ROWID;
 CREATE UNIQUE INDEX IF NOT EXISTS message_arrival ON message(arrival);
 """
-"""``body`` is the whole frame as it came; ``arrival`` counts over all segments, in the order of the commits."""
+"""``body`` is the whole frame as it came, ``checksum`` its CRC-32; ``arrival`` counts over all segments, in the order
+of the commits."""
+ADD_CHECKSUMS: Final = "ALTER TABLE message ADD COLUMN checksum INTEGER"
+"""Makes a segment of version 1 one of version 2; messages without a checksum are taken as they are."""
+ADD_LAST_ARRIVALS: Final = "ALTER TABLE stream_range ADD COLUMN last_arrival INTEGER"
+"""The same for an index."""
 
 INDEX_SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS meta(key TEXT PRIMARY KEY, value TEXT NOT NULL);
-INSERT OR IGNORE INTO meta VALUES ('schema', '1');
+INSERT OR IGNORE INTO meta VALUES ('schema', '2');
 CREATE TABLE IF NOT EXISTS run(run_id TEXT PRIMARY KEY, created_at REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS incarnation(
   incarnation TEXT PRIMARY KEY, run_id TEXT NOT NULL, attempt INTEGER NOT NULL, first_seen REAL NOT NULL,
@@ -66,8 +73,23 @@ CREATE TABLE IF NOT EXISTS segment(
   number INTEGER PRIMARY KEY, first_arrival INTEGER NOT NULL, last_arrival INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS stream_range(
   segment INTEGER NOT NULL, incarnation TEXT NOT NULL, rank INTEGER NOT NULL, ranges BLOB NOT NULL,
-  PRIMARY KEY(segment, incarnation, rank));
+  last_arrival INTEGER, PRIMARY KEY(segment, incarnation, rank));
+CREATE TABLE IF NOT EXISTS segment_deleted(
+  number INTEGER PRIMARY KEY, first_arrival INTEGER NOT NULL, last_arrival INTEGER NOT NULL,
+  messages INTEGER NOT NULL, size_bytes INTEGER NOT NULL, deleted_at REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS segment_damaged(
+  number INTEGER NOT NULL, file TEXT PRIMARY KEY, reason TEXT NOT NULL, found_at REAL NOT NULL,
+  is_complete INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS lost_range(
+  file TEXT NOT NULL, incarnation TEXT NOT NULL, rank INTEGER NOT NULL, used INTEGER NOT NULL, ranges BLOB NOT NULL,
+  PRIMARY KEY(file, incarnation, rank, used));
+CREATE TABLE IF NOT EXISTS loss(
+  run_id TEXT NOT NULL, attempt INTEGER NOT NULL, closed_number INTEGER NOT NULL, file TEXT NOT NULL,
+  text TEXT NOT NULL, PRIMARY KEY(run_id, closed_number));
 """
+"""``stream_range`` of segment 0 is what deleted segments held, and what closed steps used of damaged ones: messages
+that are known and never stored again. ``lost_range`` is what a damaged segment lacks; ``used`` where a closed step had
+it."""
 
 
 def pack_pairs(pairs: Iterable[tuple[int, int]]) -> bytes:

@@ -1,122 +1,142 @@
 """The journal's segments: every sequenced message, raw, once (docs/delivery.md, section 7).
 
-One thread appends; any thread reads. What a stream holds is known without reading bodies.
+One thread appends; any thread reads. What a stream holds is known without reading bodies. A segment that turns out to
+be broken is set aside when it is met, at opening or in reading: what can be read of it stays, what cannot is named.
 """
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NamedTuple
-
-import numpy as np
+from typing import Final
 
 from sidestep.protocol.ranges import RangeSet
-from sidestep.worker.errors import JournalError
-from sidestep.worker.intake.database import connect, transaction
+from sidestep.worker.errors import JournalDamageError, JournalError, JournalWriteError
+from sidestep.worker.intake import salvage
+from sidestep.worker.intake.damage import assess, cut_off, damage_line
+from sidestep.worker.intake.database import is_full, transaction
 from sidestep.worker.intake.index import Index
-from sidestep.worker.intake.schema import SEGMENT_SCHEMA
+from sidestep.worker.intake.reserve import Reserve
+from sidestep.worker.intake.segment_file import (
+    Row,
+    SegmentFile,
+    header_damage,
+    insert,
+    open_for_writing,
+    segment_path,
+    survey,
+)
+from sidestep.worker.intake.segment_table import KNOWN_SEGMENT, Damaged, Held, Stream, add_ranges
 
-_COLUMNS: Final = "incarnation, rank, sequence, kind, step, wire_major, wire_minor, received_at, arrival, body"
+__all__ = ["Row", "Segments"]
+_LOG: Final = logging.getLogger(__name__)
 _READ_ROWS: Final = 500
-
-
-class Row(NamedTuple):
-    """One message as it is stored."""
-
-    incarnation: str
-    rank: int
-    sequence: int
-    kind: int
-    step: int
-    """-1 for kinds without one."""
-    wire_major: int
-    wire_minor: int
-    received_at: float
-    """The worker's clock, unix seconds."""
-    arrival: int
-    body: bytes
-    """The whole frame."""
-
-
-@dataclass(slots=True)
-class _Segment:
-    number: int
-    first_arrival: int
-    last_arrival: int
-    streams: dict[tuple[str, int], RangeSet]
-    reader: sqlite3.Connection | None = None
 
 
 class Segments:
     """All segments of one journal, the last of which is written."""
 
-    def __init__(self, folder: Path, index: Index, *, segment_bytes: int, read_only: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        index: Index,
+        *,
+        segment_bytes: int,
+        read_only: bool = False,
+        reserve: Reserve | None = None,
+    ) -> None:
         """Open what is there; the last segment's streams are read from its index of arrivals.
 
         Raises:
-            JournalError: a segment that the index names is missing or damaged.
+            JournalError: a segment cannot be opened for a reason that is not its own.
         """
         self._folder = folder
         self._index = index
         self._segment_bytes = segment_bytes
         self._read_only = read_only
+        self._reserve = reserve
+        self._shared_log = read_only or index.shared_log
         self._lock = threading.RLock()
-        self._segments: list[_Segment] = []
-        self._committed: dict[tuple[str, int], RangeSet] = {}
+        self._segments: list[SegmentFile] = []
+        self._known: dict[Stream, RangeSet] = {}
+        self._committed: dict[Stream, RangeSet] = {}
         self._writer: sqlite3.Connection | None = None
+        self._unreadable: dict[int, str] = {}
         self.next_arrival = 0
         """The arrival number of the next message."""
         self._load()
 
-    def _path(self, number: int) -> Path:
-        return self._folder / f"segment-{number:06d}.sqlite"
+    # ------------------------------------------------------------------------------------------------ opening
 
     def _load(self) -> None:
-        sealed = self._index.sealed()
-        for number, (first, last) in sealed.items():
-            if not self._path(number).is_file():
-                raise JournalError(f"{self._path(number)} is missing")
-            streams = {
-                (incarnation, rank): RangeSet.from_ranges(np.frombuffer(packed, "<i8").reshape(-1, 2))
-                for incarnation, rank, packed in self._index.sealed_streams(number)
-            }
-            self._segments.append(_Segment(number, first, last, streams))
-        active = max(sealed, default=0) + 1
-        if self._path(active).is_file() or not self._read_only:
-            segment, connection = self._open_active(active)
-            self._segments.append(segment)
-            if self._read_only:
-                segment.reader = connection
-            else:
-                self._writer = connection
-        for segment in self._segments:
-            self.next_arrival = max(self.next_arrival, segment.last_arrival + 1)
-            for stream, ranges in segment.streams.items():
-                held = self._committed.setdefault(stream, RangeSet())
-                for first, last in ranges.ranges().tolist():
-                    held.add_range(first, last)
+        table = self._index.segments
+        if not self._read_only:
+            self._finish_what_was_begun()
+        for number, (first, last) in table.sealed().items():
+            path = segment_path(self._folder, number)
+            self._segments.append(SegmentFile(number, path, first, last, table.streams(number)))
+        newest = table.newest_number()
+        for segment in list(self._segments):
+            if reason := header_damage(segment.path):
+                self._break(segment, reason)
+        self._open_active(newest + 1)
+        self._recount()
+        held = max([table.newest_deleted_arrival(), *(segment.last_arrival for segment in self._segments)])
+        self.next_arrival = max(held, table.newest_arrival()) + 1
+        if not self._read_only:
+            self._tell_cut(held)
 
-    def _open_active(self, number: int) -> tuple[_Segment, sqlite3.Connection]:
-        connection = connect(self._path(number), read_only=self._read_only)
-        streams: dict[tuple[str, int], RangeSet] = {}
-        first = last = -1
+    def _finish_what_was_begun(self) -> None:
+        table = self._index.segments
+        for gone in table.deleted():
+            salvage.remove(segment_path(self._folder, gone.number))
+        for found in table.damaged():
+            salvage.rename(self._folder, found.number, found.file)
+        for path in self._folder.glob("segment-*.salvaged.sqlite"):
+            salvage.remove(path)
+
+    def _open_active(self, number: int) -> None:
+        path = segment_path(self._folder, number)
+        segment = SegmentFile(number, path)
+        if self._read_only:
+            if path.is_file():
+                self._segments.append(segment)
+                try:
+                    segment.select("SELECT 1 FROM message LIMIT 1", ())
+                    survey(segment, segment.connected())
+                except JournalDamageError as error:
+                    self._break(segment, str(error))
+            return
+        is_new = not path.is_file()
         try:
-            if not self._read_only:
-                connection.executescript(SEGMENT_SCHEMA)
-            query = (
-                "SELECT incarnation, rank, sequence, arrival FROM message INDEXED BY message_arrival ORDER BY arrival"
-            )
-            for incarnation, rank, sequence, arrival in connection.execute(query):
-                streams.setdefault((incarnation, rank), RangeSet()).add(sequence)
-                first, last = (arrival if first < 0 else first), arrival
-        except sqlite3.Error as error:
-            connection.close()
-            raise JournalError(f"{self._path(number)} cannot be read: {error}") from error
-        return _Segment(number, first, last, streams), connection
+            connection = open_for_writing(path, shared_log=self._shared_log)
+            try:
+                survey(segment, connection)
+            except BaseException:
+                connection.close()
+                raise
+        except JournalDamageError as error:
+            self._segments.append(segment)
+            self._break(segment, str(error), is_known=False)
+            return
+        if is_new:
+            salvage.sync_folder(self._folder)
+        self._writer = connection
+        self._segments.append(segment)
+
+    def _recount(self) -> None:
+        """Work out anew what is known of each stream."""
+        self._known = {name: held.ranges for name, held in self._index.segments.streams(KNOWN_SEGMENT).items()}
+        committed: dict[Stream, RangeSet] = {}
+        for stream, ranges in self._known.items():
+            add_ranges(committed.setdefault(stream, RangeSet()), ranges)
+        for segment in self._segments:
+            for stream, held in segment.streams.items():
+                add_ranges(committed.setdefault(stream, RangeSet()), held.ranges)
+        self._committed = committed
 
     # ------------------------------------------------------------------------------------------------ writing
 
@@ -130,56 +150,156 @@ class Segments:
             return
         if self._writer is None:
             raise JournalError("this journal is closed, or was opened for reading")
-        if self._active_bytes() >= self._segment_bytes:
-            self._rotate()
-        with transaction(self._writer) as connection:
-            connection.executemany(f"INSERT INTO message({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?)", rows)  # noqa: S608
+        if self._reserve is not None and not self._reserve.has_room():
+            raise JournalWriteError(self._reserve.reason)
+        try:
+            if self._active_bytes() >= self._segment_bytes:
+                self._rotate()
+            self._store(rows)
+        except (JournalWriteError, JournalDamageError) as error:
+            if self._reserve is not None and is_full(error.__cause__):
+                self._reserve.give_up()
+                raise JournalWriteError(self._reserve.reason) from error
+            raise JournalWriteError(str(error)) from error
         with self._lock:
             active = self._segments[-1]
-            if active.first_arrival < 0:
-                active.first_arrival = rows[0].arrival
-            active.last_arrival = rows[-1].arrival
             self.next_arrival = rows[-1].arrival + 1
             for row in rows:
+                active.add(row)
                 stream = (row.incarnation, row.rank)
-                active.streams.setdefault(stream, RangeSet()).add(row.sequence)
-                self._committed.setdefault(stream, RangeSet()).add(row.sequence)
+                committed = self._committed.get(stream)
+                if committed is None:
+                    committed = self._committed.setdefault(stream, RangeSet())
+                committed.add(row.sequence)
+
+    def _store(self, rows: Sequence[Row]) -> None:
+        try:
+            with transaction(self._open_writer) as connection:
+                insert(connection, rows)
+        except JournalDamageError as error:
+            self._break(self._segments[-1], str(error))
+            with transaction(self._open_writer) as connection:
+                insert(connection, rows)
+
+    @property
+    def _open_writer(self) -> sqlite3.Connection:
+        if self._writer is None:
+            raise JournalError("this journal is closed, or was opened for reading")
+        return self._writer
 
     def _active_bytes(self) -> int:
-        if self._writer is None:
-            return 0
-        (pages,) = self._writer.execute("PRAGMA page_count").fetchone()
-        (page_bytes,) = self._writer.execute("PRAGMA page_size").fetchone()
+        try:
+            (pages,) = self._open_writer.execute("PRAGMA page_count").fetchone()
+            (page_bytes,) = self._open_writer.execute("PRAGMA page_size").fetchone()
+        except sqlite3.Error as error:
+            raise JournalWriteError(f"the size of the newest segment cannot be told: {error}") from error
         return int(pages) * int(page_bytes)
 
     def _rotate(self) -> None:
         with self._lock:
-            full = self._segments[-1]
-            packed = [
-                (incarnation, rank, ranges.ranges().astype("<i8").tobytes())
-                for (incarnation, rank), ranges in full.streams.items()
-            ]
-            segment, connection = self._open_active(full.number + 1)
+            full, before = self._segments[-1], self._writer
             try:
-                self._index.seal(full.number, full.first_arrival, full.last_arrival, packed)
-            except BaseException:
-                connection.close()
-                raise
-            if self._writer is not None:
+                self._index.segments.seal(full.number, full.first_arrival, full.last_arrival, full.streams)
+                self._open_active(full.number + 1)
+            except JournalError as error:
+                raise JournalWriteError(f"no new segment can be begun: {error}") from error
+            if before is not None:
+                before.close()
+
+    # ------------------------------------------------------------------------------------------------ what broke
+
+    def _break(self, segment: SegmentFile, reason: str, *, is_known: bool = True) -> None:
+        """Set a broken segment aside; ``is_known`` is False where what it held is not known.
+
+        Raises:
+            JournalWriteError: there is no room to do so; nothing has changed.
+        """
+        with self._lock:
+            if self._read_only:
+                self._unreadable[segment.number] = reason
+                segment.close()
+                segment.streams = {}
+                segment.last_arrival = -1
+                self._recount()
+                return
+            segment.close()
+            was_active = segment is self._segments[-1] and segment.number > max(
+                self._index.segments.sealed(), default=0
+            )
+            if was_active and self._writer is not None:
                 self._writer.close()
-            self._writer = connection
-            self._segments.append(segment)
+                self._writer = None
+            copy = self._salvaged(segment, is_known=is_known)
+            found = assess(self._index, self._segments, segment, copy, reason, is_known=is_known)
+            first, last = (segment.first_arrival, segment.last_arrival) if is_known else (
+                copy.first_arrival, copy.last_arrival
+            )  # fmt: skip
+            self._index.segments.set_aside(found, first, last, copy.streams)
+            salvage.rename(self._folder, segment.number, found.file)
+            segment.streams, segment.first_arrival, segment.last_arrival = copy.streams, first, last
+            _LOG.error("%s", damage_line(self._folder, found))
+            if was_active:
+                self._open_active(segment.number + 1)
+            self._recount()
+
+    def _salvaged(self, segment: SegmentFile, *, is_known: bool) -> SegmentFile:
+        copy = SegmentFile(segment.number, salvage.salvaged_path(self._folder, segment.number))
+        known = segment.streams if is_known else None
+        try:
+            salvage.salvage(segment.path, copy, known, shared_log=self._shared_log)
+        except JournalError as error:
+            if self._reserve is not None and is_full(error.__cause__):
+                self._reserve.give_up()
+            raise JournalWriteError(f"{segment.path} is damaged, and cannot be set aside now: {error}") from error
+        return copy
+
+    def _tell_cut(self, held: int) -> None:
+        """Say where closed steps used messages that no segment has: the end of a log went."""
+        found = cut_off(self._index, self._segments, self._known, held)
+        if found is not None:
+            self._index.segments.set_aside_log(found)
+            _LOG.error("%s", damage_line(self._folder, found))
+            self._recount()
+
+    def damaged(self) -> list[Damaged]:
+        """Return what broke so far, in the order it was found."""
+        return self._index.segments.damaged()
+
+    def unreadable(self) -> dict[int, str]:
+        """Return, for a journal opened for reading, the segments that turned out to be broken, with the reason."""
+        return dict(self._unreadable)
+
+    # ------------------------------------------------------------------------------------------------ what goes
+
+    def sealed(self) -> list[SegmentFile]:
+        """Return the full segments, the oldest first."""
+        with self._lock:
+            return self._segments[:-1]
+
+    def delete(self, segment: SegmentFile) -> None:
+        """Delete a full segment for good; its messages stay known.
+
+        Raises:
+            JournalWriteError: nothing has changed.
+        """
+        with self._lock:
+            self._index.segments.delete(segment.number, segment.size_bytes())
+            self._segments.remove(segment)
+            segment.close()
+            for stream, held in segment.streams.items():
+                add_ranges(self._known.setdefault(stream, RangeSet()), held.ranges)
+        salvage.remove(segment.path)
 
     # ------------------------------------------------------------------------------------------------ reading
 
     def committed(self, incarnation: str, rank: int) -> RangeSet:
-        """Return a copy of the sequence numbers of a stream that are on disk."""
+        """Return a copy of the sequence numbers of a stream that are on disk, or were until their segment went."""
         with self._lock:
             held = self._committed.get((incarnation, rank))
             return RangeSet() if held is None else RangeSet.from_ranges(held.ranges())
 
     def holds(self, incarnation: str, rank: int, sequence: int) -> bool:
-        """Return whether this message is on disk."""
+        """Return whether this message is on disk, or was until its segment went."""
         with self._lock:
             held = self._committed.get((incarnation, rank))
             return held is not None and sequence in held
@@ -189,17 +309,18 @@ class Segments:
         with self._lock:
             return sorted(self._committed)
 
-    def _reader(self, segment: _Segment) -> sqlite3.Connection:
-        if segment.reader is None:
-            segment.reader = connect(self._path(segment.number), read_only=True)
-        return segment.reader
+    def num_gone(self, incarnations: Iterable[str]) -> int:
+        """Return how many messages of these incarnations are known and can be read no more."""
+        names = set(incarnations)
+        with self._lock:
+            return sum(len(ranges) for (name, _), ranges in self._known.items() if name in names)
 
-    def _query(self, segment: _Segment, condition: str, values: Iterable[object]) -> list[Row]:
-        query = f"SELECT {_COLUMNS} FROM message WHERE {condition}"  # noqa: S608  (conditions are this module's own)
+    def _rows(self, segment: SegmentFile, condition: str, values: Sequence[object]) -> list[Row]:
         try:
-            return [Row(*row) for row in self._reader(segment).execute(query, tuple(values))]
-        except sqlite3.Error as error:
-            raise JournalError(f"{self._path(segment.number)} cannot be read: {error}") from error
+            return segment.rows(condition, values)
+        except JournalDamageError as error:
+            self._break(segment, str(error))
+            return [] if self._read_only else segment.rows(condition, values)
 
     def since(self, arrival: int, limit: int) -> list[Row]:
         """Return up to ``limit`` messages from this arrival number on, in the order they arrived.
@@ -212,7 +333,7 @@ class Segments:
             for segment in self._segments:
                 if segment.last_arrival >= arrival and len(found) < limit:
                     condition = "arrival >= ? ORDER BY arrival LIMIT ?"
-                    found += self._query(segment, condition, (arrival, limit - len(found)))
+                    found += self._rows(segment, condition, (arrival, limit - len(found)))
         return found
 
     def first_since(self, incarnation: str, arrival: int) -> int | None:
@@ -227,14 +348,18 @@ class Segments:
         )
         with self._lock:
             for segment in self._segments:
-                if segment.last_arrival < arrival:
+                newest = max(
+                    (h.last_arrival for (name, _), h in segment.streams.items() if name == incarnation), default=-1
+                )
+                if newest < arrival:
                     continue
                 try:
-                    row = self._reader(segment).execute(query, (arrival, incarnation)).fetchone()
-                except sqlite3.Error as error:
-                    raise JournalError(f"{self._path(segment.number)} cannot be read: {error}") from error
-                if row is not None:
-                    return int(row[0])
+                    found = segment.select(query, (arrival, incarnation))
+                except JournalDamageError as error:
+                    self._break(segment, str(error))
+                    found = [] if self._read_only else segment.select(query, (arrival, incarnation))
+                if found:
+                    return int(found[0][0])
         return None
 
     def select(self, incarnation: str, keys: Iterable[tuple[int, int]]) -> dict[tuple[int, int], Row]:
@@ -246,18 +371,18 @@ class Segments:
         found: dict[tuple[int, int], Row] = {}
         wanted = set(keys)
         with self._lock:
-            for segment in reversed(self._segments):
+            for segment in self._segments[::-1]:
                 here = [
                     (rank, sequence)
                     for rank, sequence in sorted(wanted)
-                    if sequence in segment.streams.get((incarnation, rank), ())
+                    if sequence in segment.streams.get((incarnation, rank), _NOTHING).ranges
                 ]
                 for at in range(0, len(here), _READ_ROWS):
                     some = here[at : at + _READ_ROWS]
                     places = ",".join(["(?,?,?)"] * len(some))
                     values = [value for rank, sequence in some for value in (incarnation, rank, sequence)]
                     condition = f"(incarnation, rank, sequence) IN (VALUES {places})"
-                    found.update({(row.rank, row.sequence): row for row in self._query(segment, condition, values)})
+                    found.update({(row.rank, row.sequence): row for row in self._rows(segment, condition, values)})
                 wanted.difference_update(here)
                 if not wanted:
                     break
@@ -267,9 +392,10 @@ class Segments:
         """Close all files."""
         with self._lock:
             for segment in self._segments:
-                if segment.reader is not None:
-                    segment.reader.close()
-                    segment.reader = None
+                segment.close()
             if self._writer is not None:
                 self._writer.close()
                 self._writer = None
+
+
+_NOTHING: Final = Held()

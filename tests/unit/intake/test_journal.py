@@ -73,16 +73,6 @@ def test_segments_rotate_and_all_of_them_are_read(tmp_path: Path) -> None:
     again.close()
 
 
-def test_a_missing_segment_is_named(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, segment_bytes=1 << 16)
-    for number in range(30):
-        journal.segments.append([row(number + 1, number, text="y" * 8_000)])
-    journal.close()
-    (tmp_path / "segment-000001.sqlite").unlink()
-    with pytest.raises(JournalError, match=r"segment-000001\.sqlite is missing"):
-        Journal(tmp_path)
-
-
 def test_a_batch_is_stored_whole_or_not_at_all(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.segments.append([row(1, 0)])
@@ -112,7 +102,7 @@ def test_a_full_disk_is_told_and_the_same_batch_may_be_tried_again(tmp_path: Pat
 
 def test_two_workers_cannot_write_one_journal(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
-    with pytest.raises(JournalLockedError, match="another worker has the journal"):
+    with pytest.raises(JournalLockedError, match=rf"another worker \(pid {os.getpid()}\) has the journal"):
         Journal(tmp_path)
     reader = Journal(tmp_path, read_only=True)
     reader.close()
