@@ -101,6 +101,12 @@ class WorkerConfig:
     """A transaction is made sooner when this many wait."""
     segment_bytes: int = _option(1 << 30, _count(1 << 16), "BYTES", "size at which a journal's segment is followed")
     """By a new one."""
+    journal_max_bytes: int = _option(20 << 30, _count(0), "BYTES", "what the journal may take before old messages go")
+    """Whole segments go, the oldest first, once all their steps have closed; the outbox stays. 0: no bound."""
+    journal_on_network_fs: bool = _option(
+        default=False, convert=_flag, metavar="", meaning="take a journal's folder on a network file system"
+    )
+    """With slower commits, and no promise where a power loss or a second host is concerned."""
     feed_bytes: int = _option(64 << 20, _count(1 << 16), "BYTES", "arrived bytes kept in memory for assembly")
     """What is over it is read back from the journal."""
     sink_drain_seconds: float = _option(30.0, _seconds, "S", "how long the sinks may take when the worker ends")

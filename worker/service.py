@@ -24,6 +24,7 @@ from sidestep.worker.intake.journal import Journal
 from sidestep.worker.intake.listening import EndpointLock
 from sidestep.worker.intake.receiver import Receiver
 from sidestep.worker.intake.reception import Reception
+from sidestep.worker.intake.reserve import RESERVE_BYTES
 from sidestep.worker.pipeline import RunPipeline
 from sidestep.worker.sinks.console_sink import ConsoleSink
 from sidestep.worker.trainers import Trainers, is_alive
@@ -31,6 +32,7 @@ from sidestep.worker.trainers import Trainers, is_alive
 _LOG: Final = logging.getLogger(__name__)
 _TICK_SECONDS: Final = 0.05
 _SINK_POLL_SECONDS: Final = 0.2
+_TIDY_SECONDS: Final = 1.0
 _STUCK_SECONDS: Final = 10.0
 _TAKES_PER_TURN: Final = 8
 _RUNS_DELIVERED_AGAIN: Final = 8
@@ -59,7 +61,13 @@ class WorkerService:
         self._lock = EndpointLock(endpoint)
         out, folder = _places(config)
         try:
-            self.journal = Journal(folder, segment_bytes=config.segment_bytes)
+            self.journal = Journal(
+                folder,
+                segment_bytes=config.segment_bytes,
+                max_bytes=config.journal_max_bytes,
+                reserve_bytes=RESERVE_BYTES,
+                on_network_fs=config.journal_on_network_fs,
+            )
         except JournalError:
             self._lock.release()
             raise
@@ -87,6 +95,7 @@ class WorkerService:
         self._sinks_polled_at = 0.0
         self._last_turn = time.monotonic()
         self._unreadable = ""
+        self._tidied_at = 0.0
 
     @property
     def address(self) -> str:
@@ -204,7 +213,17 @@ class WorkerService:
                 self._reception.send(run_id, Command(action="stop", command_id=f"page-{self.instance}", reason=reason))
             for run_id, tables in news.unconfirmed_tables.items():
                 self._pipelines[run_id].repeat(tables)
+        self._tidy(now)
         return moved
+
+    def _tidy(self, now: float) -> None:
+        if now - self._tidied_at < _TIDY_SECONDS:
+            return
+        self._tidied_at = now
+        try:
+            self._deliveries.show(self.journal.tidy())
+        except JournalError as error:
+            _LOG.warning("the journal cannot be tidied up now: %s", error)
 
     def _lost(self, pipeline: RunPipeline, now: float, *, at_once: bool) -> dict[str, str]:
         lost = self._trainers.lost(pipeline.open_incarnations, self._reception.last_heard, now, at_once=at_once)
@@ -256,6 +275,7 @@ class WorkerService:
                 ("the loop is stuck", now - self._last_turn > 3 * _STUCK_SECONDS),
                 (self._reception.failure, bool(self._reception.failure)),
                 (self._unreadable, bool(self._unreadable)),
+                (self.journal.trouble, bool(self.journal.trouble)),
             )
             if is_so
         ]
@@ -268,6 +288,7 @@ class WorkerService:
             "journal": str(self.journal.folder),
             "started_at": self._started_at,
             "receiver": dict(self._receiver.statistics()),
+            "journal_state": self.journal.statistics(),
             "feed": {"held_bytes": self._feed.held_bytes, "read_back": self._feed.read_back},
             "runs": {run_id: pipeline.statistics() for run_id, pipeline in list(self._pipelines.items())},
             "sinks": self._deliveries.statistics(),
