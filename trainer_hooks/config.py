@@ -18,6 +18,8 @@ _INTERVALS = (
     "loss_breakdown_interval",
     "answer_length_interval",
     "lr_interval",
+    "signal_gradient_interval",
+    "image_probe_interval",
 )
 _RATIOS = ("single_token_dominance", "excessive_eos")
 _AT_LEAST_ONE = (
@@ -99,6 +101,17 @@ class HooksConfig:
     """Memory for what is not yet sent or not yet stored by the worker."""
     staging_bytes: int = 64 << 20
     """Pinned memory for copies that are on their way from the device."""
+    signal_rows_per_step: int = 896
+    """Labelled rows that are looked at in every step for the detectors, over all ranks; 0: no signals."""
+    signal_gradient_interval: int = 10
+    """Steps between two looks at the modules' gradient norms for the detectors; 0: never."""
+    overhead_budget: float | None = None
+    """Share of a step's time that every step's signals may take; rows are thinned to keep it. 0: no limit.
+
+    None: 0.02 where the training runs on the CPU, 0.005 on a device.
+    """
+    image_probe_interval: int = 100
+    """Steps between two probes of what the images are worth, two forwards of one micro-batch each; 0: never."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -114,6 +127,12 @@ class HooksConfig:
         for name in _OPTIONAL_IDS:
             value = getattr(self, name)
             _require(value is None or value >= 0, name, "must be None or at least 0", value)
+        rows, most = self.signal_rows_per_step, limits.MAX_SIGNAL_ROWS_PER_STEP
+        _require(0 <= rows <= most, "signal_rows_per_step", f"must be 0 (none) to {most}", rows)
+        budget = self.overhead_budget
+        _require(
+            budget is None or 0 <= budget < 1, "overhead_budget", "must be None, or at least 0 and below 1", budget
+        )
         _require(
             0 < self.high_loss_sigmas < float("inf"), "high_loss_sigmas", "must be positive", self.high_loss_sigmas
         )

@@ -23,11 +23,11 @@ from torch.nn import functional as F
 
 from sidestep.trainer_hooks.reductions.alignment import AlignedBatch
 from sidestep.trainer_hooks.reductions.cross_entropy import LogitsSource, cross_entropy, head_source, logits_source
+from sidestep.trainer_hooks.reductions.host_index import to_device
+from sidestep.trainer_hooks.reductions.position_hash import position_hash, position_hash_on_host
 
 LABELLED = 0x80
 """The bit of ``roles`` that says that a position counts at all; it stays on this side of the wire."""
-
-_MASK32 = 0xFFFF_FFFF
 
 
 def reduce_loss(
@@ -92,7 +92,7 @@ def _on_host(
         return parts
     index, roles = runs.rows, runs.roles()
     if max_rows is not None and index.size > max_rows:
-        taken = np.sort(np.argpartition(_hash_on_host(index, seed), -max_rows)[-max_rows:])
+        taken = np.sort(np.argpartition(position_hash_on_host(index, seed), -max_rows)[-max_rows:])
         index, roles = index[taken], roles[taken]
     return parts | _listed(batch, source, index, roles)
 
@@ -123,10 +123,10 @@ def _listed(
     """Take the losses at positions that the host has listed."""
     targets = batch.targets.numpy().reshape(-1)[index]
     if isinstance(source, Tensor):
-        losses = source.index_select(0, _to_device(index, source.device))
+        losses = source.index_select(0, to_device(index, source.device))
     else:
         places = (*np.divmod(index, batch.targets.shape[1]), targets.astype(np.int64))
-        listed = _to_device(np.stack(places), source.device)
+        listed = to_device(np.stack(places), source.device)
         losses = cross_entropy(source, *listed.unbind())
     return {
         "losses": losses,
@@ -148,7 +148,7 @@ def _all_positions(batch: AlignedBatch, losses: Tensor) -> dict[str, Tensor]:
 def _sampled(batch: AlignedBatch, source: LogitsSource, count: int, seed: int) -> dict[str, Tensor]:
     """Take the labelled positions of the largest hashes; positions without a label fill up where there are too few."""
     positions = batch.targets.shape[1]
-    keys = torch.where(batch.labelled.flatten(), _hash(batch.labelled.numel(), seed, batch.labelled.device), -1)
+    keys = torch.where(batch.labelled.flatten(), position_hash(batch.labelled.numel(), seed, batch.labelled.device), -1)
     index = keys.topk(count, sorted=False).indices
     targets = batch.targets.flatten().index_select(0, index).to(torch.int64)
     row, position = index // positions, index % positions
@@ -174,33 +174,6 @@ def _contexts(batch: AlignedBatch) -> dict[str, Tensor]:
         places = torch.arange(ids.shape[1], device=ids.device, dtype=torch.int32)
         parts["document_starts"] = (batch.new_documents * places).cummax(dim=1).values.to(torch.int32)
     return parts
-
-
-def _hash(count: int, seed: int, device: torch.device) -> Tensor:
-    """Return 32 well-mixed bits of each of ``count`` positions; int64, all different, apart from any generator."""
-    value = (torch.arange(count, device=device) + _offset(seed)) & _MASK32
-    value = ((value >> 16) ^ value) * 0x7FEB_352D & _MASK32
-    value = ((value >> 15) ^ value) * 0x846C_A68B & _MASK32
-    return (value >> 16) ^ value
-
-
-def _hash_on_host(index: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    value = (index + _offset(seed)) & _MASK32
-    value = ((value >> 16) ^ value) * 0x7FEB_352D & _MASK32
-    value = ((value >> 15) ^ value) * 0x846C_A68B & _MASK32
-    return (value >> 16) ^ value
-
-
-def _offset(seed: int) -> int:
-    return seed * 0x9E37_79B1 & _MASK32
-
-
-def _to_device(array: NDArray[np.int64], device: torch.device) -> Tensor:
-    """Send an index to a device without waiting for it; from pinned memory, since a pageable copy may wait."""
-    tensor = torch.from_numpy(array)
-    if device.type == "cuda" and torch.cuda.is_available():
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 def _one_element(value: Tensor | float) -> Tensor:

@@ -1,0 +1,174 @@
+"""Exact counts over all positions of a batch, and hashes of its samples: what tells a broken data pipeline.
+
+The same rules twice: in numpy for labels on the host, counted on the publisher's thread from copies, and in fixed
+shapes for labels on a device. A test holds them equal. Names and meanings are those of ``SIGNAL_COUNTS``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from sidestep.protocol.messages import SIGNAL_COUNTS
+from sidestep.trainer_hooks.reductions.alignment import AlignedBatch
+from sidestep.trainer_hooks.reductions.runs import find_runs_on_host
+
+NUM_COUNTS = len(SIGNAL_COUNTS)
+PADDING = SIGNAL_COUNTS.index("padding")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """How ids and labels are to be read: the same for every micro-batch of a training."""
+
+    shifted: bool
+    ignore_index: int
+    eos_id: int | None
+    pad_id: int | None
+
+    @property
+    def pads_by_id(self) -> bool:
+        """Whether the padding's id tells padding: where it is not the EOS as well."""
+        return self.pad_id is not None and self.pad_id != self.eos_id
+
+
+def count_on_host(
+    reading: Reading, labels: NDArray[Any], ids: NDArray[Any] | None, mask: NDArray[Any] | None
+) -> NDArray[np.int64]:
+    """Count a micro-batch.
+
+    Args:
+        reading: how to read it.
+        labels: int [B, T], as the trainer gave them.
+        ids: int [B, T], or None.
+        mask: the attention mask, [B, T], or None.
+    """
+    targets = labels
+    if not reading.shifted:
+        targets = np.concatenate((labels[:, 1:], np.full_like(labels[:, :1], reading.ignore_index)), axis=1)
+    labelled = targets != reading.ignore_index
+    real = None
+    if mask is not None:
+        real = mask != 0
+    elif ids is not None and reading.pads_by_id:
+        real = ids != reading.pad_id
+    runs = find_runs_on_host(targets, None, ignore_index=reading.ignore_index, eos_id=reading.eos_id)
+    num_labelled = int(runs.rows.size)
+    before_last = labelled[:, :-1]
+    compared = equal = equal_next = 0
+    if ids is not None:
+        compared = int(np.count_nonzero(before_last))
+        equal = int(np.count_nonzero(before_last & (targets[:, :-1] == ids[:, :-1])))
+        equal_next = int(np.count_nonzero(before_last & (targets[:, :-1] == ids[:, 1:])))
+    masked = int(np.count_nonzero(before_last & ~real[:, 1:])) if real is not None else 0
+    counts = {
+        "positions": targets.size,
+        "padding": -1 if real is None else int(real.size - np.count_nonzero(real)),
+        "compared": compared,
+        "labelled": num_labelled,
+        "labels_equal_ids": equal,
+        "labels_equal_next_ids": equal_next,
+        "labels_masked": masked,
+        "answers": runs.first.size,
+        "answers_with_eos": int(np.count_nonzero(runs.first_end < runs.stop)),
+        "batches": 1,
+        "batches_without_labels": int(not num_labelled),
+    }
+    return np.array([counts[name] for name in SIGNAL_COUNTS], np.int64)
+
+
+def count_on_device(batch: AlignedBatch) -> Tensor:
+    """Count a micro-batch in fixed shapes; int64 [counts] on the labels' device."""
+    labelled, device = batch.labelled, batch.labelled.device
+    runs = batch.runs()
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    before_last = labelled[:, :-1]
+    compared = equal = equal_next = zero
+    if batch.input_ids is not None:
+        compared = before_last.sum()
+        equal = (before_last & (batch.targets[:, :-1] == batch.input_ids[:, :-1])).sum()
+        equal_next = (before_last & (batch.targets[:, :-1] == batch.input_ids[:, 1:])).sum()
+    real = batch.real if batch.padding_known else None
+    labelled_total = labelled.sum()
+    # An answer has an EOS where a position of it is past, or is, its first EOS: every run but those of content alone.
+    ended = labelled & runs.content.logical_not()
+    before = F.pad(ended, (1, -1)) & runs.starts.logical_not()
+    counts = {
+        "positions": zero + labelled.numel(),
+        "padding": zero - 1 if real is None else real.logical_not().sum(),
+        "compared": compared,
+        "labelled": labelled_total,
+        "labels_equal_ids": equal,
+        "labels_equal_next_ids": equal_next,
+        "labels_masked": zero if real is None else (before_last & real[:, 1:].logical_not()).sum(),
+        "answers": runs.starts.sum(),
+        "answers_with_eos": (ended & before.logical_not()).sum(),
+        "batches": zero + 1,
+        "batches_without_labels": (labelled_total == 0).to(torch.int64),
+    }
+    return torch.stack([counts[name] for name in SIGNAL_COUNTS])
+
+
+def add_counts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Add micro-batches' counts [m, counts]; padding that is not known once is not known."""
+    total: NDArray[np.int64] = counts.sum(axis=0, dtype=np.int64)
+    if (counts[:, PADDING] < 0).any():
+        total[PADDING] = -1
+    return total
+
+
+# ---------------------------------------------------------------------------------------------------- hashes
+
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def _weights(length: int, salt: int) -> NDArray[np.int64]:
+    """Odd pseudo-random factors, one per position (splitmix64)."""
+    value = (np.arange(1, length + 1, dtype=np.uint64) + np.uint64(salt)) * np.uint64(_GOLDEN)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    weights: NDArray[np.int64] = ((value ^ (value >> np.uint64(31))) | np.uint64(1)).astype(np.int64)
+    return weights
+
+
+def hash_on_host(labels: NDArray[Any], ids: NDArray[Any] | None) -> NDArray[np.int64]:
+    """Hash each row of a batch; int64 [B]."""
+    with np.errstate(over="ignore"):
+        hashes: NDArray[np.int64] = (labels.astype(np.int64) * _weights(labels.shape[1], 0)).sum(axis=1)
+        if ids is not None:
+            hashes += (ids.astype(np.int64) * _weights(ids.shape[1], 1 << 32)).sum(axis=1)
+    return hashes
+
+
+class DeviceHash:
+    """The same on a device; the factors are sent there once per length."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[torch.device, int], Tensor] = {}
+
+    def __call__(self, labels: Tensor, ids: Tensor | None) -> Tensor:
+        """Hash each row of a batch; int64 [B] on the labels' device."""
+        factors = self._factors(labels.device, labels.shape[1])
+        hashes = (labels.to(torch.int64) * factors[0]).sum(dim=1)
+        return hashes if ids is None else hashes + (ids.to(torch.int64) * factors[1]).sum(dim=1)
+
+    def _factors(self, device: torch.device, length: int) -> Tensor:
+        held = self._held.get((device, length))
+        if held is None:
+            made = torch.from_numpy(np.stack((_weights(length, 0), _weights(length, 1 << 32))))
+            held = (made.pin_memory() if device.type == "cuda" and torch.cuda.is_available() else made).to(
+                device, non_blocking=True
+            )
+            if len(self._held) >= _HELD_LENGTHS:
+                self._held.clear()
+            self._held[(device, length)] = held
+        return held
+
+
+_HELD_LENGTHS = 64

@@ -1,0 +1,60 @@
+"""Norms of the gradient, whole and by module: cheap enough for every few steps, for detectors and not for charts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sidestep.trainer_hooks.reductions.gradients import LocalGradient
+
+
+def module_norms(gradients: Sequence[LocalGradient], num_modules: int, scale: Tensor | float | None) -> Tensor | None:
+    """Return the norm of each module's local gradient; float32 [modules], -1 for modules without one.
+
+    Args:
+        gradients: what this rank holds; those on other devices than the first one's are left out.
+        num_modules: modules of the parameter table.
+        scale: the GradScaler's factor that the gradients still carry.
+    """
+    local = [(each.module, _local(each.gradient)) for each in gradients]
+    local = [(module, tensor) for module, tensor in local if tensor.numel()]
+    if not local:
+        return None
+    device = local[0][1].device
+    local = [(module, tensor) for module, tensor in local if tensor.device == device]
+    with torch.no_grad():
+        norms = torch.stack(_norms([tensor for _, tensor in local]))
+        owners = torch.tensor([module for module, _ in local]).to(device, non_blocking=True)
+        # Scaled by the largest, so that no square overflows; a NaN or an infinity stays one.
+        largest = norms.max()
+        safe = torch.where((largest > 0) & torch.isfinite(largest), largest, torch.ones_like(largest))
+        squares = torch.zeros(num_modules, dtype=torch.float32, device=device)
+        squares.index_add_(0, owners, (norms / safe).square())
+        made = squares.sqrt() * safe
+        if scale is not None:
+            made /= scale.to(device, non_blocking=True).reshape(()) if isinstance(scale, Tensor) else scale
+    present = {module for module, _ in local}
+    absent = [module for module in range(num_modules) if module not in present]
+    for module in absent:
+        made[module] = -1.0
+    return made
+
+
+def _norms(tensors: list[Tensor]) -> list[Tensor]:
+    """L2 norm of each in float32: by one launch for all on a device, one by one on the CPU, where that is as fast."""
+    if tensors[0].is_cuda:
+        norms: tuple[Tensor, ...] = torch._foreach_norm(tensors, 2, dtype=torch.float32)  # noqa: SLF001  (no public one)
+        return list(norms)
+    return [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors]
+
+
+def whole_norm(norms: Tensor) -> Tensor:
+    """Return the norm of all modules together; float32 [1]."""
+    return torch.linalg.vector_norm(norms.clamp(min=0.0)).reshape(1)
+
+
+def _local(gradient: Tensor) -> Tensor:
+    local: Tensor = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+    return local.detach()

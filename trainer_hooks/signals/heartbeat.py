@@ -1,0 +1,70 @@
+"""A few weights, the same at every step: whether the optimizer's steps change anything, and replicas stay alike."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sidestep.protocol.limits import MAX_HEARTBEAT_WEIGHTS
+from sidestep.trainer_hooks.parameters import named_parameters
+
+_PARAMETERS = 16
+_WEIGHTS_EACH = MAX_HEARTBEAT_WEIGHTS // _PARAMETERS
+
+
+class Heartbeat:
+    """Eight weights of each of sixteen trainable parameters, spread over the model; one small copy a step."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Choose the weights; ``take`` chooses again where parameters were replaced or froze."""
+        self._model = model
+        self._chosen: list[tuple[nn.Parameter, Tensor, int]] = []
+        self.digest = 0
+        """Which weights these are."""
+
+    def take(self) -> Tensor | None:
+        """Return the weights of now, float32 [h] on their device; None where nothing is trained or kept in shares."""
+        if not self._stands():
+            self._choose()
+        if not self._chosen:
+            return None
+        with torch.no_grad():
+            return torch.cat([view for _, view, _ in self._chosen]).to(torch.float32, copy=True)
+
+    def _stands(self) -> bool:
+        return bool(self._chosen) and all(
+            parameter.requires_grad and _local(parameter).data_ptr() == pointer
+            for parameter, _, pointer in self._chosen
+        )
+
+    def _choose(self) -> None:
+        trained = [
+            (name, parameter)
+            for name, parameter in named_parameters(self._model)
+            if parameter.requires_grad and _local(parameter).numel() >= _WEIGHTS_EACH and parameter.is_floating_point()
+        ]
+        kinds = {(_local(parameter).device, _local(parameter).dtype) for _, parameter in trained}
+        if len(kinds) > 1:  # one copy serves one device and dtype: the most frequent
+            common = max(kinds, key=lambda kind: sum((_local(p).device, _local(p).dtype) == kind for _, p in trained))
+            trained = [each for each in trained if (_local(each[1]).device, _local(each[1]).dtype) == common]
+        every = max(1, len(trained) // _PARAMETERS)
+        chosen = trained[every // 2 :: every][:_PARAMETERS]
+        self._chosen = [(parameter, _middle(parameter), _local(parameter).data_ptr()) for _, parameter in chosen]
+        names = ",".join(f"{name}:{tuple(_local(parameter).shape)}" for name, parameter in chosen)
+        self.digest = zlib.crc32(names.encode("utf-8"))
+
+
+def _local(parameter: Any) -> Tensor:
+    """This rank's share; of a DTensor without an operation on it."""
+    local: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return local.detach()
+
+
+def _middle(parameter: nn.Parameter) -> Tensor:
+    """A view of a few weights in the middle of a parameter; of one that is not contiguous, of its first row."""
+    local = _local(parameter)
+    flat = local.view(-1) if local.is_contiguous() else local.select(0, 0).reshape(-1)
+    return flat.narrow(0, (flat.shape[0] - min(_WEIGHTS_EACH, flat.shape[0])) // 2, min(_WEIGHTS_EACH, flat.shape[0]))

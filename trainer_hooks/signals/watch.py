@@ -1,0 +1,208 @@
+"""Every step's signals on the training thread: what is read when, how much of it, and what it costs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sidestep.protocol.messages import Kind, Message
+from sidestep.trainer_hooks.capture import Batch
+from sidestep.trainer_hooks.config import HooksConfig
+from sidestep.trainer_hooks.reductions.alignment import AlignedBatch
+from sidestep.trainer_hooks.reductions.gradients import LocalGradient
+from sidestep.trainer_hooks.signals.budget import LEAST_ROWS_PER_STEP, OverheadBudget
+from sidestep.trainer_hooks.signals.device_time import DeviceTime
+from sidestep.trainer_hooks.signals.gradient_norms import module_norms, whole_norm
+from sidestep.trainer_hooks.signals.heartbeat import Heartbeat
+from sidestep.trainer_hooks.signals.images import find_images
+from sidestep.trainer_hooks.signals.microbatch import MicroSignalReader, MicroSignals
+from sidestep.trainer_hooks.signals.projector import ProjectorWatch, find_projector
+from sidestep.trainer_hooks.signals.step import StepFacts, StepSignals, signals_message
+from sidestep.trainer_hooks.staging import Staging
+from sidestep.trainer_hooks.topology import Topology
+from sidestep.trainer_hooks.vocabulary import Vocabulary
+
+_SEEDS_PER_STEP = 4096
+CPU_BUDGET = 0.02
+"""Share of a step that signals may take where the training runs on the CPU (docs/trainer.md, section 5)."""
+DEVICE_BUDGET = 0.005
+"""The same on a device."""
+
+
+class SignalWatch:
+    """What a session asks for signals; one per attachment, on the training thread."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        config: HooksConfig,
+        *,
+        vocabulary: Vocabulary,
+        topology: Topology,
+        on_device: bool,
+    ) -> None:
+        self._optimizer = optimizer
+        self._config = config
+        self._topology = topology
+        self._has_eos = vocabulary.eos_id is not None
+        self._reader = MicroSignalReader(
+            eos_id=vocabulary.eos_id, pad_id=vocabulary.pad_id, ignore_index=config.ignore_index
+        )
+        budget = config.overhead_budget
+        self.budget = OverheadBudget((DEVICE_BUDGET if on_device else CPU_BUDGET) if budget is None else budget)
+        self._device_time = DeviceTime()
+        self._heartbeat = Heartbeat(model)
+        found = find_projector(model)
+        self._projector = ProjectorWatch(found[1], lambda: model.training) if found is not None else None
+        self.projector_name = found[0] if found is not None else ""
+        self._images: Any = None
+        self._gradient_norm: Tensor | None = None
+        self._module_norms: Tensor | None = None
+        self._beat: Tensor | None = None
+        self._rates: tuple[float, ...] = ()
+        self._num_microbatches = 1
+        self._seconds = self._waited = 0.0
+        self._ended_at: float | None = None
+
+    # ------------------------------------------------------------------------------------------------ what is seen
+
+    def forward(self, given: Mapping[str, Any]) -> None:
+        """Remember the images among a forward's arguments until its micro-batch is read; nothing longer."""
+        found = find_images(given)
+        self._images = None if found is None else found[1]
+
+    def microbatch(
+        self, batch: Batch, align: Callable[[], AlignedBatch], *, shifted: bool, step: int, microstep: int
+    ) -> MicroSignals | None:
+        """Read a micro-batch; ``align`` is called where its labels are on a device."""
+        images, self._images = self._images, None
+        labels = batch.labels
+        if labels is None or not self._config.signal_rows_per_step:
+            return None
+        began = time.perf_counter()
+        self._device_time.start(labels if batch.logits is None else batch.logits)
+        try:
+            return self._reader.read(
+                batch,
+                None if labels.is_cpu else align(),
+                shifted=shifted,
+                max_rows=self._rows(step),
+                seed=step * _SEEDS_PER_STEP + microstep,
+                images=images,
+            )
+        finally:
+            self._device_time.stop()
+            self._seconds += time.perf_counter() - began
+
+    def _rows(self, step: int) -> int:
+        """Rows of this micro-batch on this rank: where there are many ranks, a few take turns."""
+        wanted, ranks = self._config.signal_rows_per_step, self._topology.world_size
+        lookers = max(1, min(ranks, wanted // LEAST_ROWS_PER_STEP))
+        turn = -(-ranks // lookers)
+        if (self._topology.rank + step) % turn:
+            return 0
+        return max(1, self.budget.rows(wanted, lookers) // max(1, self._num_microbatches))
+
+    def wants_gradients(self, step: int) -> bool:
+        """Whether this step's gradient norms are to be taken."""
+        interval = self._config.signal_gradient_interval
+        return bool(self._config.signal_rows_per_step) and interval > 0 and step % interval == 0
+
+    def gradients(
+        self, held: Sequence[LocalGradient], num_modules: int, scale: Tensor | float | None, *, clipped: bool
+    ) -> None:
+        """Take the norms of a step's gradients; of clipped ones their sizes relative to each other are right."""
+        began = time.perf_counter()
+        self._module_norms = module_norms(held, num_modules, scale)
+        if self._module_norms is not None and not clipped and self._gradient_norm is None:
+            self._gradient_norm = whole_norm(self._module_norms)
+        self._seconds += time.perf_counter() - began
+
+    def told_norm(self, norm: Tensor | float) -> None:
+        """Take the norm that the trainer's own clipping gave."""
+        if hasattr(norm, "placements"):
+            return  # a DTensor: its value is spread over ranks, and only a collective would tell it
+        if isinstance(norm, Tensor):
+            self._gradient_norm = norm.detach().reshape(-1)[:1].to(torch.float32, copy=True)
+        else:
+            self._gradient_norm = torch.tensor([float(norm)], dtype=torch.float32)
+
+    def before_update(self) -> None:
+        """Read the rates that the step is taken with, where they lie on the host."""
+        rates = [group["lr"] for group in self._optimizer.param_groups]
+        on_host = all(not isinstance(rate, Tensor) or rate.is_cpu for rate in rates)
+        self._rates = tuple(float(rate) for rate in rates) if on_host else ()
+
+    def after_update(self) -> None:
+        """Look at a few weights."""
+        began = time.perf_counter()
+        self._beat = self._heartbeat.take()
+        self._seconds += time.perf_counter() - began
+
+    def waited(self, seconds: float) -> None:
+        """Take time that the trainer waited for on purpose out of the step's."""
+        self._waited += seconds
+
+    # ------------------------------------------------------------------------------------------------ a step's end
+
+    def stage(self, step: int, microbatches: Sequence[MicroSignals], staging: Staging) -> bool:
+        """Launch the copy of a step's signals; False where there was no room."""
+        began = time.perf_counter()
+        self._num_microbatches = max(1, len(microbatches))
+        gathered = StepSignals(
+            microbatches=microbatches,
+            projector=self._projector.take() if self._projector is not None else (),
+            gradient_norm=self._gradient_norm,
+            module_norms=self._module_norms,
+            heartbeat=self._beat,
+        )
+        self._gradient_norm = self._module_norms = self._beat = None
+        tensors, copies = gathered.tensors(), gathered.host_copies()
+        facts = self._facts(step, began)
+        vocabulary = gathered.vocabulary
+
+        def finish(arrays: Mapping[str, Any]) -> Sequence[Message]:
+            return (signals_message(facts, copies, vocabulary, arrays),)
+
+        held_bytes = sum(copy.size_bytes for copy in copies if copy is not None)
+        staged = staging.stage(tensors, finish, kinds=(Kind.SIGNALS,), step=step, owned=True, held_bytes=held_bytes)
+        self._seconds += time.perf_counter() - began
+        return staged
+
+    def _facts(self, step: int, now: float) -> StepFacts:
+        step_seconds = -1.0 if self._ended_at is None else now - self._ended_at
+        device_seconds = self._device_time.take()
+        worked = step_seconds - self._waited
+        if worked > 0:
+            self.budget.measured(max(self._seconds, device_seconds), worked)
+        facts = StepFacts(
+            step=step,
+            max_rows=self._config.signal_rows_per_step,
+            has_eos=self._has_eos,
+            rates=self._rates,
+            step_seconds=step_seconds,
+            wait_seconds=self._waited,
+            signal_seconds=self._seconds,
+            device_seconds=device_seconds,
+            rows_share=self.budget.share,
+            heartbeat_digest=self._heartbeat.digest,
+        )
+        self._ended_at, self._seconds, self._waited, self._rates = now, 0.0, 0.0, ()
+        return facts
+
+    def take_errors(self) -> list[Exception]:
+        """Return what went wrong inside the projector's hook since the last call."""
+        if self._projector is None:
+            return []
+        errors, self._projector.errors = self._projector.errors, []
+        return errors
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        if self._projector is not None:
+            self._projector.remove()
