@@ -52,7 +52,8 @@ def _norms(tensors: list[Tensor]) -> list[Tensor]:
 
 def whole_norm(norms: Tensor) -> Tensor:
     """Return the norm of all modules together; float32 [1]."""
-    return torch.linalg.vector_norm(norms.clamp(min=0.0)).reshape(1)
+    whole: Tensor = torch.linalg.vector_norm(norms.clamp(min=0.0))
+    return whole.reshape(1)
 
 
 def _local(gradient: Tensor) -> Tensor:
