@@ -23,6 +23,7 @@ from sidestep.trainer_hooks.reducing import Reducer
 from sidestep.trainer_hooks.reductions.learning_rate import group_names
 from sidestep.trainer_hooks.samples import Sample, samples_table
 from sidestep.trainer_hooks.session import Parts, Session
+from sidestep.trainer_hooks.signals.watch import SignalWatch
 from sidestep.trainer_hooks.support import EXACT, capabilities, support_line
 from sidestep.trainer_hooks.topology import Topology, read_topology
 from sidestep.trainer_hooks.transport import OpenTransport
@@ -164,6 +165,21 @@ def make_introduction(
     )
 
 
+def make_signals(training: Training, seen: Seen) -> SignalWatch | None:
+    """What looks at every step, where it is wanted."""
+    if not training.config.signal_rows_per_step:
+        return None
+    device = next((parameter.device for parameter in training.model.parameters()), None)
+    return SignalWatch(
+        training.model,
+        training.optimizer,
+        training.config,
+        vocabulary=seen.vocabulary,
+        topology=seen.topology,
+        on_device=device is not None and device.type != "cpu",
+    )
+
+
 def make_session(
     training: Training, seen: Seen, generator: Generator | None, introduction: Introduction, step: int
 ) -> Session:
@@ -183,6 +199,7 @@ def make_session(
             topology=topology,
             takes_gradients=seen.capabilities["gradients"] == EXACT and (topology.rank == 0 or topology.sharded),
             introduction=introduction,
+            signals=make_signals(training, seen),
         ),
         step,
     )

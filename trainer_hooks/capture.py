@@ -94,9 +94,13 @@ class ForwardReader:
         """The forward's argument that holds the labels, or empty."""
         return next((name for name in (*_SHIFTED_LABELS, *_PLAIN_LABELS) if name in self._names), "")
 
+    def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a forward's arguments by the innermost module's names of them."""
+        return {**dict(zip(self._names, args, strict=False)), **kwargs}
+
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Batch | None:
         """The batch of one forward; None where its token ids cannot be found."""
-        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        given = self.arguments(args, kwargs)
         ids = _integers(given, _IDS) if any(name in given for name in _IDS) else _first_ids(given)
         shifted_labels = _integers(given, _SHIFTED_LABELS)
         labels = shifted_labels if shifted_labels is not None else _integers(given, _PLAIN_LABELS)

@@ -109,20 +109,32 @@ class Hooks:
         if self._session is not None:
             self._session.before_clip()
 
-    def after_step(self, step: int | None = None, *, applied: bool = True) -> Command | None:
+    def after_step(
+        self, step: int | None = None, *, applied: bool = True, grad_norm: torch.Tensor | float | None = None
+    ) -> Command | None:
         """Say that optimizer step ``step`` is done; generation runs within this call when it is due.
 
         Args:
             step: the trainer's own number of it, growing from call to call; left out, one more than the last.
             applied: False where the step was skipped (a GradScaler's overflow).
+            grad_norm: what ``clip_grad_norm_`` returned, for the detectors; a tensor is copied, not read. Left out, the
+                norm is taken every ``HooksConfig.signal_gradient_interval`` steps.
 
         Returns:
             What the worker asks of the trainer at this boundary, or None; the trainer is free to ignore it.
         """
         if self._session is None:
             return None
-        command: Command | None = self._session.after_step(step, applied=applied)
+        command: Command | None = self._session.after_step(step, applied=applied, grad_norm=grad_norm)
         return command
+
+    def mark_stage(self, name: str) -> None:
+        """Say that from the step that goes on, other data or another objective are meant to be.
+
+        What is measured against the run's own past starts anew, and nobody is warned of the change itself.
+        """
+        if self._session is not None:
+            self._session.mark_stage(name)
 
     def log(self, values: Mapping[str, Any], step: int | None = None, step_key: str | None = None) -> None:
         """Put the trainer's own values into the run, in place of ``wandb.run.log``.

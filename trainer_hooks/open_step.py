@@ -17,6 +17,7 @@ from sidestep.trainer_hooks.reductions.gradients import gradients_message
 from sidestep.trainer_hooks.reductions.learning_rate import learning_rates_message
 from sidestep.trainer_hooks.reductions.loss_message import losses_message
 from sidestep.trainer_hooks.reductions.tokens import tokens_message
+from sidestep.trainer_hooks.signals.microbatch import MicroSignals
 from sidestep.trainer_hooks.staging import Staging
 
 Tensors = Mapping[str, torch.Tensor]
@@ -40,6 +41,8 @@ class MicroBatch:
     losses: Tensors = field(default_factory=dict)
     reason: str = ""
     """Why there are no per-token losses, where there are none."""
+    signals: MicroSignals | None = None
+    """What the detectors get of it."""
 
     @property
     def has_labels(self) -> bool:

@@ -55,7 +55,7 @@ class Reducer:
             if batch.labels is not None:
                 self._count_answers(made, batch)
             return made
-        aligned = self._aligned(batch, with_ids=True)
+        aligned = self.aligned(batch, with_ids=True)
         sources = [
             value for value in (batch.input_ids, batch.labels, batch.loss, batch.token_losses) if _is_tensor(value)
         ]
@@ -78,7 +78,7 @@ class Reducer:
         labels = batch.labels
         has_documents = not (batch.documents is None and batch.cu_seqlens is None and batch.position_ids is None)
         if labels is None or has_documents or not labels.is_cpu:
-            made.answers = reduce_answers(self._aligned(batch, with_ids=False))
+            made.answers = reduce_answers(self.aligned(batch, with_ids=False))
             return
         made.labels = self._readings[self.is_shifted(batch)], labels.clone()
 
@@ -94,7 +94,8 @@ class Reducer:
             seed=seed,
         )
 
-    def _aligned(self, batch: Batch, *, with_ids: bool) -> AlignedBatch:
+    def aligned(self, batch: Batch, *, with_ids: bool = True) -> AlignedBatch:
+        """Align a batch with its logits, on its labels' device."""
         return align(
             input_ids=batch.input_ids if with_ids else None,
             labels=batch.labels,

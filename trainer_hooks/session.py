@@ -32,6 +32,7 @@ from sidestep.trainer_hooks.reducing import Reducer
 from sidestep.trainer_hooks.reductions.gradients import reduce_gradients
 from sidestep.trainer_hooks.reductions.learning_rate import reduce_learning_rates
 from sidestep.trainer_hooks.schedule import Schedule
+from sidestep.trainer_hooks.signals.watch import SignalWatch
 from sidestep.trainer_hooks.topology import Topology
 from sidestep.trainer_hooks.transport import Transport
 
@@ -62,6 +63,8 @@ class Parts:
     topology: Topology
     takes_gradients: bool
     """Whether this rank ships gradients: of replicas, the first alone does."""
+    signals: SignalWatch | None
+    """What looks at every step for the detectors, where that is wanted."""
     introduction: Introduction
 
 
@@ -84,6 +87,8 @@ class Session:
         self._overriding = False
         self._explicit_steps = False
         self._wandb_looked_for = True
+        self._stage = ""
+        self._norms_taken = False
         model, optimizer = parts.model, parts.optimizer
         self._removable = [
             model.register_forward_hook(self.on_forward, with_kwargs=True),
@@ -100,11 +105,15 @@ class Session:
             return
         self._step_that_nobody_ended()
         opened = self._now()
+        watch = self._parts.signals
+        if watch is not None:
+            watch.forward(self._parts.reader.arguments(args, kwargs))
         if self._overriding:
             if self._outputs is not None:  # the one before was not passed to on_batch: from now on all are looked at
                 self._overriding = False
             if self._overriding:
-                self._outputs = _remember(*self._parts.reader.outputs(output, None)) if opened.due else _NOT_READ
+                is_read = opened.due or watch is not None
+                self._outputs = _remember(*self._parts.reader.outputs(output, None)) if is_read else _NOT_READ
                 return
         batch = self._parts.reader.read(args, kwargs, output)
         if batch is None:
@@ -122,7 +131,8 @@ class Session:
         if outputs is not None:
             if opened.microbatches and opened.microbatches[-1].captured:
                 opened.microbatches.pop()
-            if opened.due and (batch.logits is None or batch.loss is None):
+            is_read = opened.due or self._parts.signals is not None
+            if is_read and (batch.logits is None or batch.loss is None):
                 batch = _completed(batch, outputs)
         if batch.epoch is not None:
             self.epoch = int(batch.epoch)
@@ -137,6 +147,7 @@ class Session:
         opened = self._now()
         if "gradients" in opened.due:
             self._take_gradients(opened, clipped=False)
+        self._take_norms(opened, clipped=False)
 
     @guarded
     def before_optimizer(
@@ -152,6 +163,10 @@ class Session:
         opened = self._now()
         if "lr" in opened.due and self._parts.topology.rank == 0:
             opened.rates = reduce_learning_rates(self._parts.optimizer.param_groups)
+        if self._parts.signals is not None:
+            self._parts.signals.before_update()
+        if not callable(closure):
+            self._take_norms(opened, clipped=True)
         if "gradients" not in opened.due or opened.gradients is not None:
             return None
         if not callable(closure):
@@ -168,17 +183,24 @@ class Session:
         opened = self._now()
         if "gradients" in opened.due and opened.gradients is None:
             self._take_gradients(opened, clipped=True)
+        self._take_norms(opened, clipped=True)
 
     @guarded
     def after_optimizer(self, _optimizer: Any, _args: Any, _kwargs: Any) -> None:
         """See that the optimizer has stepped; the step ends with ``after_step``, else with the next forward."""
         self._now().stepped = True
+        if self._parts.signals is not None:
+            self._parts.signals.after_update()
 
     # --------------------------------------------------------------------------------------- what is told
 
     @guarded
-    def after_step(self, step: int | None, *, applied: bool) -> Command | None:
+    def after_step(
+        self, step: int | None, *, applied: bool, grad_norm: torch.Tensor | float | None = None
+    ) -> Command | None:
         """End the step under the trainer's own number."""
+        if grad_norm is not None and self._parts.signals is not None:
+            self._parts.signals.told_norm(grad_norm)
         self._explicit_steps = True
         self._missing.called("after_step")
         step = self.last_step + 1 if step is None else int(step)
@@ -191,6 +213,11 @@ class Session:
             return None
         self._end(step, applied=applied)
         return self._control.at_boundary(step) if self._control is not None else None
+
+    @guarded
+    def mark_stage(self, name: str) -> None:
+        """From the step that goes on, other data or another objective are meant to be."""
+        self._stage = str(name)
 
     @guarded
     def log(self, values: Mapping[str, Any], step: int | None, step_key: str | None) -> None:
@@ -212,6 +239,8 @@ class Session:
         self._step_that_nobody_ended(closing=True)
         for handle in self._removable:
             handle.remove()
+        if self._parts.signals is not None:
+            self._parts.signals.remove()
 
     @guarded
     def close(self, exit_code: int, reason: str) -> None:
@@ -256,8 +285,20 @@ class Session:
         return self._opened
 
     def _add(self, opened: OpenStep, batch: Batch) -> None:
-        seen = opened.microbatches
-        seen.append(self._parts.reducer.reduce(batch, opened.due, opened.expected, len(seen), self.epoch))
+        seen, reducer, watch = opened.microbatches, self._parts.reducer, self._parts.signals
+        made = reducer.reduce(batch, opened.due, opened.expected, len(seen), self.epoch)
+        if watch is not None:
+            try:
+                made.signals = watch.microbatch(
+                    batch,
+                    lambda: reducer.aligned(batch),
+                    shifted=reducer.is_shifted(batch),
+                    step=opened.expected,
+                    microstep=len(seen),
+                )
+            except Exception as error:  # noqa: BLE001  (counted and said; the metrics of the batch are there)
+                self.guard.failed("signals", error)
+        seen.append(made)
 
     def _step_that_nobody_ended(self, *, closing: bool = False) -> None:
         if self._opened is not None and self._opened.stepped and (closing or not self._explicit_steps):
@@ -272,6 +313,27 @@ class Session:
         if held:
             scale = carried_scale(self._parts.optimizer, self._parts.scaler)
             opened.gradients = StepGradients(reduce_gradients(held, scale), tuple(without), clipped)
+
+    def _take_norms(self, opened: OpenStep, *, clipped: bool) -> None:
+        watch = self._parts.signals
+        if watch is None or self._norms_taken or not self._parts.takes_gradients:
+            return
+        if watch.wants_gradients(opened.expected):
+            self._norms_taken = True
+            scale = carried_scale(self._parts.optimizer, self._parts.scaler)
+            watch.gradients(self._table.gradients()[0], len(self._table.modules), scale, clipped=clipped)
+
+    def _stage_signals(self, opened: OpenStep, step: int, counts: StepCounts) -> None:
+        watch, self._norms_taken = self._parts.signals, False
+        if watch is None:
+            return
+        try:
+            read = [batch.signals for batch in opened.microbatches if batch.signals is not None]
+            counts.add((Kind.SIGNALS,), staged=watch.stage(step, read, self._parts.introduction.staging))
+        except Exception as error:  # noqa: BLE001  (counted and said; the step still has its end)
+            self.guard.failed("signals", error)
+        for problem in watch.take_errors():
+            self.guard.failed("projector", problem)
 
     def _renewed_table(self) -> ParameterTable:
         """The table with the parameters of now; rows keep their numbers, which the worker knows."""
@@ -295,6 +357,7 @@ class Session:
             counts = stage_step(opened, self._facts(step, families, applied=applied), self._parts.introduction.staging)
         except Exception as error:  # noqa: BLE001  (counted and said; the step still has its end)
             self.guard.failed("staging", error)
+        self._stage_signals(opened, step, counts)
         self._generate(step, due, counts)
         self._parts.introduction.staging.advance()
         self._way().submit(
@@ -307,8 +370,10 @@ class Session:
                 dropped=counts.dropped,
                 due=due,
                 hook_seconds=self.guard.take_seconds(),
+                stage=self._stage,
             )
         )
+        self._stage = ""
         self._look_back(opened)
 
     def _send_late(self, step: int, logged: list[LoggedValues]) -> None:
@@ -335,7 +400,10 @@ class Session:
         except Exception as error:  # noqa: BLE001  (its samples' failures are its own; this is another: counted, said)
             self.guard.failed("generation", error)
         finally:
-            self.guard.exclude(time.perf_counter() - began)
+            waited = time.perf_counter() - began
+            self.guard.exclude(waited)
+            if self._parts.signals is not None:
+                self._parts.signals.waited(waited)
 
     def _look_back(self, opened: OpenStep) -> None:
         """Learn from the step how the trainer uses the hooks, and say once what it seems to have forgotten."""

@@ -161,7 +161,7 @@ class SignalWatch:
             module_norms=self._module_norms,
             heartbeat=self._beat,
         )
-        self._gradient_norm = self._module_norms = self._beat = None
+        self._gradient_norm = self._module_norms = self._beat = self._images = None
         tensors, copies = gathered.tensors(), gathered.host_copies()
         facts = self._facts(step, began)
         vocabulary = gathered.vocabulary
