@@ -19,12 +19,17 @@ _DRAIN_SECONDS: Final = 600.0
 
 
 def execute(options: argparse.Namespace, say: Callable[[str], None]) -> int:
-    """Rebuild, compare, deliver; return 1 where a rebuilt run differs from what was recorded, or is not delivered."""
+    """Rebuild, compare, deliver; return 1 where a run is not identical, not rebuilt or not delivered."""
     journal = journal_in(options.journal or latest_journal(home_folder()))
     out = (options.out or journal.parent / f"replay-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
 
     def tell(made: Comparison) -> None:
-        if made.is_identical:
+        if made.missing:
+            say(
+                f"run {made.run_id}: NOT REBUILT, its messages are not all here ({made.missing}); its {made.entries} "
+                f"recorded entries, {made.rows} rows, are taken as they are"
+            )
+        elif made.is_identical:
             say(f"run {made.run_id}: {made.entries} entries, {made.rows} rows: identical to what was recorded")
         else:
             say(

@@ -6,13 +6,14 @@ One SQLite file, one connection, shared by the worker's threads under a lock; ev
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from sidestep.worker.errors import JournalDamageError, JournalError
 from sidestep.worker.intake.database import Database, damage_text, is_damage
+from sidestep.worker.intake.decision_tables import DECISION_TABLES, write_decision
 from sidestep.worker.intake.decisions import (
     Closure,
     ContextRecord,
@@ -20,30 +21,19 @@ from sidestep.worker.intake.decisions import (
     Ending,
     Incarnation,
     Loss,
-    Repeat,
     Rewind,
     State,
     context_of_row,
     ending_of_row,
     loss_of_row,
-    repeat_of_row,
     rewind_of_row,
     step_closing_of_row,
 )
-from sidestep.worker.intake.schema import ADD_LAST_ARRIVALS, INDEX_SCHEMA, READABLE_SCHEMAS, SCHEMA_VERSION, pack_pairs
+from sidestep.worker.intake.schema import ADD_LAST_ARRIVALS, INDEX_SCHEMA, READABLE_SCHEMAS, SCHEMA_VERSION
 from sidestep.worker.intake.segment_table import SegmentTable
 from sidestep.worker.intake.state_history import PIECES_QUERY, write_pieces
 from sidestep.worker.outbox import NUMBERED_KINDS, OutboxEntry, StoredEntry
 from sidestep.worker.records import StepClosing
-
-DECISION_TABLES: Final[Mapping[str, Callable[[tuple[Any, ...]], Decision]]] = {
-    "step_closed": step_closing_of_row,
-    "ending": ending_of_row,
-    "context": context_of_row,
-    "repeat": repeat_of_row,
-    "rewind": rewind_of_row,
-    "loss": loss_of_row,
-}
 
 
 @dataclass(slots=True)
@@ -205,66 +195,16 @@ class Index:
                 counters = _Counters(before.position, before.row_number, before.closed_number)
                 stored: list[StoredEntry] = []
                 for closure in closures:
-                    stored += self._write_one(connection, run_id, counters, closure)
+                    write_decision(connection, run_id, counters.closed_number, closure)
+                    write_pieces(connection, run_id, counters.closed_number, closure.pieces)
+                    counters.closed_number += 1
+                    stored += self._write_entries(connection, run_id, counters, closure.entries)
                 if state is not None:
                     _write_state(connection, run_id, closures[-1].closing, counters.closed_number - 1, state)
                 return counters, stored
 
             self._counters[run_id], entries = self.database.write(block)
             return list(entries)
-
-    def _write_one(
-        self, connection: sqlite3.Connection, run_id: str, counters: _Counters, closure: Closure
-    ) -> list[StoredEntry]:
-        number, closing = counters.closed_number, closure.closing
-        counters.closed_number += 1
-        if isinstance(closing, StepClosing):
-            connection.execute(
-                "INSERT INTO step_closed VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    run_id, closing.attempt, closing.step, closing.reason, closing.incarnation,
-                    pack_pairs(closing.parts), pack_pairs(closing.late_parts), closing.ranks_expected,
-                    number, closure.pending_arrival, closure.last_arrival,
-                ),
-            )  # fmt: skip
-        elif isinstance(closing, Ending):
-            connection.execute(
-                "INSERT INTO ending VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    run_id, closing.attempt, number, closing.exit_code, closing.reason, int(closing.tail_unknown),
-                    closing.unix_time, closing.newest_step, closure.pending_arrival,
-                ),
-            )  # fmt: skip
-        elif isinstance(closing, Repeat):
-            rows = pack_pairs([(row_number, 0) for row_number in closing.row_numbers])
-            connection.execute("INSERT INTO repeat VALUES (?, ?, ?, ?)", (run_id, closing.attempt, number, rows))
-        elif isinstance(closing, Loss):
-            told = (run_id, closing.attempt, number, closing.file, closing.text)
-            connection.execute("INSERT INTO loss VALUES (?, ?, ?, ?, ?)", told)
-        elif isinstance(closing, Rewind):
-            connection.execute(
-                "INSERT INTO rewind VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (
-                    run_id, closing.attempt, number, closing.step,
-                    closing.source_number, closing.snapshot_number, int(closing.is_exact),
-                ),
-            )  # fmt: skip
-        else:
-            ranks = pack_pairs([(rank, 0) for rank in closing.ranks])
-            connection.execute(
-                "INSERT INTO context VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (
-                    run_id,
-                    closing.attempt,
-                    closing.revision,
-                    number,
-                    closing.incarnation,
-                    ranks,
-                    " ".join(closing.missing),
-                ),
-            )
-        write_pieces(connection, run_id, number, closure.pieces)
-        return self._write_entries(connection, run_id, counters, closure.entries)
 
     @staticmethod
     def _write_entries(

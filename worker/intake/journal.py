@@ -212,7 +212,7 @@ def _locked(folder: Path) -> int:
         os.close(descriptor)
         named = f" (pid {holder})" if holder.isdigit() else ""
         raise JournalLockedError(
-            f"another worker{named} has the journal {folder} open: use that one, or name another folder with --journal"
+            f"another worker has the journal {folder} open{named}: use that one, or name another folder with --journal"
         ) from None
     except OSError as error:
         os.close(descriptor)
