@@ -88,7 +88,8 @@ class RunPipeline:
     @property
     def newest(self) -> Incarnation:
         """The run's newest incarnation."""
-        return max((each.incarnation for each in self._assemblers.values()), key=lambda each: each.attempt)
+        assemblers = list(self._assemblers.values())  # asked for on another thread, too
+        return max((each.incarnation for each in assemblers), key=lambda each: each.attempt)
 
     @property
     def is_ended(self) -> bool:
