@@ -46,8 +46,9 @@ class FaultyStaging(Staging):
         owned: bool,
         held_bytes: int,
     ) -> Entry | None:
-        kind = kinds[0].name.lower() if kinds else ""
-        fault = self._faults.strike(STAGE, rank=self._rank, step=step, kind=kind)
+        names = [kind.name.lower() for kind in kinds] or [""]
+        struck = (self._faults.strike(STAGE, rank=self._rank, step=step, kind=name) for name in names)
+        fault = next(filter(None, struck), None)
         action = None if fault is None else fault.action
         if action is Action.FAIL:
             raise InjectedFaultError(f"{STAGE} fails on purpose")
@@ -55,8 +56,8 @@ class FaultyStaging(Staging):
             return None
 
         def finish_or_fail(arrays: Arrays) -> Sequence[Message]:
-            dropped = self._faults.act(FINISH, rank=self._rank, step=step, kind=kind)
-            return [] if dropped else finish(arrays)
+            dropped = [self._faults.act(FINISH, rank=self._rank, step=step, kind=name) for name in names]
+            return [] if any(dropped) else finish(arrays)
 
         entry = super()._launch(tensors, finish_or_fail, kinds, step, owned=owned, held_bytes=held_bytes)
         if entry is not None and fault is not None and action is Action.DELAY:
