@@ -1,0 +1,74 @@
+"""Checks whose threshold has a meaning of its own: a uniform guess costs the logarithm of the vocabulary."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from sidestep.protocol.messages import Json
+from sidestep.worker.detectors.reading import Reading
+from sidestep.worker.detectors.settings import DetectorSettings
+from sidestep.worker.detectors.view import StepView
+
+FIRST_STEPS: Final = 3
+"""First readings of a run that tell how it was initialised."""
+UNIFORM_FROM: Final = 10
+"""Readings from which a loss above a uniform guess is no start any more (docs/detection.md)."""
+LEFT_UNIFORM: Final = 1.0
+"""Nats that predictions must once have been better than uniform for them to have fallen back ..."""
+LATE_UNIFORM: Final = 300
+"""... or readings after which they must have left it."""
+
+
+class AbsoluteChecks:
+    """Loss and entropy against a uniform guess over the vocabulary."""
+
+    name = "absolute"
+
+    def __init__(self, settings: DetectorSettings) -> None:
+        self._settings = settings
+        self._num_readings = 0
+        self._has_left = False
+
+    def read(self, view: StepView) -> Sequence[Reading]:
+        """Judge one step."""
+        record = view.record
+        if record.loss is None or record.vocabulary < 2 or not view.num_rows:
+            return ()
+        uniform = math.log(record.vocabulary)
+        found: list[Reading] = []
+        self._num_readings += 1
+        over = record.loss - uniform
+        evidence = f"the loss is {record.loss:.2f} nats; a uniform guess costs {uniform:.2f}"
+        if record.attempt == 0 and self._num_readings <= FIRST_STEPS:
+            limit = self._settings.init_loss.threshold
+            found.append(Reading(name="init_loss", value=over, limit=limit, is_beyond=over > limit, evidence=evidence))
+        if self._num_readings > UNIFORM_FROM:
+            limit = self._settings.worse_than_uniform.threshold
+            found.append(
+                Reading(name="worse_than_uniform", value=over, limit=limit, is_beyond=over > limit, evidence=evidence)
+            )
+        if record.entropy is not None:
+            below = uniform - record.entropy
+            self._has_left = self._has_left or below > LEFT_UNIFORM
+            if self._has_left or self._num_readings > LATE_UNIFORM:
+                limit = self._settings.uniform_predictions.threshold
+                evidence = f"the mean entropy is {record.entropy:.2f} nats; the uniform distribution has {uniform:.2f}"
+                found.append(
+                    Reading(
+                        name="uniform_predictions", value=below, limit=limit, is_beyond=below < limit, evidence=evidence
+                    )
+                )
+        return found
+
+    def forget(self) -> None:
+        """Nothing here is learned."""
+
+    def state(self) -> Json:
+        """Return all that ``restore`` needs."""
+        return {"readings": self._num_readings, "left": self._has_left}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over a state."""
+        self._num_readings, self._has_left = int(state["readings"]), bool(state["left"])

@@ -1,0 +1,109 @@
+"""Images: the same one over and over, a projector that gives nothing, and a model that does not look (``Probe``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from sidestep.protocol.messages import Json
+from sidestep.worker.detectors.reading import Reading
+from sidestep.worker.detectors.settings import DetectorSettings
+from sidestep.worker.detectors.view import StepView
+from sidestep.worker.step_record import StepRecord
+
+MIN_IMAGES: Final = 4
+MANY_IMAGES: Final = 8
+"""Images from which some alike are too many alike: fewer may be questions about one and the same picture."""
+FLAT_SHARE: Final = 0.7
+"""Share of images without any detail from which they are black: blank tiles of a page are fewer."""
+DISTINCT_SHARE: Final = 0.9
+"""Share of images that must differ for a projector that does not tell them apart to be at fault."""
+
+
+class Images:
+    """Images as they come in, as the projector gives them on, and what they are worth to the model."""
+
+    name = "images"
+
+    def __init__(self, settings: DetectorSettings) -> None:
+        self._settings = settings
+        self._gains: list[float] = []
+        self._num_probes = 0
+        self._best = 0.0  # highest pooled gain so far
+
+    def read(self, view: StepView) -> Sequence[Reading]:
+        """Judge one step."""
+        record = view.record
+        return [*self._alike(record), *self._projector(record), *self._probe(record)]
+
+    def _alike(self, record: StepRecord) -> Iterator[Reading]:
+        if record.images < MIN_IMAGES and not record.constant_image_ranks:
+            return
+        limit, share = self._settings.image_constant.threshold, record.distinct_images / record.images
+        flat = max(record.flat_images, 0) / record.images
+        is_alike = record.distinct_images == 1 or (record.images >= MANY_IMAGES and share <= limit)
+        is_beyond = is_alike or flat >= FLAT_SHARE or bool(record.constant_image_ranks)
+        evidence = f"{record.distinct_images} of {record.images} images differ"
+        if record.flat_images > 0:
+            evidence += f", {record.flat_images} are of one colour"
+        if record.constant_image_ranks:
+            evidence += f"; rank {', '.join(map(str, record.constant_image_ranks))} has one image, or blank ones"
+        yield Reading(name="image_constant", value=share, limit=limit, is_beyond=is_beyond, evidence=evidence)
+
+    def _projector(self, record: StepRecord) -> Iterator[Reading]:
+        settings = self._settings
+        rms, spread = record.projector_rms, record.projector_spread
+        if rms is not None:
+            limit = settings.image_embed_zero.threshold
+            evidence = f"the root mean square of the image embeddings is {rms:.3g}"
+            yield Reading(name="image_embed_zero", value=rms, limit=limit, is_beyond=rms < limit, evidence=evidence)
+        if spread is None or (rms is not None and rms < settings.image_embed_zero.threshold):
+            return
+        # Images that are alike have embeddings that are alike: only distinct ones tell of the projector.
+        if record.images and record.distinct_images < DISTINCT_SHARE * record.images:
+            return
+        limit = settings.image_embed_constant.threshold
+        evidence = f"the image embeddings of distinct images differ by {spread:.3g} (root mean square)"
+        yield Reading(
+            name="image_embed_constant", value=spread, limit=limit, is_beyond=spread < limit, evidence=evidence
+        )
+
+    def _probe(self, record: StepRecord) -> Iterator[Reading]:
+        if record.probe_loss is None or record.probe_rolled_loss is None:
+            return
+        unused, lost = self._settings.image_unused, self._settings.image_lost
+        gain = record.probe_rolled_loss - record.probe_loss
+        self._num_probes += 1
+        self._gains = [*self._gains, gain][-max(unused.pooled, lost.pooled) :]
+        pooled = self._gains[-unused.pooled :]
+        mean = sum(pooled) / len(pooled)
+        evidence = f"with the images of other samples the loss is only {mean:+.3f} nats higher ({len(pooled)} probes)"
+        if self._num_probes >= unused.warmup and record.step >= unused.first_step:
+            yield Reading(
+                name="image_unused", value=mean, limit=unused.threshold, is_beyond=mean < unused.threshold,
+                reference=self._best, evidence=evidence,
+            )  # fmt: skip
+        recent = self._gains[-lost.pooled :]
+        newest = sum(recent) / len(recent)
+        if self._best >= lost.had:
+            limit = max(lost.threshold, 0.1 * self._best)
+            evidence = f"images were worth {self._best:.2f} nats and are worth {newest:.3f}"
+            yield Reading(
+                name="image_lost", value=newest, limit=limit, is_beyond=newest < limit, reference=self._best,
+                evidence=evidence,
+            )  # fmt: skip
+        if len(pooled) == unused.pooled:
+            self._best = max(self._best, mean)
+
+    def forget(self) -> None:
+        """Let go of what images were worth."""
+        self._gains, self._best, self._num_probes = [], 0.0, 0
+
+    def state(self) -> Json:
+        """Return all that ``restore`` needs."""
+        return {"gains": self._gains, "probes": self._num_probes, "best": self._best}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over a state."""
+        self._gains = [float(gain) for gain in state["gains"]]
+        self._num_probes, self._best = int(state["probes"]), float(state["best"])

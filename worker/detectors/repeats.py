@@ -1,0 +1,113 @@
+"""Exact checks of data that come again: the same batch, the same samples in one batch or on several ranks.
+
+``data_repeats`` is their slow relative: a small subset that comes round and round, against how often samples came again
+before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from sidestep.protocol.messages import Json
+from sidestep.worker.detectors.reading import Reading
+from sidestep.worker.detectors.running import RunningMoments
+from sidestep.worker.detectors.settings import DetectorSettings
+from sidestep.worker.detectors.view import StepView
+from sidestep.worker.step_record import StepRecord
+
+MIN_SAMPLES: Final = 4
+SKETCHED_STEPS: Final = 16
+"""Earlier steps whose samples are remembered in part."""
+
+
+class RepeatedData:
+    """Samples by their hashes."""
+
+    name = "repeats"
+
+    def __init__(self, settings: DetectorSettings) -> None:
+        self._settings = settings
+        self._digests: list[int] = []
+        self._num_distinct = 0  # batches unlike their predecessors, so far
+        self._sketches: list[list[int]] = []
+        self._usual = self._new_usual()
+
+    def _new_usual(self) -> RunningMoments:
+        return RunningMoments(rate=self._settings.data_repeats.rate, floor=0.02)
+
+    def read(self, view: StepView) -> Sequence[Reading]:
+        """Judge one step."""
+        record = view.record
+        found = [*self._batch(record), *self._within(record), *self._subset(record)]
+        if record.samples and record.ranks_seen > 1:
+            ranks = ", ".join(map(str, record.duplicate_ranks))
+            evidence = f"rank {ranks}: the same samples as a lower rank's" if ranks else ""
+            value = float(len(record.duplicate_ranks))
+            found.append(Reading(name="dup_ranks", value=value, limit=0.0, is_beyond=bool(ranks), evidence=evidence))
+        return found
+
+    def _batch(self, record: StepRecord) -> Iterator[Reading]:
+        """The batch before comes again; or one of a few before it, once there were more different ones than that."""
+        if not record.batch_digest:
+            return
+        recent = self._digests[::-1]
+        age = recent.index(record.batch_digest) + 1 if record.batch_digest in recent else 0
+        is_beyond = age == 1 or (age > 1 and self._num_distinct > 2 * age)
+        if not age:
+            self._num_distinct = min(self._num_distinct + 1, 1 << 20)
+        self._digests = [*self._digests, record.batch_digest][-self._settings.dup_batch.history :]
+        evidence = f"the {record.samples} samples are those of {age} step{'s' if age > 1 else ''} before" if age else ""
+        yield Reading(name="dup_batch", value=float(age), limit=0.0, is_beyond=is_beyond, evidence=evidence)
+
+    def _within(self, record: StepRecord) -> Iterator[Reading]:
+        """Few of the samples differ. Questions alike on many images are told apart by their images."""
+        if record.samples < MIN_SAMPLES:
+            return
+        limit = self._settings.dup_in_batch.threshold
+        shares = [record.distinct_samples / record.samples]
+        if record.images:
+            shares.append(record.distinct_images / record.images)
+        share = max(shares)
+        evidence = f"{record.distinct_samples} of {record.samples} samples differ"
+        yield Reading(name="dup_in_batch", value=share, limit=limit, is_beyond=share < limit, evidence=evidence)
+
+    def _subset(self, record: StepRecord) -> Iterator[Reading]:
+        """Share of the sketched samples that were there within the last steps, against what is usual."""
+        rule = self._settings.data_repeats
+        sketch = record.sketch.tolist()
+        if len(sketch) < rule.min_rows:
+            return
+        known = {key for earlier in self._sketches for key in earlier}
+        share = sum(key in known for key in sketch) / len(sketch)
+        self._sketches = [*self._sketches, sketch][-SKETCHED_STEPS:]
+        usual = self._usual.mean
+        is_beyond = self._usual.count >= rule.warmup and share > usual + rule.threshold
+        if self._usual.count >= rule.warmup:
+            evidence = f"{share:.0%} of the samples were there within {SKETCHED_STEPS} steps (usually {usual:.0%})"
+            yield Reading(
+                name="data_repeats", value=share, limit=usual + rule.threshold, reference=usual,
+                is_beyond=is_beyond, evidence=evidence,
+            )  # fmt: skip
+        self._usual.update(share)
+
+    def forget(self) -> None:
+        """Learn anew how often samples come again."""
+        self._usual = self._new_usual()
+        self._sketches = []
+
+    def state(self) -> Json:
+        """Return the remembered hashes."""
+        return {
+            "digests": self._digests,
+            "distinct": self._num_distinct,
+            "sketches": self._sketches,
+            "usual": self._usual.state(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over a state."""
+        self._digests = [int(digest) for digest in state["digests"]]
+        self._num_distinct = int(state["distinct"])
+        self._sketches = [[int(key) for key in sketch] for sketch in state["sketches"]]
+        self._usual.restore(state["usual"])

@@ -1,0 +1,298 @@
+"""What a detector's rule is made of: typed thresholds with their reasons; ``settings.py`` has one rule a detector.
+
+Figures marked *measured* are those of docs/detection.md (92 real training runs of a small VQA model, and 252,117 steps
+of real language-model logs); the others say what they are taken from. Steps are optimizer steps, readings are steps at
+which a detector had what it needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """When readings become an incident's evidence: k of the last m, said once, and when it may be said again."""
+
+    enabled: bool = True
+    """False: this detector never speaks."""
+    hits: int = 1
+    """k: readings beyond the threshold that it takes."""
+    window: int = 1
+    """m: among this many of the last readings."""
+    armed: int = 0
+    """Readings within the threshold in a row that there must have been once; 0: it speaks from the first one."""
+    deadline: int = 0
+    """Readings after which one that was never armed speaks all the same, once; 0: never."""
+    rearm: int = 50
+    """Clean readings in a row after which it is quiet again (docs/detection.md: 50 to 100)."""
+    cool_steps: int = 200
+    """Steps after it spoke in which it does not speak again (docs/detection.md: no flapping in 92 runs)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit(Rule):
+    """A rule about one number."""
+
+    threshold: float = 0.0
+    """The reading is beyond where its value is over this (or under it, where the detector says so)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stuck(Rule):
+    """Weights or rates that do not move."""
+
+    hits: int = 5
+    window: int = 5
+    first_steps: int = 500
+    """Readings it takes where nothing moved yet and the rate still rises: a warm-up's first updates can be below a
+    weight's precision."""
+    least_rate: float = 0.01
+    """Share of the highest rate so far below which nothing need move: a schedule that ends near 0 is no failure."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alignment(Limit):
+    """Targets against inputs."""
+
+    hits: int = 2
+    window: int = 3
+    threshold: float = 0.95
+    """Share of targets that are the next input id below which they are not aligned (measured: 1 step)."""
+    learn_readings: int = 5
+    """First readings that say what is usual: noise in the inputs lowers the share on purpose."""
+    min_targets: int = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopToken(Limit):
+    """EOS among the labels."""
+
+    hits: int = 3
+    window: int = 4
+    threshold: float = 0.5
+    """Share of answers with EOS below which it is not learned (nanoVLM #197, TRL #734, LlamaFactory #2884)."""
+    min_answers: int = 4
+    text_share: float = 0.9
+    """Labelled share of real positions from which it is plain text, not answers: nothing has to end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repeats(Limit):
+    """Samples that come again."""
+
+    history: int = 8
+    """Earlier batches that a batch is compared with."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleShare(Limit):
+    """One module's part of the gradient."""
+
+    hits: int = 3
+    window: int = 3
+    rearm: int = 10
+    threshold: float = 1e-3
+    """Part of its median share below which a module is dead (measured: 2 steps)."""
+    never_hits: int = 8
+    """Readings it takes where a module never had a gradient, though the table says that it is trainable."""
+    median_readings: int = 64
+    """Readings whose median is the usual share."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cumulative(Rule):
+    """A running reference and a cumulative sum over its z-scores (measured: 0 false alarms in 252,117 real steps)."""
+
+    allowance: float = 1.0
+    """k: standard deviations a step that are free."""
+    threshold: float = 9.9
+    """h: the sum from which it speaks: two steps at 6 standard deviations, ten at 2."""
+    clip: float = 6.0
+    """Largest z-score of one step."""
+    warmup: int = 60
+    """Readings before it judges."""
+    rate: float = 0.01
+    """Weight of the newest value: 0.02 and more raised 1 to 5 false alarms in 184,576 real steps, 0.01 none."""
+    floor: float = 0.02
+    """Smallest standard deviation, in nats: noise of a loss of 0.002 is no event."""
+    freeze_steps: int = 100
+    """Steps that the reference stands still while the sum is over half of its limit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Composition(Cumulative):
+    """The loss against what the same targets usually cost (docs/detection.md, CAL)."""
+
+    warmup: int = 120
+    token_rate: float = 0.02
+    """Weight of one more sighting of a target (measured)."""
+    min_sightings: int = 5
+    """Sightings from which a target has an expectation of its own."""
+    min_rows: int = 16
+    """Rows below which a step is not judged."""
+    max_ids: int = 2_048
+    """Targets with an expectation of their own; rarer ones share one by the size of their id."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Regress(Rule):
+    """The loss stands above its best for long."""
+
+    hits: int = 8
+    window: int = 10
+    threshold: float = 0.15
+    """Nats above the best (measured: 0 false alarms on real logs, together with the next two)."""
+    share: float = 0.08
+    """Part of the best that it must be above it as well."""
+    errors: float = 5.0
+    """Standard errors of the mean that it must be above it as well."""
+    warmup: int = 200
+    rate: float = 0.02
+    """Weight of the newest loss: a mean over some 50 steps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spike(Limit):
+    """A single value far from the median of the last."""
+
+    threshold: float = 8.0
+    """Robust standard deviations (measured: 11 of 252,117 real steps are over 8)."""
+    rise: float = 0.3
+    """Least rise: nats for a loss; for a gradient, the natural logarithm of the norm."""
+    warmup: int = 60
+    median_readings: int = 128
+    least_loss: float = 0.05
+    """Loss in nats below which gradients are not judged: bursts of a memorised set are no failure (measured: 2)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mass(Limit):
+    """Mean prediction against the targets of the same rows."""
+
+    hits: int = 3
+    window: int = 4
+    threshold: float = 0.08
+    """Measured: healthy runs stay below 0.03 in all tasks and phases; 0.08 raised nothing outside stage switches."""
+    min_rows: int = 256
+    """Rows that are pooled before it judges ..."""
+    min_steps: int = 8
+    """... over at least this many steps ..."""
+    max_steps: int = 32
+    """... and at most this many."""
+    errors: float = 4.0
+    """Standard errors of the targets' share that it must be over as well: few rows say little."""
+    armed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prior(Rule):
+    """The model against a table of how often each target stands at each place."""
+
+    hits: int = 5
+    window: int = 8
+    threshold: float = 0.05
+    """Nats by which the model must be worse than the table (measured)."""
+    warmup: int = 120
+    """Readings after which the table is one."""
+    min_rows: int = 16
+    max_ids: int = 2_048
+    rate: float = 0.01
+    """Weight of the newest step in the table."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PriorGain(Rule):
+    """What the model knows beyond that table, against what it once knew."""
+
+    hits: int = 6
+    window: int = 8
+    threshold: float = 0.35
+    """Share of its usual gain below which it has fallen back."""
+    least_gain: float = 0.15
+    """Usual gain in nats from which there is something to lose."""
+    warmup: int = 120
+    rate: float = 0.005
+    """Weight of the newest step in the usual gain."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankSum(Cumulative):
+    """One rank against the median of all."""
+
+    threshold: float = 25.0
+    """Measured with 4 ranks: 6 to 14 steps, no false alarm."""
+    second: float = 10.0
+    """The next rank's sum must be below this: else it is not one rank."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probes(Limit):
+    """What images are worth, in nats (``Probe``)."""
+
+    hits: int = 3
+    window: int = 3
+    rearm: int = 2
+    threshold: float = 0.02
+    """Measured: unused images stay within 0.03, used ones are over 0.05 by step 349."""
+    pooled: int = 4
+    """Probes whose mean is judged."""
+    warmup: int = 6
+    """Probes before it judges."""
+    first_step: int = 350
+    """Step before which nothing is judged: from scratch, images come into use by step 349 (measured)."""
+    had: float = 0.1
+    """Gain in nats that there must have been for a loss of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generated(Limit):
+    """Generated answers against the targets of the same prompts."""
+
+    armed: int = 1
+    deadline: int = 10
+    """Checks: at the default interval of 50 steps this is step 500, as in ``collapse_deadline``."""
+    rearm: int = 2
+    min_samples: int = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GeneratedLength(Generated):
+    """Lengths of generated answers."""
+
+    hits: int = 2
+    window: int = 2
+    threshold: float = 3.0
+    """Median length over or under the targets' by this factor (docs/detection.md)."""
+    hit_max: float = 0.5
+    """Share of samples, beyond the targets' own, that never end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shift(Limit):
+    """The data against what they were."""
+
+    hits: int = 3
+    window: int = 4
+    cool_steps: int = 300
+    warmup: int = 60
+    pooled: int = 16
+    """Steps that are pooled."""
+    rate: float = 0.02
+    """Weight of the newest step in the reference."""
+    min_rows: int = 50
+    """Rows (or answers) below which a pool is not judged."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SingleAnswer(Shift):
+    """Everything is answered with one token, surely."""
+
+    hits: int = 4
+    window: int = 5
+    threshold: float = 0.95
+    """Share of the content rows that are predicted to be one and the same token."""
+    sure: float = 0.3
+    """Entropy in nats below which such a prediction is sure: an honest 85 %-"A" model has 0.42."""
+    usual: float = 0.9
+    """Share of that token among the targets of old up to which this is no description of the data."""

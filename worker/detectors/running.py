@@ -1,0 +1,131 @@
+"""Running statistics of one number a step, robust against the very thing that they are to find.
+
+References are updated with clipped values (ZClip, arXiv 2504.02507: an outlier moves them as far as a large ordinary
+value would), so that a failure does not become its own normal. All states are short lists of numbers; what is kept in
+memory is what is saved, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Final
+
+from sidestep.protocol.messages import Json
+
+MAD_TO_SD: Final = 1.4826
+"""Standard deviations in a median absolute deviation of a normal distribution."""
+
+
+class RunningMoments:
+    """Exponentially weighted mean and standard deviation; the first values count evenly.
+
+    Args:
+        rate: weight of the newest value once there are ``1 / rate`` of them.
+        floor: smallest standard deviation, in the value's unit: noise below it is nobody's concern.
+        clip: standard deviations that one value may move the statistics by.
+    """
+
+    def __init__(self, *, rate: float, floor: float, clip: float = 3.0) -> None:
+        self.rate, self.floor, self.clip = rate, floor, clip
+        self.count = 0
+        self.mean = 0.0
+        self.variance = 0.0
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation, at least the floor."""
+        return max(math.sqrt(max(self.variance, 0.0)), self.floor)
+
+    def z(self, value: float, widen: float = 1.0) -> float:
+        """Return by how many standard deviations, each ``widen`` times as wide, ``value`` is above the mean."""
+        return (value - self.mean) / (self.deviation * widen)
+
+    def update(self, value: float, widen: float = 1.0) -> None:
+        """Take ``value`` in, clipped once there are a few."""
+        if self.count >= 8:
+            reach = self.clip * self.deviation * widen
+            value = min(max(value, self.mean - reach), self.mean + reach)
+        self.count += 1
+        rate = max(self.rate, 1.0 / self.count)
+        delta = value - self.mean
+        self.mean += rate * delta
+        self.variance = (1.0 - rate) * (self.variance + rate * delta * delta / (widen * widen))
+
+    def state(self) -> Json:
+        """Return all that ``restore`` needs."""
+        return [self.count, self.mean, self.variance]
+
+    def restore(self, state: Sequence[Any]) -> None:
+        """Take over a state."""
+        count, mean, variance = state
+        self.count, self.mean, self.variance = int(count), float(mean), float(variance)
+
+
+class Cusum:
+    """One-sided cumulative sum of z-scores over an allowance (Page 1954): slow rises add up, single ones do not.
+
+    Args:
+        allowance: k, standard deviations a step that are free.
+        limit: h, the sum from which it is beyond; kept below ``3 * limit`` so that it comes down again.
+        clip: largest z-score that one step adds.
+    """
+
+    def __init__(self, *, allowance: float, limit: float, clip: float = 6.0) -> None:
+        self.allowance, self.limit, self.clip = allowance, limit, clip
+        self.total = 0.0
+
+    def add(self, z: float) -> float:
+        """Take a step's z-score in; returns the sum."""
+        self.total = min(max(0.0, self.total + min(z, self.clip) - self.allowance), 3.0 * self.limit)
+        return self.total
+
+    @property
+    def is_beyond(self) -> bool:
+        """Whether the sum is over the limit."""
+        return self.total > self.limit
+
+    @property
+    def is_suspicious(self) -> bool:
+        """Whether it is over half of it: references are not to learn from what is under suspicion."""
+        return self.total > self.limit / 2
+
+
+class Window:
+    """The last values, for medians."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.values: list[float] = []
+
+    def add(self, value: float) -> None:
+        """Take a value in; the oldest one goes."""
+        self.values = [*self.values, value][-self.size :]
+
+    def robust_z(self, value: float, floor: float) -> float | None:
+        """Return the deviation from the median in robust standard deviations; None below 16 values."""
+        if len(self.values) < 16:
+            return None
+        middle = median(self.values)
+        spread = MAD_TO_SD * median([abs(each - middle) for each in self.values])
+        return (value - middle) / max(spread, floor)
+
+
+class Freeze:
+    """Whether references stand still: while something is suspicious, but not for ever."""
+
+    def __init__(self, limit_steps: int) -> None:
+        self.limit_steps = limit_steps
+        self.steps = 0
+
+    def holds(self, *, is_suspicious: bool) -> bool:
+        """Take a step in; returns whether references stand still at it."""
+        self.steps = self.steps + 1 if is_suspicious else 0
+        return 0 < self.steps <= self.limit_steps
+
+
+def median(values: Sequence[float]) -> float:
+    """Return the median of at least one value."""
+    ordered = sorted(values)
+    half = len(ordered) // 2
+    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2

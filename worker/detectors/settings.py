@@ -1,0 +1,168 @@
+"""Every detector's rule, by name (reasons in ``rules.py``); ``--set detectors.NAME.FIELD=VALUE`` changes one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Final, get_type_hints
+
+from sidestep.worker.detectors.rules import (
+    Alignment,
+    Composition,
+    Cumulative,
+    Generated,
+    GeneratedLength,
+    Limit,
+    Mass,
+    ModuleShare,
+    Prior,
+    PriorGain,
+    Probes,
+    RankSum,
+    Regress,
+    Repeats,
+    Rule,
+    Shift,
+    SingleAnswer,
+    Spike,
+    StopToken,
+    Stuck,
+)
+
+PREFIX: Final = "detectors."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DetectorSettings:
+    """One rule a detector; the field's name is the detector's, the incident's and the option's."""
+
+    # exact: no warm-up, no reference
+    nonfinite: Rule = field(default_factory=Rule)
+    no_labels: Rule = field(default_factory=Rule)
+    label_masked_pos: Limit = field(default_factory=Limit)
+    pad_labelled: Limit = field(default_factory=lambda: Limit(hits=2, window=3, threshold=0.02))
+    image_tokens_labelled: Limit = field(default_factory=lambda: Limit(hits=2, window=3, threshold=0.0))
+    label_alignment: Alignment = field(default_factory=Alignment)
+    label_leak: Alignment = field(default_factory=Alignment)
+    no_stop_token: StopToken = field(default_factory=StopToken)
+    dup_batch: Repeats = field(default_factory=lambda: Repeats(hits=3, window=3))
+    dup_in_batch: Limit = field(default_factory=lambda: Limit(hits=3, window=4, threshold=0.6))
+    dup_ranks: Rule = field(default_factory=lambda: Rule(hits=3, window=4))
+    image_constant: Limit = field(default_factory=lambda: Limit(hits=3, window=4, threshold=0.3))
+    image_embed_zero: Limit = field(default_factory=lambda: Limit(hits=3, window=4, threshold=1e-6))
+    image_embed_constant: Limit = field(default_factory=lambda: Limit(hits=3, window=3, threshold=1e-7))
+    no_update: Stuck = field(default_factory=Stuck)
+    lr_zero: Stuck = field(default_factory=Stuck)
+    updates_skipped: Limit = field(default_factory=lambda: Limit(hits=3, window=3, threshold=0.6))
+    no_gradient: Rule = field(default_factory=lambda: Rule(hits=3, window=3))
+    module_dead: ModuleShare = field(default_factory=ModuleShare)
+    rank_desync: Rule = field(default_factory=lambda: Rule(hits=2, window=2))
+    # absolute
+    init_loss: Limit = field(default_factory=lambda: Limit(threshold=1.0))
+    worse_than_uniform: Limit = field(default_factory=lambda: Limit(hits=3, window=5, threshold=0.5))
+    uniform_predictions: Limit = field(default_factory=lambda: Limit(hits=4, window=5, threshold=0.1))
+    # self-referenced
+    mass_excess: Mass = field(default_factory=Mass)
+    mass_deficit: Mass = field(default_factory=lambda: Mass(hits=4, window=5, armed=20))
+    copying: Mass = field(default_factory=lambda: Mass(threshold=0.3))
+    cal_up: Composition = field(default_factory=Composition)
+    loss_cusum: Cumulative = field(default_factory=Cumulative)
+    loss_regress: Regress = field(default_factory=Regress)
+    loss_spike: Spike = field(default_factory=lambda: Spike(rearm=20))
+    confidence_gap: Cumulative = field(default_factory=lambda: Cumulative(threshold=10.0))
+    underconfident: Cumulative = field(default_factory=lambda: Cumulative(threshold=14.0, floor=0.03, warmup=120))
+    grad_spike: Spike = field(default_factory=lambda: Spike(hits=2, window=3, threshold=6.0, rise=1.1))
+    grad_vanish: Spike = field(default_factory=lambda: Spike(hits=3, window=3, threshold=8.0, rise=6.9))
+    module_spike: Spike = field(
+        default_factory=lambda: Spike(hits=2, window=3, threshold=8.0, rise=2.3, rearm=10, median_readings=64)
+    )
+    worse_than_prior: Prior = field(default_factory=lambda: Prior(armed=40, deadline=400))
+    back_to_prior: PriorGain = field(default_factory=PriorGain)
+    never_beyond_prior: PriorGain = field(
+        default_factory=lambda: PriorGain(hits=20, window=20, threshold=0.02, warmup=1_000)
+    )
+    rank_outlier: RankSum = field(default_factory=RankSum)
+    image_unused: Probes = field(default_factory=Probes)
+    image_lost: Probes = field(default_factory=lambda: Probes(hits=2, window=2, pooled=1))
+    single_answer: SingleAnswer = field(default_factory=SingleAnswer)
+    # generation against target
+    gen_repetition: Generated = field(default_factory=lambda: Generated(threshold=0.3))
+    gen_vs_target: Generated = field(default_factory=lambda: Generated(threshold=0.45))
+    gen_length: GeneratedLength = field(default_factory=GeneratedLength)
+    # data
+    target_single: Shift = field(default_factory=lambda: Shift(threshold=0.1, warmup=0))
+    target_shift: Shift = field(default_factory=lambda: Shift(threshold=0.25))
+    length_shift: Shift = field(default_factory=lambda: Shift(threshold=2.0, hits=5, window=8))
+    answers_truncated: Shift = field(default_factory=lambda: Shift(threshold=0.1, pooled=8))
+    batch_shrunk: Shift = field(default_factory=lambda: Shift(threshold=0.3, hits=5, window=8, min_rows=4))
+    data_repeats: Shift = field(default_factory=lambda: Shift(threshold=0.5, hits=8, window=10, min_rows=4))
+    cal_down: Composition = field(default_factory=lambda: Composition(threshold=14.0, cool_steps=300))
+    user_rules: Rule = field(default_factory=lambda: Rule(rearm=1))
+
+    def rule(self, name: str) -> Rule | None:
+        """Return the rule of a detector; None where there is none of this name."""
+        found = getattr(self, name, None)
+        return found if isinstance(found, Rule) else None
+
+
+def detector_names() -> tuple[str, ...]:
+    """Return the names of all detectors, in the order in which they are asked."""
+    return tuple(each.name for each in fields(DetectorSettings))
+
+
+def apply_assignments(settings: DetectorSettings, assignments: Iterable[str]) -> DetectorSettings:
+    """Return ``settings`` with each ``detectors.NAME.FIELD=VALUE`` applied in turn.
+
+    Raises:
+        ValueError: an assignment has another form, names nothing that there is, or its value is of another type; the
+            text names the option and what is valid.
+    """
+    for assignment in assignments:
+        settings = _assigned(settings, assignment)
+    return settings
+
+
+def _assigned(settings: DetectorSettings, assignment: str) -> DetectorSettings:
+    option, equals, text = assignment.partition("=")
+    option = option.strip()
+    parts = option.removeprefix(PREFIX).split(".")
+    if not equals or not option.startswith(PREFIX) or len(parts) != 2:
+        raise ValueError(
+            f"--set {assignment!r}: write {PREFIX}NAME.FIELD=VALUE, as in {PREFIX}mass_excess.threshold=0.1"
+        )
+    name, setting = parts
+    rule = settings.rule(name)
+    if rule is None:
+        raise ValueError(f"--set {option}: there is no detector {name!r}; there are {', '.join(detector_names())}")
+    kinds = get_type_hints(type(rule))
+    if setting not in kinds:
+        raise ValueError(f"--set {option}: {name} has no setting {setting!r}; it has {', '.join(kinds)}")
+    value = _parsed(option, text.strip(), kinds[setting])
+    changed: dict[str, Any] = {setting: value}
+    named: dict[str, Any] = {name: replace(rule, **changed)}
+    return replace(settings, **named)
+
+
+_WORDS: Final = {
+    "true": True,
+    "1": True,
+    "yes": True,
+    "on": True,
+    "false": False,
+    "0": False,
+    "no": False,
+    "off": False,
+}
+
+
+def _parsed(option: str, text: str, kind: Any) -> bool | int | float:
+    try:
+        if kind is bool:
+            return _WORDS[text.lower()]
+        value = kind(text)
+    except (KeyError, ValueError) as error:
+        form = {bool: "true or false", int: "a whole number"}.get(kind, "a number")
+        raise ValueError(f"--set {option}: {text!r} is not {form}") from error
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"--set {option}: {text!r} is not a finite number of at least 0")
+    return int(value) if kind is int else float(value)

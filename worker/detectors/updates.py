@@ -1,0 +1,113 @@
+"""Exact checks of the update: weights and rates that do not move, gradients that are missing, ranks that differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from sidestep.protocol.messages import Json
+from sidestep.worker.detectors.reading import Reading
+from sidestep.worker.detectors.settings import DetectorSettings
+from sidestep.worker.detectors.view import StepView
+from sidestep.worker.step_record import StepRecord
+
+SKIP_WINDOW: Final = 20
+"""Steps of which the skipped ones are counted: a GradScaler that finds its factor skips fewer at its start."""
+
+
+class Updates:
+    """What the optimizer does."""
+
+    name = "updates"
+
+    def __init__(self, settings: DetectorSettings) -> None:
+        self._settings = settings
+        self._weights = 0
+        self._kind = 0
+        self._unmoved = 0
+        self._has_moved = False
+        self._highest_rate = 0.0
+        self._last_rate = 0.0
+        self._moving_rate = 0.0
+        self._skipped: list[int] = []
+
+    def read(self, view: StepView) -> Sequence[Reading]:
+        """Judge one step."""
+        record = view.record
+        found = [*self._rates(record), *self._movement(record), *self._skips(record)]
+        if record.weights_digest and record.ranks_seen > 1:
+            ranks = ", ".join(map(str, record.desynced_ranks))
+            evidence = f"rank {ranks}: the sampled weights are not those of the lowest rank" if ranks else ""
+            value = float(len(record.desynced_ranks))
+            found.append(Reading(name="rank_desync", value=value, limit=0.0, is_beyond=bool(ranks), evidence=evidence))
+        norm = record.gradient_norm
+        if norm is not None and record.applied is not False and record.labelled > 0:
+            evidence = "the gradient of the whole model is exactly 0"
+            found.append(Reading(name="no_gradient", value=norm, limit=0.0, is_beyond=norm == 0, evidence=evidence))
+        return found
+
+    def _rates(self, record: StepRecord) -> Iterator[Reading]:
+        """All rates are 0, though the schedule had not gone down to nearly 0."""
+        if not record.rates.size:
+            return
+        rate = float(record.rates.max())
+        rule = self._settings.lr_zero
+        is_end = 0 < self._last_rate < rule.least_rate * self._highest_rate
+        self._highest_rate = max(self._highest_rate, rate)
+        if rate > 0:
+            self._last_rate = rate
+        is_zero = rate <= 0 and not is_end
+        evidence = f"every learning rate is 0 (the highest so far: {self._highest_rate:g})"
+        yield Reading(name="lr_zero", value=rate, limit=0.0, is_beyond=is_zero, evidence=evidence)
+
+    def _movement(self, record: StepRecord) -> Iterator[Reading]:
+        """No sampled weight changed, though the step was applied with a rate that should move it."""
+        if not record.weights_digest:
+            return
+        is_known = record.weights_kind == self._kind
+        is_same = is_known and record.weights_digest == self._weights
+        self._weights, self._kind = record.weights_digest, record.weights_kind
+        rule = self._settings.no_update
+        rate = float(record.rates.max()) if record.rates.size else self._highest_rate
+        is_small = rate <= rule.least_rate * self._highest_rate if self._highest_rate else False
+        # A warm-up's first updates may be below a weight's precision: while it rises and nothing moved yet, wait.
+        is_rising, self._moving_rate = rate > self._moving_rate, rate
+        if not is_known or record.applied is False or is_small:
+            return
+        self._unmoved = min(self._unmoved + 1, 1 << 20) if is_same else 0
+        self._has_moved = self._has_moved or not is_same
+        is_beyond = is_same and (self._has_moved or not is_rising or self._unmoved > rule.first_steps)
+        evidence = f"no sampled weight changed in {self._unmoved} steps"
+        yield Reading(
+            name="no_update", value=float(self._unmoved), limit=float(rule.hits), is_beyond=is_beyond, evidence=evidence
+        )
+
+    def _skips(self, record: StepRecord) -> Iterator[Reading]:
+        if record.applied is None:
+            return
+        self._skipped = [*self._skipped, int(not record.applied)][-SKIP_WINDOW:]
+        if len(self._skipped) < SKIP_WINDOW:
+            return
+        limit, share = self._settings.updates_skipped.threshold, sum(self._skipped) / SKIP_WINDOW
+        evidence = f"{sum(self._skipped)} of the last {SKIP_WINDOW} optimizer steps were skipped"
+        is_beyond = share > limit and not record.applied
+        yield Reading(name="updates_skipped", value=share, limit=limit, is_beyond=is_beyond, evidence=evidence)
+
+    def forget(self) -> None:
+        """A new stage may begin a new schedule and hold other weights still."""
+        self._highest_rate = self._last_rate = 0.0
+        self._has_moved, self._unmoved = False, 0
+
+    def state(self) -> Json:
+        """Return all that ``restore`` needs."""
+        flags = int(self._has_moved)
+        weights = [self._weights, self._kind, self._unmoved, flags]
+        rates = [self._highest_rate, self._last_rate, self._moving_rate]
+        return {"weights": weights, "rates": rates, "skipped": self._skipped}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over a state."""
+        self._weights, self._kind, self._unmoved, flags = map(int, state["weights"])
+        self._has_moved = bool(flags)
+        self._highest_rate, self._last_rate, self._moving_rate = map(float, state["rates"])
+        self._skipped = [int(each) for each in state["skipped"]]

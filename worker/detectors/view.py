@@ -1,0 +1,100 @@
+"""A step's record as the families read it: rows in double precision, answers and content told apart, made once."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sidestep.worker.metrics.sequences import GeneratedSamples
+from sidestep.worker.records import RunContext
+from sidestep.worker.step_record import StepRecord
+
+MIN_ANSWERS_TO_LEARN = 4
+"""Answers from which the id that ends them is told from them, where no EOS is known."""
+TERMINAL_SHARE = 0.9
+"""Share of a step's answers that an id must end to be their end."""
+
+
+class StepView:
+    """What a family needs of a step.
+
+    Args:
+        record: the step.
+        context: what the run's tables say, for generated samples and their targets.
+        generated: what was generated at the step, if anything.
+    """
+
+    def __init__(
+        self, record: StepRecord, context: RunContext | None = None, generated: GeneratedSamples | None = None
+    ) -> None:
+        self.record = record
+        self.context = context
+        self.generated = generated
+        self.residuals: NDArray[np.float64] | None = None
+        """Loss of each row minus what its target usually costs [n]; set by the composition's detectors."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the record."""
+        return int(self.record.targets.size)
+
+    @cached_property
+    def losses(self) -> NDArray[np.float64]:
+        """Loss of each row in nats [n]."""
+        return self.record.losses.astype(np.float64)
+
+    @cached_property
+    def entropies(self) -> NDArray[np.float64] | None:
+        """Entropy of each row in nats [n]; None where unknown."""
+        return self.record.entropies.astype(np.float64) if self.record.entropies.size == self.num_rows > 0 else None
+
+    @property
+    def predictions(self) -> NDArray[np.int32] | None:
+        """Most probable id of each row [n]; None where unknown."""
+        return self.record.predictions if self.record.predictions.size == self.num_rows > 0 else None
+
+    @cached_property
+    def starts(self) -> NDArray[np.int64]:
+        """First row of each answer [a]; a rank's first row begins one."""
+        begins = self.record.places == 0
+        ranks = np.concatenate([[0], np.cumsum(self.record.rank_rows)[:-1]]).astype(np.int64)
+        begins[ranks[ranks < begins.size]] = True
+        return np.flatnonzero(begins)
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """Rows of each answer [a]."""
+        return np.diff(np.append(self.starts, self.num_rows))
+
+    @cached_property
+    def answers(self) -> NDArray[np.int64]:
+        """Number of the answer that each row belongs to [n]."""
+        return np.repeat(np.arange(self.starts.size), self.lengths)
+
+    @cached_property
+    def content(self) -> NDArray[np.bool_]:
+        """Rows before their answer's first EOS; without an EOS, those that are not the id that ends the answers [n]."""
+        if not self.num_rows:
+            return np.zeros(0, np.bool_)
+        ends = self.record.targets == self._terminal
+        before = np.cumsum(ends) - ends
+        is_content: NDArray[np.bool_] = ~ends & (before == before[self.starts][self.answers])
+        return is_content
+
+    @cached_property
+    def _terminal(self) -> int:
+        """EOS where answers hold it, else the id that ends nearly all of them, else none."""
+        eos = self.record.eos_id
+        if eos >= 0 and (self.record.targets == eos).any():
+            return eos
+        last = self.record.targets[self.starts + self.lengths - 1]
+        if last.size < MIN_ANSWERS_TO_LEARN:
+            return -1
+        ids, counts = np.unique(last, return_counts=True)
+        return int(ids[counts.argmax()]) if counts.max() > TERMINAL_SHARE * last.size else -1
+
+    def sum_by_answer(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the sum of ``values`` [n] over each answer [a]."""
+        return np.add.reduceat(values, self.starts) if self.starts.size else np.zeros(0)

@@ -1,0 +1,101 @@
+"""What a step's record says of its batches: samples and images that repeat, within a rank and over ranks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sidestep.protocol.messages import Signals
+from sidestep.worker.step_record import MAX_SKETCH
+
+FLAT_DEVIATION: Final = 1e-6
+"""Standard deviation of pixels below which an image shows nothing."""
+MIN_RANK_IMAGES: Final = 4
+"""Images that one rank must have for its own share of distinct ones to be judged."""
+MIN_RANK_SAMPLES: Final = 2
+MAX_NAMED_RANKS: Final = 8
+_MIX: Final = np.uint64(0x9E3779B97F4A7C15)
+
+
+def batch_facts(signals: Sequence[tuple[int, Signals]]) -> dict[str, Any]:
+    """Return the fields of a record that are made of hashes and projector outputs."""
+    facts: dict[str, Any] = {}
+    keys = {rank: _sample_keys(m) for rank, m in signals if m.sample_hashes.size and m.sample_hashes.ndim == 1}
+    if keys:
+        joined = np.concatenate(list(keys.values()))
+        distinct = np.unique(joined)
+        # Samples differ where their texts or their images do; the larger of both counts is a lower bound.
+        num_texts = np.unique(np.concatenate([m.sample_hashes for _, m in signals if m.sample_hashes.size])).size
+        facts["samples"] = int(joined.size)
+        facts["distinct_samples"] = int(max(distinct.size, num_texts))
+        facts["batch_digest"] = _digest(np.sort(joined).tobytes())
+        facts["sketch"] = _sketch(distinct)
+        facts["duplicate_ranks"] = _duplicates(keys)
+    facts.update(_image_facts([(rank, m) for rank, m in signals if m.image_hashes.size and m.image_hashes.ndim == 1]))
+    for name, field in (("projector_rms", "projector_rms"), ("projector_spread", "projector_spread")):
+        values = [float(getattr(m, field)) for _, m in signals]
+        known = [value for value in values if np.isfinite(value) and value >= 0]
+        if known:
+            facts[name] = min(known)
+    return facts
+
+
+def _sample_keys(message: Signals) -> NDArray[np.int64]:
+    """Return a key for each sample: of text and image where each has one image, else of the text alone."""
+    if message.image_hashes.shape == message.sample_hashes.shape:
+        return _mixed(message.sample_hashes) ^ message.image_hashes
+    if message.image_hashes.size:  # several images a sample: the whole batch's images tell batches apart
+        salt = np.int64(_digest(message.image_hashes.tobytes()))
+        return _mixed(message.sample_hashes) ^ salt
+    return message.sample_hashes.astype(np.int64, copy=False)
+
+
+def _mixed(hashes: NDArray[np.int64]) -> NDArray[np.int64]:
+    mixed = hashes.astype(np.int64).view(np.uint64) * _MIX
+    return (mixed ^ (mixed >> np.uint64(29))).view(np.int64)
+
+
+def _sketch(distinct: NDArray[np.int64]) -> NDArray[np.int64]:
+    return distinct[np.argsort(_mixed(distinct), kind="stable")[:MAX_SKETCH]]
+
+
+def _digest(content: bytes) -> int:
+    """63 bits, never 0: 0 stands for what is not known."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1 or 1
+
+
+def _duplicates(keys: dict[int, NDArray[np.int64]]) -> tuple[int, ...]:
+    seen: set[bytes] = set()
+    found: list[int] = []
+    for rank in sorted(keys):
+        content = np.sort(keys[rank]).tobytes()
+        if content in seen and keys[rank].size >= MIN_RANK_SAMPLES:
+            found.append(rank)
+        seen.add(content)
+    return tuple(found[:MAX_NAMED_RANKS])
+
+
+def _image_facts(signals: Sequence[tuple[int, Signals]]) -> dict[str, Any]:
+    if not signals:
+        return {}
+    hashes = np.concatenate([m.image_hashes for _, m in signals])
+    facts: dict[str, Any] = {"images": int(hashes.size), "distinct_images": int(np.unique(hashes).size)}
+    if all(m.image_deviations.shape == m.image_hashes.shape for _, m in signals):
+        facts["flat_images"] = sum(_num_flat(m) for _, m in signals)
+    constant = [
+        rank
+        for rank, m in signals
+        if m.image_hashes.size >= MIN_RANK_IMAGES
+        and (np.unique(m.image_hashes).size == 1 or _num_flat(m) == m.image_hashes.size)
+    ]
+    return {**facts, "constant_image_ranks": tuple(constant[:MAX_NAMED_RANKS])}
+
+
+def _num_flat(message: Signals) -> int:
+    if message.image_deviations.shape != message.image_hashes.shape:
+        return 0
+    return int((message.image_deviations < FLAT_DEVIATION).sum())

@@ -1,0 +1,85 @@
+"""What a step's record says of the model's insides: sampled weights over ranks, and each module's gradient."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from sidestep.protocol.messages import Json, Signals
+from sidestep.worker.records import RunContext
+from sidestep.worker.step_record import MAX_MODULES
+
+MAX_NAMED_RANKS: Final = 8
+TRAINABLE: Final = 1
+VISUAL: Final = 2
+_VISUAL_NAME: Final = re.compile(
+    r"vis|image|img|pixel|patch|project|connector|siglip|clip|vit|mm_|resampler", re.IGNORECASE
+)
+
+
+def weight_facts(signals: Sequence[tuple[int, Signals]]) -> dict[str, Any]:
+    """Compare the sampled weights of ranks that hold the same ones, bit by bit."""
+    sent = [(rank, m) for rank, m in signals if m.heartbeat.size and m.heartbeat.ndim == 1]
+    if not sent:
+        return {}
+    first: dict[tuple[int, int], bytes] = {}
+    desynced, nonfinite = [], []
+    for rank, message in sent:
+        if not np.isfinite(message.heartbeat).all():
+            nonfinite.append(rank)
+        content = message.heartbeat.tobytes()
+        if first.setdefault((message.heartbeat_digest, message.heartbeat.size), content) != content:
+            desynced.append(rank)
+    lowest = sent[0][1]
+    return {
+        "weights_digest": _digest(lowest.heartbeat.tobytes()),
+        "weights_kind": _digest(f"{lowest.heartbeat_digest} {lowest.heartbeat.size}".encode()),
+        "desynced_ranks": tuple(desynced[:MAX_NAMED_RANKS]),
+        "nonfinite_weight_ranks": tuple(nonfinite[:MAX_NAMED_RANKS]),
+    }
+
+
+def _digest(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1 or 1
+
+
+def module_names(context: RunContext) -> list[str]:
+    """Return the modules of the table ``parameters``, in its order."""
+    names = context.parameters.get("modules")
+    return [str(name) for name in names] if isinstance(names, list | tuple) else []
+
+
+def module_facts(signals: Sequence[tuple[int, Signals]], context: RunContext) -> dict[str, Any]:
+    """Merge the modules' norms over ranks: the largest, which is every rank's own where gradients are averaged."""
+    sent = [m.module_norms for _, m in signals if m.module_norms.size and m.module_norms.ndim == 1]
+    if not sent or len({norms.size for norms in sent}) > 1:
+        return {}
+    norms = np.max(np.stack(sent).astype(np.float64), axis=0)[:MAX_MODULES]
+    norms[~np.isfinite(norms)] = -1.0
+    is_nan = ~np.isfinite(np.stack(sent)).all(axis=0)[:MAX_MODULES]
+    norms[is_nan] = np.nan
+    names = module_names(context)
+    trainable = _trainable(context.parameters, len(names))
+    flags = tuple(_flag(names, trainable, place) for place in range(norms.size))
+    return {"module_norms": norms.astype(np.float32), "module_flags": flags}
+
+
+def _flag(names: Sequence[str], trainable: Sequence[bool], place: int) -> int:
+    if place >= len(names):
+        return 0
+    return (TRAINABLE if trainable[place] else 0) | (VISUAL if _VISUAL_NAME.search(names[place]) else 0)
+
+
+def _trainable(table: Mapping[str, Json], num_modules: int) -> list[bool]:
+    """Whether any parameter of a module is trainable, by the table."""
+    found = [False] * num_modules
+    rows = table.get("parameters")
+    for row in rows if isinstance(rows, list | tuple) else ():
+        place = row.get("module") if isinstance(row, Mapping) else None
+        if isinstance(place, int) and 0 <= place < num_modules and row.get("trainable", True):
+            found[place] = True
+    return found
