@@ -38,8 +38,19 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where this is run from does not matter
 
 from benchmarks.inline_logger import InlineLogger
+from benchmarks.nanovlm_logging import InlineLogging, NoLogging, OwnLogging, SidestepLogging
 from benchmarks.nanovlm_rows import IMAGE_TOKENS_PER_TILE, Rows, write_tokenizer
-from benchmarks.turns import CLOCKS, TimedCalls, Turns, machine, milliseconds, take_turns, worker_beside
+from benchmarks.turns import (
+    CLOCKS,
+    TimedCalls,
+    Turns,
+    hook_milliseconds,
+    machine,
+    milliseconds,
+    spread,
+    take_turns,
+    worker_beside,
+)
 
 from sidestep.trainer_hooks.config import HooksConfig
 from sidestep.trainer_hooks.integrations import nanovlm
@@ -65,109 +76,6 @@ class Setting:
     """Micro-batches a step."""
     threads: int
     """CPU threads of torch."""
-
-
-class NoLogging:
-    """The loop's places, with nothing there."""
-
-    def after_forward(self, _batch: Any, _logits: Any, _loss: Any) -> None:
-        """Do nothing."""
-
-    def before_clip(self) -> None:
-        """Do nothing."""
-
-    def after_microbatch(self, _batch: Any, _loss: Any, _seconds: tuple[float, float, float]) -> None:
-        """Do nothing."""
-
-    def after_step(self, _step: int, _norm: Any) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
-class OwnLogging(NoLogging):
-    """What nanoVLM logs by itself, to a ``run``: W&B's, or the hooks in its place."""
-
-    def __init__(self, run: Any, setting: Setting, every_steps: int) -> None:
-        self._run, self._accumulation, self._every_steps = run, setting.accumulation, every_steps
-        self._batch_loss = 0.0
-        self._kept: dict[str, list[float]] = {}
-
-    def after_microbatch(self, batch: Any, loss: Any, seconds: tuple[float, float, float]) -> None:
-        """Read the device twice, and keep what its statistics are made of."""
-        self._batch_loss = loss.item() * self._accumulation
-        num_tokens = torch.sum(batch["attention_mask"]).item()
-        data_seconds, compute_seconds, began = seconds
-        values = {
-            "tokens_per_second": num_tokens / (time.perf_counter() - began),
-            "data_load_time": data_seconds,
-            "fw_bw_time": compute_seconds,
-            "post_process_time": time.perf_counter() - began - compute_seconds,
-        }
-        for name, value in values.items():
-            self._kept.setdefault(name, []).append(value)
-        self._kept.setdefault("images_per_sample", []).extend(len(row) for row in batch["images"])
-
-    def after_step(self, step: int, norm: Any) -> None:
-        """Log as it does: some means and maxima now and then, loss and norm at every step."""
-        if step % self._every_steps == 0:
-            means = {f"training_stats/avg_{name}": sum(kept) / len(kept) for name, kept in self._kept.items()}
-            most = {f"training_stats/max_{name}": max(kept) for name, kept in self._kept.items()}
-            self._run.log({**means, **most}, step=step)
-            self._kept = {}
-        self._run.log({"batch_loss": self._batch_loss, "grad_norm": norm}, step=step)
-
-    def close(self) -> None:
-        """End the run."""
-        self._run.finish()
-
-
-class InlineLogging(OwnLogging):
-    """The same, and the inline logger, in one run."""
-
-    def __init__(self, logger: InlineLogger, setting: Setting, every_steps: int) -> None:
-        super().__init__(logger.run, setting, every_steps)
-        self._logger = logger
-
-    def after_forward(self, batch: Any, logits: Any, loss: Any) -> None:
-        """Measure the micro-batch."""
-        names = ("input_ids", "labels", "attention_mask")
-        self._logger.on_batch(**{name: batch[name] for name in names}, logits=logits, loss=loss)
-
-    def before_clip(self) -> None:
-        """Measure gradients and rates."""
-        self._logger.before_clip()
-
-    def after_step(self, step: int, norm: Any) -> None:
-        """Log, generate."""
-        super().after_step(step, norm)
-        self._logger.after_step(step)
-
-    def close(self) -> None:
-        """End the run."""
-        self._logger.close()
-
-
-class SidestepLogging(OwnLogging):
-    """The same, through the hooks."""
-
-    def __init__(self, hooks: nanovlm.NanoVLMHooks, setting: Setting, every_steps: int) -> None:
-        super().__init__(hooks, setting, every_steps)
-        self._hooks = hooks
-
-    def after_forward(self, batch: Any, _logits: Any, _loss: Any) -> None:
-        """Show the micro-batch."""
-        self._hooks.on_batch(batch, 1)
-
-    def before_clip(self) -> None:
-        """Show the gradients."""
-        self._hooks.before_clip()
-
-    def after_step(self, step: int, norm: Any) -> None:
-        """Log, end the step."""
-        super().after_step(step, norm)
-        self._hooks.after_step(step)
 
 
 @contextlib.contextmanager
@@ -208,13 +116,13 @@ def build(setting: Setting) -> tuple[Any, Any, Any, torch.optim.Optimizer]:
 def logging_of(mode: str, setting: Setting, rows: Rows, parts: tuple[Any, Any, Any, Any], folder: str) -> NoLogging:
     """Make what a mode logs with."""
     vlm_cfg, train_cfg, model, optimizer = parts
-    every = train_cfg.stats_log_interval
+    often: dict[str, int] = {"accumulation": setting.accumulation, "every_steps": train_cfg.stats_log_interval}
     if mode == "none":
         return NoLogging()
     if mode == "own":
         wandb = importlib.import_module("wandb")
         run = wandb.init(mode="offline", dir=folder, settings=wandb.Settings(silent=True, console="off"))
-        return OwnLogging(run, setting, every)
+        return OwnLogging(run, **often)
     generates = not mode.endswith("without_generation")
     if mode.startswith("inline"):
         config = HooksConfig.from_train_config(train_cfg)
@@ -224,10 +132,10 @@ def logging_of(mode: str, setting: Setting, rows: Rows, parts: tuple[Any, Any, A
             for p in prompts
         ]
         logger = InlineLogger(model, optimizer, model.tokenizer, asked if generates else (), config)
-        return InlineLogging(logger, setting, every)
+        return InlineLogging(logger, **often)
     off: dict[str, Any] = {} if generates else {"generation_eval_interval": 0, "collapse_detection_interval": 0}
     hooks = nanovlm.attach(model, optimizer, rows.validation(), vlm_cfg, train_cfg, name=mode, **off)
-    return SidestepLogging(hooks, setting, every)
+    return SidestepLogging(hooks, **often)
 
 
 def train(mode: str, setting: Setting, pipe: Any) -> None:
@@ -245,8 +153,7 @@ def train(mode: str, setting: Setting, pipe: Any) -> None:
         turns = Turns(pipe, timed, settle_seconds=SETTLE_SECONDS)
         losses = loop(model, optimizer, batches, logging=timed, turns=turns, setting=setting)
         logging.close()
-        failures = logging._hooks.hooks.failures() if isinstance(logging, SidestepLogging) else {}  # noqa: SLF001
-        pipe.send({"losses": losses, "failures": failures})
+        pipe.send({"losses": losses, "failures": logging.failures()})
 
 
 def loop(
@@ -290,11 +197,15 @@ def measure(setting: Setting, *, core: int | None) -> dict[str, Any]:
     """Run all modes and return the figures."""
     with tempfile.TemporaryDirectory(prefix="nanovlm-worker-") as folder, worker_beside(Path(folder), core=core):
         steps, said = take_turns(MODES, train, (setting,), setting.num_steps)
+        time.sleep(1.0)  # the worker stores what the goodbyes have just brought
+        counted = hook_milliseconds(Path(folder) / "out" / "journal", first=WARMUP_STEPS)
     modes: dict[str, Any] = {}
     for mode in MODES:
         modes[mode] = milliseconds(steps[mode], first=WARMUP_STEPS)
         calls = [sum(cpu for _, cpu, _ in s["calls"]) for s in steps[mode] if s["step"] >= WARMUP_STEPS]
         modes[mode]["in_calls_cpu_mean"] = 1e3 * sum(calls) / len(calls)
+        if mode in counted:
+            modes[mode]["hooks_own_count"] = spread(counted[mode])
     ratios = {
         mode: {f"{clock}_{which}": modes[mode][clock][which] / modes["none"][clock][which]
                for clock in CLOCKS for which in ("median", "mean", "p99")}
@@ -319,6 +230,12 @@ def table(result: dict[str, Any]) -> str:
         cells = [" / ".join(f"{row[clock][which]:.1f}" for which in ("median", "mean", "p99")) for clock in clocks]
         cells.append(" / ".join(f"{result['times_none'][mode][f'{clock}_mean']:.3f}" for clock in clocks))
         lines.append(f"| {mode} | {' | '.join(cells)} | {row['in_calls_cpu_mean']:.2f} |")
+    for mode, row in result["modes"].items():
+        if own := row.get("hooks_own_count"):
+            lines.append(
+                f"\n{mode}, wall by the hooks' own count, generation left out, hooks on model and optimizer included: "
+                f"median {own['median']:.2f}, mean {own['mean']:.2f}, p99 {own['p99']:.2f} ms a step"
+            )
     return "\n".join(lines)
 
 

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sqlite3
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,10 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where this is run from does not matter
 
-from benchmarks.turns import TimedCalls, Turns, machine, spread, take_turns, worker_beside
-
-from sidestep.protocol import frames
-from sidestep.protocol.messages import Hello, Kind, StepEnd
+from benchmarks.turns import TimedCalls, Turns, hook_milliseconds, machine, spread, take_turns, worker_beside
 
 MODES = ("none", "sidestep_without_generation", "sidestep", "inline_without_generation", "inline")
 WARMUP_STEPS = 10
@@ -102,30 +97,12 @@ def train_in_turns(mode: str, num_steps: int, threads: int, pipe: Any) -> None:
     pipe.send(losses)
 
 
-def hook_milliseconds(journal: Path) -> dict[str, list[float]]:
-    """Return what the hooks themselves counted per step, by the name of the run: calls and hooks on the model alike."""
-    found: dict[str, list[float]] = {}
-    names: dict[str, str] = {}
-    with closing(sqlite3.connect(journal / "index.sqlite")) as index:
-        for incarnation, body in index.execute("SELECT incarnation, body FROM hello"):
-            hello = frames.decode(body)[1]
-            names[incarnation] = hello.name if isinstance(hello, Hello) else ""
-    for segment in sorted(journal.glob("segment-*.sqlite")):
-        with closing(sqlite3.connect(segment)) as messages:
-            query = "SELECT incarnation, body FROM message WHERE kind = ? ORDER BY incarnation, sequence"
-            for incarnation, body in messages.execute(query, (int(Kind.STEP_END),)):
-                end = frames.decode(body)[1]
-                if isinstance(end, StepEnd) and end.step >= WARMUP_STEPS:
-                    found.setdefault(names[incarnation], []).append(1e3 * end.hook_seconds)
-    return found
-
-
 def measure(num_steps: int, threads: int) -> tuple[dict[str, list[dict[str, Any]]], dict[str, list[float]], bool]:
     """Return each mode's steps, what the hooks counted, and whether all modes trained with the very same losses."""
     with tempfile.TemporaryDirectory(prefix="sidestep-bench-") as folder, worker_beside(Path(folder)):
         steps, losses = take_turns(MODES, train_in_turns, (num_steps, threads), num_steps)
         time.sleep(1.0)  # the worker stores what the goodbyes have just brought
-        counted = hook_milliseconds(Path(folder) / "out" / "journal")
+        counted = hook_milliseconds(Path(folder) / "out" / "journal", first=WARMUP_STEPS)
     return steps, counted, all(values == losses["none"] for values in losses.values())
 
 

@@ -9,14 +9,18 @@ from __future__ import annotations
 import multiprocessing
 import os
 import platform
+import sqlite3
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
+
+from sidestep.protocol import frames
+from sidestep.protocol.messages import Hello, Kind, StepEnd
 
 TURN_STEPS = 5
 _STARTING_SECONDS = 30.0
@@ -142,8 +146,9 @@ def take_turns(
     for pipe in pipes.values():
         pipe.recv()
     steps: dict[str, list[Step]] = {mode: [] for mode in modes}
-    for _ in range(num_steps // TURN_STEPS):
-        for mode in modes:
+    for turn in range(num_steps // TURN_STEPS):
+        place = turn % len(modes)
+        for mode in (*modes[place:], *modes[:place]):  # nobody always comes after the same one
             pipes[mode].send("go")
             steps[mode] += pipes[mode].recv()
     for pipe in pipes.values():
@@ -152,6 +157,27 @@ def take_turns(
     for process in processes.values():
         process.join(timeout=60)
     return steps, said
+
+
+def hook_milliseconds(journal: Path, *, first: int) -> dict[str, list[float]]:
+    """Return what the hooks themselves counted per step, by the name of the run: calls and hooks on the model alike.
+
+    The worker has it in its journal; the steps from ``first`` on.
+    """
+    found: dict[str, list[float]] = {}
+    names: dict[str, str] = {}
+    with closing(sqlite3.connect(journal / "index.sqlite")) as index:
+        for incarnation, body in index.execute("SELECT incarnation, body FROM hello"):
+            hello = frames.decode(body)[1]
+            names[incarnation] = hello.name if isinstance(hello, Hello) else ""
+    for segment in sorted(journal.glob("segment-*.sqlite")):
+        with closing(sqlite3.connect(segment)) as messages:
+            query = "SELECT incarnation, body FROM message WHERE kind = ? ORDER BY incarnation, sequence"
+            for incarnation, body in messages.execute(query, (int(Kind.STEP_END),)):
+                end = frames.decode(body)[1]
+                if isinstance(end, StepEnd) and end.step >= first:
+                    found.setdefault(names[incarnation], []).append(1e3 * end.hook_seconds)
+    return found
 
 
 def milliseconds(steps: Sequence[Step], *, first: int) -> dict[str, dict[str, float]]:

@@ -33,16 +33,21 @@ class Launched:
     """Its journal, where this process chose it; another worker may already serve the endpoint and keep its own."""
 
 
-def wandb_mode(environment: Mapping[str, str], home: Path | None = None) -> str:
-    """Return ``WANDB_MODE``, else ``online`` where a key is at hand, else ``offline``; nobody is asked to log in."""
+def wandb_mode(environment: Mapping[str, str], home: Path | None = None, *, console: Console | None = None) -> str:
+    """Return ``WANDB_MODE``, else ``online`` where a key is at hand, else ``offline``; nobody is asked to log in.
+
+    A netrc that is there and cannot be read is said on ``console``, and holds no key.
+    """
     chosen = environment.get("WANDB_MODE", "").strip()
     if chosen:
         return chosen
-    has_key = bool(environment.get("WANDB_API_KEY", "").strip()) or _netrc_has_key(environment, home or Path.home())
+    has_key = bool(environment.get("WANDB_API_KEY", "").strip()) or _netrc_has_key(
+        environment, home or Path.home(), console or Console()
+    )
     return "online" if has_key else "offline"
 
 
-def _netrc_has_key(environment: Mapping[str, str], home: Path) -> bool:
+def _netrc_has_key(environment: Mapping[str, str], home: Path, console: Console) -> bool:
     chosen = environment.get("NETRC")
     places = [Path(chosen).expanduser()] if chosen else [home / ".netrc", home / "_netrc"]
     base_url = environment.get("WANDB_BASE_URL", "")
@@ -50,8 +55,11 @@ def _netrc_has_key(environment: Mapping[str, str], home: Path) -> bool:
     for place in places:
         try:
             words = place.read_text("utf-8").split()
-        except (OSError, UnicodeDecodeError):
-            continue  # an unreadable netrc holds no key for us
+        except FileNotFoundError:
+            continue  # most people have one of the two, or none
+        except (OSError, UnicodeDecodeError) as error:
+            console.once(f"netrc-{place}", f"{place} cannot be read ({error}): no W&B key is taken from it.")
+            continue
         if any(word == "machine" and name == host for word, name in pairwise(words)):
             return True
     return False
@@ -92,15 +100,14 @@ def ensure_worker(
     if rank != 0:
         return Launched(endpoint=address)
     folder = state_home(environment) / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-    pid = _start(address, folder, environment)
-    (console or Console()).line(
-        f"sidestep: started a worker (process {pid}, W&B {wandb_mode(environment)}); "
-        f"its journal and log are in {folder}"
-    )
+    console = console or Console()
+    mode = wandb_mode(environment, console=console)
+    pid = _start(address, folder, environment, mode)
+    console.line(f"sidestep: started a worker (process {pid}, W&B {mode}); its journal and log are in {folder}")
     return Launched(endpoint=address, pid=pid, journal=folder / "journal")
 
 
-def _start(address: str, folder: Path, environment: Mapping[str, str]) -> int:
+def _start(address: str, folder: Path, environment: Mapping[str, str], mode: str) -> int:
     command = [
         sys.executable, "-m", "sidestep.worker.cli", "worker",
         "--endpoint", address, "--owner-pid", str(os.getpid()), "--journal", str(folder / "journal"),
@@ -114,7 +121,7 @@ def _start(address: str, folder: Path, environment: Mapping[str, str]) -> int:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=inherited | {"WANDB_MODE": wandb_mode(environment)},
+                env=inherited | {"WANDB_MODE": mode},
                 start_new_session=True,  # a signal to the trainer's group is not for the worker
             )
     except OSError as error:

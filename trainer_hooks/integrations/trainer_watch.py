@@ -17,6 +17,7 @@ from torch import nn
 
 from sidestep.trainer_hooks.guard import Guard, guarded
 from sidestep.trainer_hooks.hooks import Hooks
+from sidestep.trainer_hooks.integrations.wrapped_method import WrappedMethod
 
 
 class TrainerWatch:
@@ -125,27 +126,6 @@ class TrainerWatch:
             return reported
         planned: int = trainer.args.gradient_accumulation_steps
         return reported * int(getattr(trainer, "current_gradient_accumulation_steps", planned))
-
-
-class WrappedMethod:
-    """One method of one instance, wrapped."""
-
-    def __init__(self, owner: Any, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        self._owner = owner
-        self._name = name
-        self._was_own = name in vars(owner)
-        self._original = getattr(owner, name)
-        self._wrapper = around(self._original)
-        setattr(owner, name, self._wrapper)
-
-    def undo(self) -> None:
-        """Put back what was there, unless somebody has put something else there since."""
-        if vars(self._owner).get(self._name) is not self._wrapper:
-            return
-        if self._was_own:
-            setattr(self._owner, self._name, self._original)
-        else:
-            delattr(self._owner, self._name)
 
 
 def _of_shape(value: Any, shape: torch.Size) -> torch.Tensor | None:

@@ -6,20 +6,16 @@ What callbacks are not shown is seen by ``trainer_watch``. This module alone imp
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 from torch import nn
 
 from sidestep.trainer_hooks.config import HooksConfig
-from sidestep.trainer_hooks.console import Console
-from sidestep.trainer_hooks.generation import GenerateFunction
-from sidestep.trainer_hooks.guard import Guard, guarded
-from sidestep.trainer_hooks.hooks import Hooks, attach
+from sidestep.trainer_hooks.guard import guarded
+from sidestep.trainer_hooks.integrations.attached_callback import AttachArguments, AttachedCallback
 from sidestep.trainer_hooks.integrations.trainer_watch import TrainerWatch
-from sidestep.trainer_hooks.samples import Sample
-from sidestep.trainer_hooks.transport import OpenTransport
 
 try:
     import transformers
@@ -42,7 +38,7 @@ _TWO_RUNS = (
 )
 
 
-class TrainerCallback(transformers.TrainerCallback):  # type: ignore[misc]  # its types are not read
+class TrainerCallback(AttachedCallback, transformers.TrainerCallback):  # type: ignore[misc]  # its types are not read
     """Attach Sidestep to a ``Trainer``: ``Trainer(..., callbacks=[sidestep.TrainerCallback()])``.
 
     ``attach`` is called when the training begins, with the model as the loop calls it, its optimizer, tokenizer and
@@ -53,76 +49,19 @@ class TrainerCallback(transformers.TrainerCallback):  # type: ignore[misc]  # it
     What ``attach`` raises is raised when the training begins; after that nothing is.
 
     Args:
-        samples: what to generate from; none: no generation and no collapse rules.
-        config: intervals, thresholds and bounds.
-        tokenizer: left out, that of the trainer's ``processing_class``.
-        project: of the W&B run that the worker opens; so are entity, name and tags.
-        entity: see project.
-        name: see project; left out, a search's trial name, else ``args.run_name``.
-        tags: see project.
-        run_config: added to the model's and the trainer's own configuration, which are shown as the run's.
-        modules: prefixes of parameter names to the modules that gradients are shown under.
-        generate_fn: as in ``attach``.
-        endpoint: where the worker listens; left out, ``SIDESTEP_ENDPOINT``, else rank 0 starts one.
-        run_id: the run to go on in, in place of a checkpoint's.
-        transport: as in ``attach``.
         trainer: the trainer, where it is none that calls callbacks itself; left out, the one that does.
+        **given: by name: ``samples``, ``config``, ``tokenizer`` (left out, that of the trainer's ``processing_class``),
+            ``project``, ``entity``, ``name`` (left out, a search's trial name, else ``args.run_name``), ``tags``,
+            ``run_config`` (added to the model's and the trainer's own), ``modules``, ``generate_fn``, ``endpoint``,
+            ``run_id``, ``transport``, ``obeys`` (``"stop"``, ``"checkpoint"``): see ``AttachArguments``.
     """
 
-    def __init__(
-        self,
-        *,
-        samples: Sequence[Sample] | None = None,
-        config: HooksConfig | None = None,
-        tokenizer: Any = None,
-        project: str | None = None,
-        entity: str | None = None,
-        name: str | None = None,
-        tags: Sequence[str] = (),
-        run_config: Mapping[str, Any] | None = None,
-        modules: Mapping[str, str] | None = None,
-        generate_fn: GenerateFunction | None = None,
-        endpoint: str | None = None,
-        run_id: str | None = None,
-        transport: OpenTransport | None = None,
-        trainer: Any = None,
-    ) -> None:
-        if run_config is not None and not isinstance(run_config, Mapping):
-            raise TypeError(f"run_config must be a mapping, not {type(run_config).__name__}")
-        if config is not None and not isinstance(config, HooksConfig):
-            raise TypeError(f"config must be a HooksConfig, not {type(config).__name__}")
-        self._config = HooksConfig() if config is None else config
-        self._tokenizer = tokenizer
-        self._name = name
-        self._run_id = run_id
-        self._run_config = dict(run_config or {})
-        self._passed_on: dict[str, Any] = {
-            "samples": samples,
-            "project": project,
-            "entity": entity,
-            "tags": tags,
-            "modules": modules,
-            "generate_fn": generate_fn,
-            "endpoint": endpoint,
-            "transport": transport,
-        }
+    can_obey = frozenset({"stop", "checkpoint"})
+
+    def __init__(self, *, trainer: Any = None, **given: Unpack[AttachArguments]) -> None:
+        super().__init__(**given)
         self._trainer = trainer
-        self._console = Console()
-        self.guard = Guard(self._console)
-        self.hooks: Hooks | None = None
-        """The hooks of the newest training; None before the first."""
-        self._watch: TrainerWatch | None = None
         self._epoch = 0
-
-    def failures(self) -> dict[str, int]:
-        """How often something failed inside the hooks or this callback, by where; empty is as it should be."""
-        return {**(self.hooks.failures() if self.hooks is not None else {}), **self.guard.failures}
-
-    def close(self) -> None:
-        """End the run; without this call the next training or the end of the process does it."""
-        self._let_go()
-        if self.hooks is not None:
-            self.hooks.close()
 
     # ---------------------------------------------------------------------------------------- what the trainer calls
 
@@ -151,19 +90,18 @@ class TrainerCallback(transformers.TrainerCallback):  # type: ignore[misc]  # it
         accelerator = getattr(trainer, "accelerator", None)
         outermost = getattr(trainer, "model_wrapped", None)
         outermost = outermost if isinstance(outermost, nn.Module) else model
-        hooks = attach(
+        given = self._passed_on
+        hooks = self._attach(
             outermost,
             optimizer,
-            tokenizer=self._tokenizer if self._tokenizer is not None else _tokenizer_of(processing_class),
-            config=_with_image_token(self._config, model),
-            name=self._name or getattr(state, "trial_name", None) or getattr(args, "run_name", None),
-            run_config={**_settings(model), **_settings(args), **self._run_config},
             step=state.global_step + 1,
             scaler=getattr(accelerator, "scaler", None),
-            run_id=self._run_id or again,
-            **self._passed_on,
+            run_config={**_settings(model), **_settings(args)},
+            config=_with_image_token(self._config, model),
+            tokenizer=_tokenizer_of(processing_class) if given.get("tokenizer") is None else given["tokenizer"],
+            name=given.get("name") or getattr(state, "trial_name", None) or getattr(args, "run_name", None),
+            run_id=given.get("run_id") or again,
         )
-        self.hooks = hooks
         saved = _kept_by(state).get(STATE_KEY)
         if isinstance(saved, Mapping):
             hooks.load_state_dict(saved)
@@ -181,11 +119,19 @@ class TrainerCallback(transformers.TrainerCallback):  # type: ignore[misc]  # it
             self._watch.epoch = self._epoch
 
     @guarded
-    def on_step_end(self, args: Any, state: Any, control: Any, /, **_rest: Any) -> None:  # noqa: ARG002
+    def on_step_end(self, args: Any, state: Any, control: Any, /, **_rest: Any) -> None:
         """End the step under the trainer's number, before it logs, evaluates or saves."""
-        if self._watch is not None and self.hooks is not None:
-            self.hooks.after_step(state.global_step, applied=self._watch.ended_step())
+        if isinstance(self._watch, TrainerWatch) and self.hooks is not None:
+            command = self.hooks.after_step(state.global_step, applied=self._watch.ended_step())
             self._keep_state(state)
+            self._take(
+                command,
+                {
+                    "stop": lambda: setattr(control, "should_training_stop", True),
+                    "checkpoint": lambda: setattr(control, "should_save", True),
+                },
+                getattr(args, "world_size", 1),
+            )
 
     @guarded
     def on_log(self, args: Any, state: Any, control: Any, /, *, logs: Any = None, **_rest: Any) -> None:  # noqa: ARG002
@@ -213,13 +159,6 @@ class TrainerCallback(transformers.TrainerCallback):  # type: ignore[misc]  # it
         """Leave the hooks' state where the trainer's next checkpoint will save it."""
         if self.hooks is not None and self._config.log_wandb:
             _kept_by(state)[STATE_KEY] = self.hooks.state_dict()
-
-    def _let_go(self) -> None:
-        watch, self._watch = self._watch, None
-        if watch is not None:
-            watch.end()
-        if self.hooks is not None:
-            self.hooks.release()
 
     def _warn_of_two_runs(self, trainer: Any) -> None:
         callbacks = getattr(getattr(trainer, "callback_handler", None), "callbacks", ())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sidestep.trainer_hooks.integrations.trainer_watch import WrappedMethod
+from sidestep.trainer_hooks.integrations.wrapped_method import WrappedMethod
 
 
 class Clipper:
