@@ -6,21 +6,27 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from sidestep.protocol.messages import Goodbye, Notice, StepEnd
 from sidestep.worker.contexts import is_whole, survey
-from sidestep.worker.errors import JournalWriteError
+from sidestep.worker.errors import JournalError, JournalWriteError
 from sidestep.worker.intake.assembler import Assembler
 from sidestep.worker.intake.assembly import Journaled
-from sidestep.worker.intake.decisions import Closure, ContextRecord, Ending, Incarnation, Repeat
+from sidestep.worker.intake.decisions import Closure, ContextRecord, Decision, Ending, Incarnation, Repeat
 from sidestep.worker.intake.journal import Journal
+from sidestep.worker.intake.state_history import is_snapshot
 from sidestep.worker.outbox import StoredEntry
+from sidestep.worker.projection import Projection
 from sidestep.worker.projector import RunProjector
+from sidestep.worker.records import StepClosing
+from sidestep.worker.rewinding import plan_rewind
 
 _LOG: Final = logging.getLogger(__name__)
 _WRITE_AGAIN_SECONDS: Final = 1.0
+QUIET_SECONDS: Final = 2.0
+"""Silence after which an incarnation that another one has followed has said all: what was on its way is here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,17 +60,20 @@ class RunPipeline:
         self.run_id = run_id
         self._journal = journal
         self._deadline_seconds = deadline_seconds
-        self._projector = RunProjector(journal.index)
+        self._projector = RunProjector(journal.index, journal.messages_of)
         self._assemblers: dict[str, Assembler] = {}
         self._ended: set[str] = set()
         self._contexts: dict[int, ContextRecord] = {}
         self._context_since: dict[int, float] = {}
+        self._heard_at: dict[str, float] = {}
+        self._followed_at: dict[str, float] = {}
         self._survey_due = True
         self._batch = _Batch()
         self._repeats: list[int] = []
         self._write_at = 0.0
         self._taken_arrival = -1
         self._counts: Counter[str] = Counter()
+        self._begun_attempt = journal.index.newest_attempt(run_id)
         self._pending_arrival = journal.index.pending_arrival(run_id)
         self._consumed = {
             (closing.incarnation, *key)
@@ -81,9 +90,9 @@ class RunPipeline:
         for record in index.contexts(self.run_id):
             self._contexts[record.attempt] = record
             self._projector.adopt(record)
-        state = index.state(self.run_id)
-        if state is not None and self._contexts:
-            self._projector.adopt(self._contexts[max(self._contexts)], state.body)
+        if self._contexts:
+            old = index.state(self.run_id)
+            self._projector.restore(index.pieces(self.run_id), None if old is None else old.body)
 
     @property
     def newest(self) -> Incarnation:
@@ -104,8 +113,7 @@ class RunPipeline:
     def recovery_start(self) -> int | None:
         """Return the arrival number from which the journal has messages that are not accounted for, None for none."""
         segments = self._journal.segments
-        names = [*(each.incarnation for each in self.open_incarnations), self.newest.incarnation]
-        found = [segments.first_since(name, self._pending_arrival) for name in names]
+        found = [segments.first_since(name, self._pending_arrival) for name in self._assemblers]
         return min((arrival for arrival in found if arrival is not None), default=None)
 
     # ------------------------------------------------------------------------------------------------ taking in
@@ -139,11 +147,13 @@ class RunPipeline:
             return
         if name not in self._assemblers:
             self.refresh()
+        self._heard_at[name] = now
         if name in self._ended:
-            if name != self.newest.incarnation:
+            if name == self.newest.incarnation:
+                self._ended.discard(name)  # it was given up too early
+            else:
+                self._assemblers[name].shut()
                 self._counts["after_the_end"] += 1
-                return
-            self._ended.discard(name)  # it was given up too early
         self._assemblers[name].add(each, now)
 
     def refuse(self, incarnation: str, rank: int, sequence: int) -> None:
@@ -169,8 +179,8 @@ class RunPipeline:
         if not self._batch.closures or now < self._write_at:
             return Outcome()
         try:
-            state = self._projector.state()
-            entries = self._journal.index.write(self.run_id, self._batch.closures, state)
+            self._add_state()
+            entries = self._journal.index.write(self.run_id, self._batch.closures)
         except JournalWriteError as error:
             self._write_at = now + _WRITE_AGAIN_SECONDS
             self._counts["failed_writes"] += 1
@@ -179,42 +189,98 @@ class RunPipeline:
         done, self._batch = self._batch, _Batch()
         return Outcome(entries=tuple(entries), notices=tuple(done.notices), closings=len(done.closures))
 
+    def _add_state(self) -> None:
+        """The newest closing carries what of the state has changed; what a failed write has not stored it still has."""
+        last = self._batch.closures[-1]
+        changed = self._projector.changed_pieces()
+        self._batch.closures[-1] = replace(last, pieces={**last.pieces, **changed})
+
+    def _append(
+        self, decision: Decision, made: Projection, *, pending_arrival: int = 0, last_arrival: int = -1
+    ) -> None:
+        number = self._journal.index.next_closed_number(self.run_id) + len(self._batch.closures)
+        self._batch.notices += made.notices
+        self._batch.closures.append(
+            Closure(
+                closing=decision,
+                entries=made.entries,
+                pending_arrival=pending_arrival,
+                last_arrival=last_arrival,
+                pieces=self._projector.changed_pieces(is_snapshot=True) if is_snapshot(number) else {},
+            )
+        )
+
     def _repeat(self) -> None:
         attempt = max(self._contexts)
         decision = Repeat(run_id=self.run_id, attempt=attempt, row_numbers=tuple(sorted(self._repeats)))
         entries = self._journal.index.entries_of_rows(self.run_id, decision.row_numbers)
-        self._batch.closures.append(Closure(closing=decision, entries=entries))
+        self._append(decision, Projection(entries=entries))
         self._repeats = []
 
     def _close(self, now: float, lost: Mapping[str, str]) -> None:
         if self._repeats and self._contexts:
             self._repeat()
             return
-        newest = self.newest.incarnation
         for name, assembler in self._assemblers.items():
             if name in self._ended:
-                continue
-            is_over = assembler.has_ended(now)
-            ended = is_over or name in lost or name != newest
-            if not self._adopt(assembler, now, at_once=ended):
-                return
-            for closed in assembler.close_ready(now, ended=ended):
-                made = self._projector.project(closed.step)
-                self._batch.notices += made.notices
-                self._batch.closures.append(
-                    Closure(
-                        closing=closed.closing,
-                        entries=made.entries,
-                        pending_arrival=closed.pending_arrival,
-                        last_arrival=closed.last_arrival,
-                    )
-                )
-                self._counts[f"closed_{closed.closing.reason}"] += 1
-            if ended and not assembler.has_leftovers():
-                reason = lost.get(name, "the trainer went without a goodbye, and started again")
-                self._end(assembler, is_clean=is_over and name not in lost, reason=reason)
-            if self._batch.closures:
+                if assembler.has_leftovers() and self._is_quiet(name, now):
+                    self._close_steps(assembler, now, ended=True)
+            else:
+                self._close_open(name, assembler, now, lost)
+            if self._batch.closures or name not in self._ended:
                 return  # one attempt at a time
+
+    def _close_open(self, name: str, assembler: Assembler, now: float, lost: Mapping[str, str]) -> None:
+        is_over = assembler.has_ended(now)
+        is_followed = name != self.newest.incarnation and self._is_quiet(name, now)
+        ended = is_over or is_followed or name in lost
+        if not self._adopt(assembler, now, at_once=ended):
+            return
+        self._close_steps(assembler, now, ended=ended)
+        if ended and not assembler.has_leftovers():
+            reason = lost.get(name, "the trainer went without a goodbye, and started again")
+            self._end(assembler, is_clean=is_over and name not in lost, reason=reason)
+
+    def _is_quiet(self, name: str, now: float) -> bool:
+        """Whether what an incarnation had sent before another followed it has come: nothing came for a while."""
+        followed = self._followed_at.setdefault(name, now)
+        heard = max(followed, self._heard_at.get(name, followed))
+        return now - heard >= min(QUIET_SECONDS, self._deadline_seconds) or now - followed >= self._deadline_seconds
+
+    def _close_steps(self, assembler: Assembler, now: float, *, ended: bool) -> None:
+        for closed in assembler.close_ready(now, ended=ended):
+            if closed.closing.reason != "tail" and closed.closing.attempt > self._begun_attempt:
+                self._begin(closed.closing)
+            made = self._projector.project(closed.step)
+            self._append(
+                closed.closing,
+                made,
+                pending_arrival=self._accounted(assembler, closed.pending_arrival),
+                last_arrival=closed.last_arrival,
+            )
+            self._counts[f"closed_{closed.closing.reason}"] += 1
+
+    def _accounted(self, assembler: Assembler, arrival: int) -> int:
+        """Return before which arrival all is accounted for, where ``assembler``'s own messages are so before this."""
+        others = [each.oldest_waiting() for each in self._assemblers.values() if each is not assembler]
+        return min([arrival, *(each for each in others if each is not None)])
+
+    def _begin(self, closing: StepClosing) -> None:
+        """At a new attempt's first step: where the trainer went back, what was known before it is known again."""
+        self._begun_attempt = closing.attempt
+        planned = plan_rewind(self._journal.index, self.run_id, closing.attempt, closing.step)
+        if planned is None:
+            return
+        tries = (planned, replace(planned, is_exact=False), replace(planned, is_exact=False, snapshot_number=-1))
+        for rewind in tries:
+            try:
+                made = self._projector.rewind(rewind)
+            except (JournalError, ValueError) as error:
+                _LOG.warning("run %s, resumed at step %d: %s", self.run_id, closing.step, error)
+                continue
+            self._append(rewind, made)
+            self._counts["rewinds" if rewind.is_exact else "inexact_rewinds"] += 1
+            return
 
     def _adopt(self, assembler: Assembler, now: float, *, at_once: bool) -> bool:
         """Take up what is newly known of an attempt; return whether its steps can be projected."""
@@ -230,7 +296,7 @@ class RunPipeline:
         if known is None or (record.ranks, record.missing) != (known.ranks, known.missing):
             self._projector.adopt(record)
             self._contexts[incarnation.attempt] = record
-            self._batch.closures.append(Closure(closing=record))
+            self._append(record, Projection())
         return True
 
     def _end(self, assembler: Assembler, *, is_clean: bool, reason: str) -> None:
@@ -250,10 +316,7 @@ class RunPipeline:
             newest_step=assembler.newest_step,
         )
         made = self._projector.finish(ending)
-        self._batch.notices += made.notices
-        self._batch.closures.append(
-            Closure(closing=ending, entries=made.entries, pending_arrival=self._taken_arrival + 1)
-        )
+        self._append(ending, made, pending_arrival=self._accounted(assembler, self._taken_arrival + 1))
         self._ended.add(assembler.incarnation.incarnation)
 
     def standing(self, now: float) -> tuple[int, float]:

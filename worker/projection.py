@@ -7,33 +7,38 @@ Deterministic: no clock, no I/O; the same steps, contexts and ends give the same
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, cast
 
 from sidestep.protocol.errors import DecodeError
 from sidestep.protocol.messages import Hello, Json, Kind, Notice
 from sidestep.protocol.tables import decode_table, encode_table
 from sidestep.worker.console_lines import REMEMBERED, generation_line, key_metrics_line
-from sidestep.worker.detectors.base import Detector, Finding, Observation
+from sidestep.worker.detectors.base import Detector, Finding, LargeState, Observation
 from sidestep.worker.detectors.user_rules import UserRules
+from sidestep.worker.intake.state_history import SNAPSHOT_MARK
 from sidestep.worker.metrics.answer_counts import AnswerCounts
+from sidestep.worker.metrics.answers import count_answers
 from sidestep.worker.metrics.measurement import Value, notice_once
 from sidestep.worker.notice_board import NoticeBoard
 from sidestep.worker.outbox import OutboxEntry, entry
-from sidestep.worker.records import AssembledStep, RunContext
+from sidestep.worker.records import AssembledStep, Part, RunContext
 from sidestep.worker.run_accounts import RunAccounts
 from sidestep.worker.run_entry import run_entry
 from sidestep.worker.scalar_rows import scalar_rows
 from sidestep.worker.settings import RunSettings
+from sidestep.worker.state_pieces import ChangedPieces, Piece
 from sidestep.worker.step_facts import changed, companion_facts, telling_facts
 from sidestep.worker.step_metrics import StepMetrics, measure_step
 from sidestep.worker.text.clipping import clip
 from sidestep.worker.text.tables import table_payload
 
-STATE_VERSION: Final = 2
-READ_VERSIONS: Final = (1, STATE_VERSION)
-"""Version 1 had no accounts but the drops that the steps' ends tell."""
+STATE_VERSION: Final = 3
+READ_VERSIONS: Final = (1, 2, STATE_VERSION)
+"""Version 1 had no accounts but the drops that the steps' ends tell; 1 and 2 are one map, 3 is in pieces."""
 LEVELS: Final = ("info", "warning", "critical")
 
 
@@ -75,21 +80,33 @@ class _Draft:
         )
 
 
-class RunProjection:
-    """One run's projection, over all its attempts. ``state()`` after each step is all that a restart needs."""
+@contextmanager
+def _restoring() -> Iterator[None]:
+    try:
+        yield
+    except (DecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"not a state of a projection of version {STATE_VERSION}: {error!r}") from error
 
-    def __init__(self, context: RunContext, hello: Hello | None = None) -> None:
+
+class RunProjection:
+    """One run's projection, over all its attempts. What ``changed_pieces`` gives is all that a restart needs."""
+
+    def __init__(
+        self, context: RunContext, hello: Hello | None = None, *, detectors: Sequence[Detector] | None = None
+    ) -> None:
         """Begin a run.
 
         Args:
             context: what the first attempt's Hellos and tables say; ``adopt`` takes later ones.
             hello: whose project, name, tags, configuration and environment the run's first entry carries.
+            detectors: fresh ones; the house's own where none are named.
         """
         self._context = context
         self._hello = hello
         self._settings = RunSettings.from_map(context.settings)
         self._answers = AnswerCounts()
-        self._detectors: tuple[Detector, ...] = (UserRules(),)
+        self._detectors: tuple[Detector, ...] = (UserRules(),) if detectors is None else tuple(detectors)
+        self._changed = ChangedPieces()
         self._board = NoticeBoard()
         self._is_open = False
         self._attempt = -1
@@ -109,7 +126,7 @@ class RunProjection:
         self._unix_time = step.unix_time if 0 < step.unix_time < math.inf else self._unix_time
         draft = _Draft(unix_time=self._unix_time, attempt=step.attempt, step=step.step)
         opening = self._open()
-        self._begin(step, draft)
+        self._begin(step)
         self._accounts.take(step)
         for notice in step.notices:
             if self._board.is_new(notice):
@@ -141,51 +158,112 @@ class RunProjection:
         end = entry("finish", {"exit_code": exit_code, "reason": reason, "attempt": attempt})
         return Projection(entries=(*made.entries, end))
 
+    # ------------------------------------------------------------------------------------------------ state
+
+    def _pieces(self) -> list[Piece]:
+        made = [Piece(name=SNAPSHOT_MARK, make=self._run_state), Piece(name="measured", make=self._measured_state)]
+        for detector in self._detectors:
+            name = f"detector/{detector.name}"
+            made.append(Piece(name=name, make=detector.state))
+            if isinstance(detector, LargeState):
+                made += [
+                    Piece(name=f"{name}/{piece}", make=partial(detector.piece, piece), revision=revision)
+                    for piece, revision in detector.revisions().items()
+                ]
+        return made
+
+    def _run_state(self) -> Json:
+        """What lasts over all attempts: what was said and counted is not taken back."""
+        return {
+            "version": STATE_VERSION,
+            "is_open": self._is_open,
+            "attempt": self._attempt,
+            "unix_time": self._unix_time,
+            "accounts": self._accounts.state(),
+            "lost_written": dict(sorted(self._lost_written.items())),
+            "notices": self._board.state(),
+        }
+
+    def _measured_state(self) -> Json:
+        """What is as it was before a step where a trainer goes back to that step; the detectors are so too."""
+        return {"remembered": dict(sorted(self._remembered.items())), "answers": self._answers.state()}
+
+    def changed_pieces(self, *, is_snapshot: bool = False) -> dict[str, bytes]:
+        """Return the pieces of the state that have changed since they were asked for last, or restored.
+
+        With ``is_snapshot`` the piece ``SNAPSHOT_MARK`` is among them in any case: where it stands, a state was taken.
+        """
+        return self._changed.take(self._pieces(), SNAPSHOT_MARK if is_snapshot else "")
+
     def state(self) -> bytes:
         """Return all that ``restore`` needs; equal states are equal bytes."""
-        return encode_table(
-            {
-                "version": STATE_VERSION,
-                "is_open": self._is_open,
-                "attempt": self._attempt,
-                "unix_time": self._unix_time,
-                "remembered": dict(sorted(self._remembered.items())),
-                "accounts": self._accounts.state(),
-                "lost_written": dict(sorted(self._lost_written.items())),
-                "notices": self._board.state(),
-                "answers": self._answers.state(),
-                "detectors": {detector.name: detector.state() for detector in self._detectors},
-            }
-        )
+        return encode_table({"pieces": {piece.name: encode_table(piece.make()) for piece in self._pieces()}})
 
     def restore(self, state: bytes) -> None:
-        """Take over a state.
+        """Take over a state, of an older version too.
 
         Raises:
-            ValueError: these bytes are no state of this version.
+            ValueError: these bytes are no state of a version that this one reads.
         """
-        try:
-            self._take(cast("dict[str, Any]", decode_table(state)))
-        except (DecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"not a state of a projection of version {STATE_VERSION}: {error!r}") from error
+        with _restoring():
+            saved = cast("dict[str, Any]", decode_table(state))
+            if "pieces" in saved:
+                self.restore_pieces(saved["pieces"])
+            else:
+                self._take(saved, saved, {f"detector/{name}": each for name, each in saved["detectors"].items()})
 
-    def _take(self, saved: Mapping[str, Any]) -> None:
-        if saved["version"] not in READ_VERSIONS:
-            raise ValueError(f"version {saved['version']}")
-        self._is_open = bool(saved["is_open"])
-        self._attempt = int(saved["attempt"])
-        self._unix_time = float(saved["unix_time"])
-        self._remembered = {key: (int(at), value) for key, (at, value) in saved["remembered"].items()}
-        if saved["version"] == 1:
-            self._accounts.restore_drops(saved["dropped"])
+    def restore_pieces(self, pieces: Mapping[str, bytes]) -> None:
+        """Take over a state in pieces; raises ValueError as ``restore`` does."""
+        with _restoring():
+            tables = {name: cast("dict[str, Any]", decode_table(body)) for name, body in pieces.items()}
+            self._take(tables[SNAPSHOT_MARK], tables["measured"], tables)
+            self._changed.know(self._pieces(), pieces)
+
+    def _take(self, run: Mapping[str, Any], measured: Mapping[str, Any], detectors: Mapping[str, Any]) -> None:
+        if run["version"] not in READ_VERSIONS:
+            raise ValueError(f"version {run['version']}")
+        self._is_open = bool(run["is_open"])
+        self._attempt = int(run["attempt"])
+        self._unix_time = float(run["unix_time"])
+        if run["version"] == 1:
+            self._accounts.restore_drops(run["dropped"])
         else:
-            self._accounts.restore(saved["accounts"])
-        self._lost_written = dict(saved["lost_written"])
-        self._board.restore(saved["notices"])
-        self._answers.restore(saved["answers"])
+            self._accounts.restore(run["accounts"])
+        self._lost_written = dict(run["lost_written"])
+        self._board.restore(run["notices"])
+        self._remembered = {key: (int(at), value) for key, (at, value) in measured["remembered"].items()}
+        self._answers.restore(measured["answers"])
         for detector in self._detectors:
-            if detector.name in saved["detectors"]:
-                detector.restore(saved["detectors"][detector.name])
+            name = f"detector/{detector.name}"
+            if name in detectors:
+                detector.restore(detectors[name])
+            if isinstance(detector, LargeState):
+                for piece in detector.revisions():
+                    if f"{name}/{piece}" in detectors:
+                        detector.restore_piece(piece, detectors[f"{name}/{piece}"])
+
+    def go_back(self, earlier: RunProjection, notice: Notice | None = None) -> Projection:
+        """Know again what ``earlier`` knows, which is not used any more; what was said and counted stays.
+
+        Args:
+            earlier: a projection of the same run as it was before the step that the trainer goes back to.
+            notice: what is to be said of it.
+        """
+        without_labels = self._answers.batches_without_labels
+        self._answers, self._detectors = earlier._answers, earlier._detectors
+        self._remembered = earlier._remembered
+        self._answers.batches_without_labels = without_labels
+        self._changed.forget()
+        draft = _Draft(unix_time=self._unix_time, attempt=self._attempt, step=-1)
+        if notice is not None:
+            self._tell(notice, draft)
+        return draft.finished(())
+
+    def count_late(self, parts: Sequence[Part], attempt: int) -> None:
+        """Count the answers of parts that came after the step that a trainer goes back to, and belong before it."""
+        count_answers(parts, self._context, attempt, self._answers)
+
+    # ------------------------------------------------------------------------------------------------ steps
 
     def _open(self) -> tuple[OutboxEntry, ...]:
         if self._is_open:
@@ -193,20 +271,14 @@ class RunProjection:
         self._is_open = True
         return (run_entry(self._context, self._hello),)
 
-    def _begin(self, step: AssembledStep, draft: _Draft) -> None:
-        """At a new attempt's first step, return to what was known before it (docs/delivery.md, section 1)."""
-        if step.attempt <= self._attempt:
+    def _begin(self, step: AssembledStep) -> None:
+        """Tell who keeps something over steps of a new attempt; ``go_back`` came before, where it had to."""
+        if step.attempt <= self._attempt or step.reason == "tail":
             return
         self._attempt = step.attempt
-        first = step.step
         for detector in self._detectors:
-            detector.begin(step.attempt, first)
-        if not self._answers.begin(step.attempt, first):
-            text = (
-                f"resumed at step {first}, further back than single steps are remembered: data/* of the epoch may lack "
-                "answers of the steps before it"
-            )
-            self._tell(notice_once("answers_rolled_back_far", text, first), draft)
+            detector.begin(step.attempt, step.step)
+        self._answers.begin(step.attempt, step.step)
 
     def _tell(self, notice: Notice, draft: _Draft) -> None:
         if self._board.is_new(notice):
@@ -249,6 +321,8 @@ class RunProjection:
 
     def _detect(self, step: AssembledStep, measured: StepMetrics) -> list[Finding]:
         findings: list[Finding] = []
+        if step.attempt < self._attempt:
+            return findings  # what is left of an attempt that another one has followed
         for detector in self._detectors:
             verdict = detector.observe(
                 Observation(

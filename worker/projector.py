@@ -6,16 +6,17 @@ The live worker and a replay go through here with the same decisions; so the sam
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from sidestep.protocol.messages import Notice
 from sidestep.worker.contexts import build_context
-from sidestep.worker.intake.decisions import ContextRecord, Ending
+from sidestep.worker.intake.decisions import ContextRecord, Ending, Rewind
 from sidestep.worker.intake.index import Index
 from sidestep.worker.outbox import entry
 from sidestep.worker.projection import Projection, RunProjection
 from sidestep.worker.records import AssembledStep
+from sidestep.worker.rewinding import EarlierState, MessagesOf, rewind_notice
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -23,26 +24,46 @@ _LOG: Final = logging.getLogger(__name__)
 class RunProjector:
     """One run's projection, with the contexts that its attempts bring."""
 
-    def __init__(self, index: Index) -> None:
-        """Read Hellos and tables from ``index``."""
+    def __init__(self, index: Index, messages_of: MessagesOf) -> None:
+        """Read Hellos, tables and snapshots from ``index``, and messages of earlier closings by ``messages_of``."""
         self._index = index
+        self._earlier = EarlierState(index, messages_of)
         self._projection: RunProjection | None = None
+        self._context: ContextRecord | None = None
         self.failures = 0
         """Steps that could not be projected."""
 
-    def adopt(self, record: ContextRecord, state: bytes | None = None) -> None:
-        """Go on with what ``record`` stands for, and from ``state`` where a worker continues another's journal.
-
-        Raises:
-            ValueError: the state is of another version.
-        """
+    def adopt(self, record: ContextRecord) -> None:
+        """Go on with what ``record`` stands for."""
         context, hello = build_context(self._index, record)
+        self._context = record
         if self._projection is None:
             self._projection = RunProjection(context, hello)
         else:
             self._projection.adopt(context, hello)
-        if state is not None:
-            self._projection.restore(state)
+
+    def restore(self, pieces: Mapping[str, bytes], state: bytes | None = None) -> None:
+        """Go on from what another worker has stored: pieces, or the one body of a journal of schema 1.
+
+        Raises:
+            ValueError: the state is of another version.
+        """
+        if pieces:
+            self._current.restore_pieces(pieces)
+        elif state is not None:
+            self._current.restore(state)
+
+    def rewind(self, decision: Rewind) -> Projection:
+        """Know again what was known where ``decision`` goes back to.
+
+        Raises:
+            JournalError: a message that is needed is gone or cannot be read.
+            ValueError: the snapshot is of another version.
+        """
+        if self._context is None:
+            raise RuntimeError("a run is projected before its context is known")
+        earlier = self._earlier.make(decision, self._context)
+        return self._current.go_back(earlier, rewind_notice(self._index, decision))
 
     @property
     def _current(self) -> RunProjection:
@@ -83,6 +104,6 @@ class RunProjector:
             value = {"text": notice.text, "level": notice.level, "code": notice.code}
             return Projection(entries=(entry("notice", value),))
 
-    def state(self) -> bytes:
-        """Return all that ``adopt`` needs to go on from here."""
-        return self._current.state()
+    def changed_pieces(self, *, is_snapshot: bool = False) -> dict[str, bytes]:
+        """Return what of the state has changed since it was asked for last; nothing before a context is known."""
+        return {} if self._projection is None else self._projection.changed_pieces(is_snapshot=is_snapshot)

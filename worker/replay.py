@@ -7,15 +7,17 @@ attempt ended (docs/delivery.md, section 3).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from sidestep.worker.errors import JournalError
 from sidestep.worker.intake.assembly import assemble
-from sidestep.worker.intake.decisions import Closure, ContextRecord, Ending, Repeat
+from sidestep.worker.intake.decisions import Closure, ContextRecord, Ending, Loss, Repeat, Rewind
 from sidestep.worker.intake.index import Index
 from sidestep.worker.intake.journal import Journal
+from sidestep.worker.intake.run_copy import copy_run
+from sidestep.worker.intake.state_history import is_snapshot
 from sidestep.worker.outbox import StoredEntry, canonical
 from sidestep.worker.projector import RunProjector
 from sidestep.worker.records import StepClosing
@@ -40,11 +42,13 @@ class Comparison:
     """Whether the run's newest attempt has ended."""
     first_difference: int | None
     """Position of the first entry that is not the same; None where all are."""
+    missing: str = ""
+    """Why the run could not be rebuilt, where its recorded entries were brought over as they are; else empty."""
 
     @property
     def is_identical(self) -> bool:
-        """Whether both have the same entries, byte for byte."""
-        return self.first_difference is None
+        """Whether the run was rebuilt, and both have the same entries, byte for byte."""
+        return self.first_difference is None and not self.missing
 
 
 def replay_run(source: Journal, run_id: str, target: Index) -> Comparison:
@@ -54,18 +58,19 @@ def replay_run(source: Journal, run_id: str, target: Index) -> Comparison:
         JournalError: a message or a table that the closings name is gone or cannot be read.
     """
     _copy_opening(source.index, run_id, target)
-    projector = RunProjector(target)
+    projector = RunProjector(target, source.messages_of)
     batch: list[Closure] = []
     decisions = source.index.closings(run_id)
     for decision in decisions:
-        if isinstance(decision, Repeat):
-            target.write(run_id, batch)  # what is repeated has to be there
-            batch = [Closure(closing=decision, entries=target.entries_of_rows(run_id, decision.row_numbers))]
-        else:
-            batch.append(_redone(source, projector, decision))
-        if len(batch) >= _BATCH_DECISIONS:
-            target.write(run_id, batch)
+        if len(batch) >= _BATCH_DECISIONS or (batch and isinstance(decision, Repeat | Rewind)):
+            target.write(run_id, batch)  # what is repeated, or gone back to, has to be there
             batch = []
+        if isinstance(decision, Repeat):
+            made = Closure(closing=decision, entries=target.entries_of_rows(run_id, decision.row_numbers))
+        else:
+            made = _redone(source, projector, decision)
+        pieces = projector.changed_pieces(is_snapshot=True) if is_snapshot(decision.closed_number) else {}
+        batch.append(replace(made, pieces=pieces))
     if batch:
         target.write(run_id, batch)
     return _compare(source.index, target, run_id, is_ended=bool(decisions) and isinstance(decisions[-1], Ending))
@@ -79,12 +84,18 @@ def _copy_opening(source: Index, run_id: str, target: Index) -> None:
             target.add_hello(incarnation, rank, incarnation.first_seen, body)
 
 
-def _redone(source: Journal, projector: RunProjector, decision: StepClosing | Ending | ContextRecord) -> Closure:
+def _redone(
+    source: Journal, projector: RunProjector, decision: StepClosing | Ending | ContextRecord | Loss | Rewind
+) -> Closure:
     if isinstance(decision, ContextRecord):
         projector.adopt(decision)
         return Closure(closing=decision)
+    if isinstance(decision, Loss):
+        return Closure(closing=decision, entries=decision.entries())
     if isinstance(decision, Ending):
         return Closure(closing=decision, entries=projector.finish(decision).entries)
+    if isinstance(decision, Rewind):
+        return Closure(closing=decision, entries=projector.rewind(decision).entries)
     step = assemble(decision, source.messages_of(decision))
     return Closure(closing=decision, entries=projector.project(step).entries)
 
@@ -120,6 +131,21 @@ def _compare(recorded: Index, rebuilt: Index, run_id: str, *, is_ended: bool) ->
     )
 
 
+def _replayed(source: Journal, run_id: str, target: Index) -> Comparison:
+    """Rebuild a run, or where its messages are gone, bring over what is recorded of it."""
+    if not source.missing_messages(run_id):
+        try:
+            return replay_run(source, run_id, target)
+        except JournalError:
+            if not source.missing_messages(run_id):  # else a segment turned out to be broken on the way
+                raise
+    _copy_opening(source.index, run_id, target)
+    copy_run(source.index.database, run_id, target.database)
+    decisions = source.index.closings(run_id)
+    is_ended = any(isinstance(each, Ending) for each in decisions[-1:])
+    return replace(_compare(source.index, target, run_id, is_ended=is_ended), missing=source.missing_messages(run_id))
+
+
 def write_rows(index: Index, run_ids: Sequence[str], file: Path) -> None:
     """Write the runs' entries as lines of JSON: the payload with its run, position and kind.
 
@@ -147,10 +173,10 @@ def replay(journal: Path, out: Path, tell: Callable[[Comparison], None]) -> tupl
     source = Journal(journal, read_only=True)
     made = []
     try:
-        target = Journal(folder)
+        target = Journal(folder, on_network_fs=True)  # what is lost of it can be made again
         try:
             for run_id in source.index.runs():
-                made.append(replay_run(source, run_id, target.index))
+                made.append(_replayed(source, run_id, target.index))
                 tell(made[-1])
             write_rows(target.index, source.index.runs(), out / ROWS_FILE)
         finally:

@@ -194,14 +194,14 @@ LENGTHS = st.lists(st.integers(0, 30), max_size=4)
 
 @UNHURRIED
 @given(steps=st.lists(st.lists(LENGTHS, min_size=1, max_size=3), min_size=1, max_size=12), data=st.data())
-def test_every_answer_counts_once_whatever_is_rolled_back(steps: list[list[list[int]]], data: st.DataObject) -> None:
-    """Steps of ranks of lengths; at some point the training goes back to an earlier step and repeats from there."""
-    back_to = data.draw(st.integers(0, len(steps)))
+def test_every_answer_counts_once_whatever_comes_late(steps: list[list[list[int]]], data: st.DataObject) -> None:
+    """Steps of ranks of lengths; at some point a new attempt follows, and all of the one before comes once more."""
+    follows_at = data.draw(st.integers(0, len(steps)))
     counts, expected = AnswerCounts(), Counter[int]()
 
-    def run(attempt: int, first: int) -> None:
+    def run(attempt: int, first: int, last: int) -> None:
         counts.begin(attempt, first)
-        for number in range(first, len(steps)):
+        for number in range(first, last):
             parts = []
             for rank, lengths in enumerate(steps[number]):
                 distinct, how_many = np.unique(np.array(lengths, np.int32), return_counts=True)
@@ -211,8 +211,9 @@ def test_every_answer_counts_once_whatever_is_rolled_back(steps: list[list[list[
                 parts.append(Part(rank=rank, message=message))
             assert count_answers(parts, CONTEXT, attempt, counts).malformed_parts == 0
 
-    run(0, 0)
-    run(1, back_to)
+    run(0, 0, follows_at)
+    run(1, follows_at, len(steps))
+    run(0, follows_at, len(steps))
     for ranks in steps:
         expected.update(length for lengths in ranks for length in lengths)
     assert dict(counts.lengths(0)) == {n: c for n, c in expected.items() if c}

@@ -59,6 +59,7 @@ class Verdict:
     findings: tuple[Finding, ...] = ()
 
 
+@runtime_checkable
 class Detector(Protocol):
     """Observes the steps of a run in their order."""
 

@@ -58,6 +58,7 @@ class Assembler:
         self._first_goodbye_at: float | None = None
         self._told: dict[int, tuple[int, ...]] = {}
         self._used_goodbyes: set[Key] = set()
+        self._is_shut = False
         self.late_parts = 0
         """Parts that came after their step had closed."""
 
@@ -67,6 +68,10 @@ class Assembler:
         """Continue a stream after a restart: what the journal holds, and the newest ``StepEnd`` that was used."""
         self._seen[rank] = held
         self._floors[rank] = floor
+
+    def shut(self) -> None:
+        """Take all that still comes for late: the incarnation has ended and another one has followed it."""
+        self._is_shut = True
 
     def pass_over(self, rank: int, sequence: int) -> None:
         """Count a sequence number as arrived that brings nothing: a refused message, or one of an unknown kind."""
@@ -86,7 +91,7 @@ class Assembler:
 
     def _add_part(self, each: Journaled, message: Message, now: float) -> None:
         step = step_of(message)
-        if self._any_closed and step <= self.last_closed:
+        if self._is_shut or (self._any_closed and step <= self.last_closed):
             if not isinstance(message, StepEnd):
                 self._late[each.key] = each
                 self.late_parts += 1
@@ -126,6 +131,13 @@ class Assembler:
         if all(self._is_whole(rank, self.goodbyes[rank].envelope.sequence) for rank in ranks):
             return True
         return now - (self._first_goodbye_at or now) >= self._deadline_seconds
+
+    def oldest_waiting(self) -> int | None:
+        """Return the arrival number of the oldest message that no closing has counted in, None for none."""
+        open_messages = (each for held in self._open.values() for each in held.messages.values())
+        goodbyes = () if self._is_shut else self.goodbyes.values()
+        waiting = (*open_messages, *self._late.values(), *self._notices.values(), *goodbyes)
+        return min((each.arrival for each in waiting), default=None)
 
     def has_leftovers(self) -> bool:
         """Return whether something waits for a closing to be counted in."""

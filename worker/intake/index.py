@@ -31,7 +31,7 @@ from sidestep.worker.intake.decisions import (
 )
 from sidestep.worker.intake.schema import ADD_LAST_ARRIVALS, INDEX_SCHEMA, READABLE_SCHEMAS, SCHEMA_VERSION
 from sidestep.worker.intake.segment_table import SegmentTable
-from sidestep.worker.intake.state_history import PIECES_QUERY, write_pieces
+from sidestep.worker.intake.state_history import PIECES_QUERY, SNAPSHOT_MARK, write_pieces
 from sidestep.worker.outbox import NUMBERED_KINDS, OutboxEntry, StoredEntry
 from sidestep.worker.records import StepClosing
 
@@ -294,6 +294,11 @@ class Index:
     def pieces(self, run_id: str, closed_number: int = 1 << 62) -> dict[str, bytes]:
         """Return the projection's state after a closing (the newest, or a snapshot), in pieces; empty for none."""
         return {str(name): bytes(body) for name, body in self._rows(PIECES_QUERY, run_id, closed_number)}
+
+    def has_snapshot(self, run_id: str, closed_number: int) -> bool:
+        """Return whether the state after this closing was taken."""
+        query = "SELECT 1 FROM state_piece WHERE run_id = ? AND name = ? AND closed_number = ?"
+        return bool(self._rows(query, run_id, SNAPSHOT_MARK, closed_number))
 
     def newest_step_closing(self, run_id: str, before: int | None = None) -> tuple[int, int, int] | None:
         """Return the run's newest closing of a step, as (closed number, attempt, step); None for none.

@@ -17,6 +17,8 @@ from typing import Final
 
 SNAPSHOT_CLOSINGS: Final = 64
 """Closings from one snapshot to the next."""
+SNAPSHOT_MARK: Final = "run"
+"""The piece that every snapshot stores anew, changed or not."""
 SNAPSHOTS_PER_AGE: Final = 8
 """Snapshots kept of each distance: some 50 of a run of a million steps."""
 

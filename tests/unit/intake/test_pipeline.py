@@ -2,92 +2,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tests.support.wire_trainer import CONTENTS, make_hello, step_messages
+from tests.support.message_line import DEADLINE_SECONDS, Line, replayed
+from tests.support.wire_trainer import CONTENTS, step_messages
 
-from sidestep.protocol.frames import Envelope, encode
-from sidestep.protocol.messages import Blob, Goodbye, Message
-from sidestep.worker.intake.feed import Feed
-from sidestep.worker.intake.journal import Journal
-from sidestep.worker.intake.reception import Reception
-from sidestep.worker.pipeline import Outcome, RunPipeline
-from sidestep.worker.replay import Comparison, replay
-
-DEADLINE_SECONDS = 30.0
-
-
-class Line:
-    """From frames to the outbox without a socket, a process or a clock."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.sequence: dict[str, int] = {}
-        self.open()
-
-    def open(self) -> None:
-        self.journal = Journal(self.folder)
-        self.pipelines: dict[str, RunPipeline] = {
-            run_id: self._pipeline(run_id) for run_id in self.journal.index.runs()
-        }
-        starts = [each.recovery_start() for each in self.pipelines.values()]
-        known = [start for start in starts if start is not None]
-        self.feed = Feed(
-            self.journal.segments,
-            limit_bytes=1 << 24,
-            start_arrival=min(known, default=self.journal.segments.next_arrival),
-        )
-        self.reception = Reception(
-            self.journal,
-            self.feed,
-            instance="w",
-            commit_interval_seconds=0.0,
-            commit_messages=1,
-            clock=lambda: 1_700_000_001.0,
-        )
-
-    def _pipeline(self, run_id: str) -> RunPipeline:
-        return RunPipeline(self.journal, run_id, deadline_seconds=DEADLINE_SECONDS)
-
-    def restart(self) -> None:
-        self.journal.close()
-        self.open()
-
-    def say(self, message: Message, incarnation: str = "inc", *, numbered: bool = False) -> None:
-        sequence = 0
-        if numbered:
-            sequence = self.sequence[incarnation] = self.sequence.get(incarnation, 0) + 1
-        envelope = Envelope(run_id="run", incarnation=incarnation, rank=0, sequence=sequence)
-        self.reception.take(incarnation.encode(), encode(envelope, message), 0.0)
-        self.reception.commit(0.0)
-
-    def greet(self, incarnation: str = "inc", *, tables: bool = True) -> None:
-        self.say(make_hello(), incarnation)
-        if tables:
-            self.give_tables(incarnation)
-
-    def give_tables(self, incarnation: str = "inc") -> None:
-        for digest, content in CONTENTS.items():
-            self.say(Blob(digest=digest, content=content), incarnation)
-
-    def step(self, step: int, incarnation: str = "inc") -> None:
-        for message in step_messages(step):
-            self.say(message, incarnation, numbered=True)
-
-    def advance(self, now: float = 0.0, lost: dict[str, str] | None = None) -> Outcome:
-        for event in self.feed.take_events():
-            self.pipelines.setdefault(event.run_id, self._pipeline(event.run_id)).refresh()
-        while messages := self.feed.take():
-            for each in messages:
-                self.pipelines["run"].add(each, now)
-        return self.pipelines["run"].advance(now, lost or {})
-
-    def is_ended(self) -> bool:
-        return self.pipelines["run"].is_ended
-
-    def steps(self) -> list[tuple[int, int]]:
-        closings = self.journal.index.closings("run")
-        return [(each.attempt, each.step) for each in closings if hasattr(each, "step")]
+from sidestep.protocol.messages import Goodbye
+from sidestep.worker.pipeline import QUIET_SECONDS
+from sidestep.worker.records import StepClosing
 
 
 @pytest.fixture
@@ -95,11 +18,6 @@ def line(tmp_path: Path) -> Iterator[Line]:
     made = Line(tmp_path / "journal")
     yield made
     made.journal.close()
-
-
-def replayed(line: Line, out: Path) -> Comparison:
-    _, (made,) = replay(line.folder, out, lambda _made: None)
-    return made
 
 
 def test_a_step_waits_for_the_tables_it_is_read_with_but_not_for_ever(line: Line) -> None:
@@ -221,3 +139,83 @@ def test_tables_are_repeated_as_new_rows_with_the_same_bytes_and_a_replay_does_s
     line.restart()
     assert line.steps() == [(0, 0), (0, 1)]
     assert replayed(line, tmp_path / "out").is_identical
+
+
+def test_an_attempt_that_another_follows_is_waited_for_until_it_is_quiet(line: Line, tmp_path: Path) -> None:
+    """What the first trainer had sent may still be on its way when the second one says Hello."""
+    line.greet()
+    line.step(0)
+    line.advance(0.0)
+    line.greet("next")
+    line.step(1, "next")
+    assert line.advance(10.0).closings == 0, "the second attempt waits"
+    line.step(1)
+    line.advance(11.0)
+    assert line.steps() == [(0, 0), (0, 1)]
+    assert line.advance(11.0 + QUIET_SECONDS - 0.1).closings == 0
+    line.advance(11.0 + QUIET_SECONDS)
+    line.advance(11.0 + QUIET_SECONDS)
+    assert line.steps() == [(0, 0), (0, 1), (1, 1)]
+    (ending,) = line.journal.index.endings("run")
+    assert (ending.attempt, ending.tail_unknown) == (0, True)
+    assert replayed(line, tmp_path / "out").is_identical
+
+
+def test_an_attempt_that_is_never_quiet_is_waited_for_until_the_deadline(line: Line) -> None:
+    line.greet()
+    line.step(0)
+    line.advance(0.0)
+    line.greet("next")
+    line.step(1, "next")
+    for second in range(int(DEADLINE_SECONDS) + 1):
+        line.step(1 + second)
+        line.advance(float(second))
+    line.advance(DEADLINE_SECONDS)
+    assert (1, 1) in line.steps()
+
+
+def test_what_comes_of_an_ended_attempt_is_counted_late_and_survives_a_restart(line: Line, tmp_path: Path) -> None:
+    line.greet()
+    line.step(0)
+    line.advance(0.0)
+    line.greet("next")
+    line.step(1, "next")
+    line.advance(0.0)
+    line.advance(QUIET_SECONDS)
+    line.advance(QUIET_SECONDS)
+    line.step(1)
+    line.advance(5.0)
+    line.step(2, "next")
+    line.advance(5.1)
+    line.restart()
+    line.advance(100.0)
+    line.advance(100.0 + QUIET_SECONDS)
+    assert line.steps() == [(0, 0), (1, 1), (1, 2)]
+    (tail,) = [each for each in line.journal.index.closings("run") if isinstance(each, StepClosing) and each.late_parts]
+    assert (tail.attempt, tail.reason, tail.incarnation) == (0, "tail", "inc")
+    assert [sequence for _, sequence in tail.late_parts] == [5, 6, 7]
+    late = [row["sidecar/late_parts"] for row in rows(line) if "sidecar/late_parts" in row]
+    assert late == [3]
+    line.steps_of([3], "next", 110.0)
+    histogram = rows(line)[-1]["data/answer_length_histogram"]
+    assert sum(histogram["counts"]) == 4, "attempt 1 repeats step 1: the late answers of that step do not count"
+    assert replayed(line, tmp_path / "out").is_identical
+
+
+def test_messages_of_a_second_trainer_outlive_a_kill_before_the_first_one_has_ended(line: Line) -> None:
+    line.greet()
+    line.step(0)
+    line.advance(0.0)
+    line.greet("next")
+    line.step(5, "next")
+    line.step(1)
+    line.advance(0.0)  # step 1 closes though messages of the other attempt came before it
+    assert line.steps() == [(0, 0), (0, 1)]
+    line.restart()
+    for now in (0.0, QUIET_SECONDS, QUIET_SECONDS):
+        line.advance(now)
+    assert line.steps() == [(0, 0), (0, 1), (1, 5)]
+
+
+def rows(line: Line) -> list[dict[str, Any]]:
+    return [each.value() for each in line.journal.index.outbox("run", 0, 100_000) if each.kind == "row"]

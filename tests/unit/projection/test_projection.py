@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from sidestep.protocol.messages import (
     Generation,
     Gradients,
     Hello,
+    Json,
     Kind,
     LearningRates,
     Losses,
@@ -25,6 +26,7 @@ from sidestep.protocol.messages import (
     Tokens,
 )
 from sidestep.protocol.metric_names import FAMILIES, spec_of
+from sidestep.worker.detectors.base import Detector, Observation, Verdict
 from sidestep.worker.outbox import canonical
 from sidestep.worker.projection import Projection, RunProjection
 from sidestep.worker.records import AssembledStep, Part, RankAccount, RunContext
@@ -197,14 +199,93 @@ def test_late_answers_count_at_the_next_close() -> None:
     assert merged["sidecar/late_parts"] == 1
 
 
-def test_a_new_attempt_takes_off_what_it_repeats() -> None:
-    projection = RunProjection(context(answer_length_interval=1))
+def test_a_new_attempt_goes_on_from_what_was_known_before_its_first_step() -> None:
+    projection, earlier = [RunProjection(context(answer_length_interval=1)) for _ in range(2)]
     for step in range(6):
-        projection.project(assembled(step, answers(step, [step + 1])))
+        projection.project(assembled(step, answers(step, [step + 1], without=1)))
+        if step < 2:
+            earlier.project(assembled(step, answers(step, [step + 1], without=1)))
     projection.adopt(context(answer_length_interval=1))
+    said = projection.go_back(earlier, Notice(text="too far", code="rewound:1"))
+    assert lines(said) == ["too far"]
     merged = row(projection.project(assembled(2, answers(2, [9]), attempt=1)))
     assert merged["train/attempt"] == 1
     assert merged["data/answer_length_mean"] == (1 + 2 + 9) / 3
+    assert merged["data/batches_without_labels"] == 6, "what was found and said is not taken back"
+
+
+def test_what_is_left_of_an_attempt_that_was_followed_is_counted_where_it_is_not_repeated() -> None:
+    projection = RunProjection(context(answer_length_interval=1, collapse_detection_interval=1))
+    projection.project(assembled(5, answers(5, [4])))
+    projection.project(assembled(6, answers(6, [6]), attempt=1))
+    late = tuple(Part(rank=0, message=answers(number, [8])) for number in (5, 6))
+    tail = assembled(5, ends={}, reason="tail", ranks_seen=0, late_parts=late)
+    counted = row(projection.project(tail))
+    assert (counted["sidecar/late_parts"], counted["train/attempt"], counted["train/step"]) == (2, 0, 5)
+    merged = row(projection.project(assembled(7, answers(7, [2]), attempt=1)))
+    assert merged["data/answer_length_mean"] == (4 + 6 + 8 + 2) / 4
+
+
+class Ring:
+    """A detector with a large state: the last rows of a signal, in pieces of 64."""
+
+    name = "ring"
+
+    def __init__(self) -> None:
+        self.rows = np.zeros((1_024, 128))
+        self.at = 0
+        self.touched = [0] * 16
+        self.encoded: list[str] = []
+
+    def observe(self, observation: Observation) -> Verdict:
+        self.rows[self.at % 1_024] = observation.step
+        self.touched[self.at % 1_024 // 64] += 1
+        self.at += 1
+        return Verdict()
+
+    def begin(self, attempt: int, step: int) -> None:
+        """Keep all."""
+
+    def state(self) -> Json:
+        return {"at": self.at}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.at = state["at"]
+
+    def revisions(self) -> Mapping[str, int]:
+        return {str(piece): revision for piece, revision in enumerate(self.touched)}
+
+    def piece(self, name: str) -> Json:
+        self.encoded.append(name)
+        return self.rows[int(name) * 64 : int(name) * 64 + 64].tobytes()
+
+    def restore_piece(self, name: str, value: Any) -> None:
+        self.rows[int(name) * 64 : int(name) * 64 + 64] = np.frombuffer(value).reshape(64, 128)
+
+
+def test_of_a_large_state_a_step_encodes_and_stores_only_what_it_touched() -> None:
+    ring = Ring()
+    assert isinstance(ring, Detector)
+    projection = RunProjection(context(), detectors=[ring])
+    stored = projection.changed_pieces()
+    assert sum(map(len, stored.values())) > 1_000_000
+    projection.project(assembled(0))
+    stored.update(projection.changed_pieces())
+    for number in range(1, 100):
+        ring.encoded.clear()
+        projection.project(assembled(number))
+        changed = projection.changed_pieces()
+        assert ring.encoded == [str(number // 64)]
+        assert changed.keys() == {"run", "detector/ring", f"detector/ring/{number // 64}"}
+        stored.update(changed)
+    again = Ring()
+    continued = RunProjection(context(), detectors=[again])
+    continued.restore_pieces(stored)
+    assert np.array_equal(again.rows, ring.rows)
+    assert continued.state() == projection.state()
+    assert continued.changed_pieces() == {}
+    continued.go_back(RunProjection(context(), detectors=[Ring()]))
+    assert len(continued.changed_pieces()) == len(stored), "another state stands there: all of it is written again"
 
 
 def test_a_skipped_step_says_so_and_has_no_gradients() -> None:

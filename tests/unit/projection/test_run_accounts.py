@@ -125,12 +125,16 @@ def test_a_restart_between_any_two_steps_changes_no_byte_of_the_state() -> None:
 def test_the_state_of_version_1_is_still_read() -> None:
     projection = make_projection()
     projection.project(step(3, {0: account(9)}))
-    saved = decode_table(projection.state())
-    assert isinstance(saved, dict)
+    pieces = {name: decode_table(body) for name, body in projection.changed_pieces().items()}
+    run, measured = pieces["run"], pieces["measured"]
+    assert isinstance(run, dict)
+    assert isinstance(measured, dict)
     older = {
-        **{key: value for key, value in saved.items() if key != "accounts"},
+        **{key: value for key, value in run.items() if key != "accounts"},
+        **measured,
         "version": 1,
         "dropped": {"losses": 2},
+        "detectors": {"user_rules": pieces["detector/user_rules"]},
     }
     continued = make_projection()
     continued.restore(encode_table(older))
@@ -142,7 +146,8 @@ def test_the_state_of_version_1_is_still_read() -> None:
 @pytest.mark.parametrize("state", [{}, {"attempt": 0}, {"attempt": 0, "ranks": [1], "totals": {}, "told_by_ends": {}}])
 def test_what_is_no_state_of_accounts_is_refused(state: dict[str, Any]) -> None:
     projection = make_projection()
-    saved = decode_table(projection.state())
-    assert isinstance(saved, dict)
+    pieces = projection.changed_pieces()
+    run = decode_table(pieces["run"])
+    assert isinstance(run, dict)
     with pytest.raises(ValueError, match="not a state of a projection"):
-        projection.restore(encode_table({**saved, "accounts": state}))
+        projection.restore_pieces({**pieces, "run": encode_table({**run, "accounts": state})})
