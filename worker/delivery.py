@@ -15,15 +15,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
+from sidestep.protocol.messages import Notice
 from sidestep.worker.config import WorkerConfig
 from sidestep.worker.errors import ConfigError
 from sidestep.worker.outbox import StoredEntry
 from sidestep.worker.sinks.console_sink import ConsoleSink
-from sidestep.worker.sinks.wandb_supervisor import WandbSinkConfig, WandbSupervisor
+from sidestep.worker.sinks.wandb_supervisor import WandbSinkConfig, WandbStatus, WandbSupervisor
+from sidestep.worker.sinks.wandb_trouble import told, trouble_of
 
 _LOG: Final = logging.getLogger(__name__)
 _POLL_SECONDS: Final = 0.05
 _LEAST_STOP_SECONDS: Final = 1.0
+_SAY_AGAIN_SECONDS: Final = 600.0
 
 Mode = Literal["offline", "online", "disabled"]
 _TUNED: Final[Mapping[str, str]] = {
@@ -92,6 +95,8 @@ class PageNews:
     """Runs that somebody stopped on their page."""
     unconfirmed_tables: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Run to the row numbers of tables that a killed child may not have uploaded."""
+    notices: tuple[tuple[str, Notice], ...] = ()
+    """Run and line for its trainer's console: W&B does not take rows, or takes them again."""
 
 
 class Deliveries:
@@ -107,6 +112,8 @@ class Deliveries:
         self._patience = wandb_patience()
         self._supervisors: dict[str, WandbSupervisor] = {}
         self._broken: set[str] = set()
+        self._troubles: dict[str, str] = {}
+        self._said_at: dict[tuple[str, str], float] = {}
 
     def open(self, run_id: str) -> None:
         """Begin to feed W&B with a run. Idempotent."""
@@ -134,6 +141,7 @@ class Deliveries:
         """Watch the children; return what they say that the worker has to act upon."""
         stopped: list[str] = []
         unconfirmed: dict[str, tuple[int, ...]] = {}
+        notices: list[tuple[str, Notice]] = []
         for run_id, supervisor in self._supervisors.items():
             try:
                 supervisor.poll()
@@ -146,21 +154,47 @@ class Deliveries:
                 stopped.append(run_id)
             if tables := supervisor.take_unconfirmed_tables():
                 unconfirmed[run_id] = tables
-        return PageNews(stopped=tuple(stopped), unconfirmed_tables=unconfirmed)
+            notices += [(run_id, notice) for notice in self._changes(run_id, supervisor.status())]
+        return PageNews(stopped=tuple(stopped), unconfirmed_tables=unconfirmed, notices=tuple(notices))
+
+    def _changes(self, run_id: str, status: WandbStatus) -> list[Notice]:
+        """Return what is to be said of a trouble that has come or gone; one kind at most once in ten minutes."""
+        before, now = self._troubles.get(run_id, ""), time.monotonic()
+        if not status.complaint:
+            if not self._troubles.pop(run_id, ""):
+                return []
+            text = f"W&B takes run {run_id} again; {status.entries_behind} entries wait to be sent"
+            _LOG.info("%s", text)
+            return [Notice(text=text, level="info")]
+        trouble = trouble_of(status.complaint, is_given_up=status.is_given_up)
+        self._troubles[run_id] = trouble.code
+        if before == trouble.code or now - self._said_at.get((run_id, trouble.code), -math.inf) < _SAY_AGAIN_SECONDS:
+            return []
+        self._said_at[run_id, trouble.code] = now
+        text = told(run_id, status.complaint, trouble)
+        _LOG.warning("%s", text)
+        return [Notice(text=f"sidestep: {text}", level="warning")]
 
     def waiting(self, run_ids: Iterable[str]) -> dict[str, int]:
-        """Return, of these runs, those that W&B has not all of yet, or is still finishing, and what it lacks."""
+        """Return, of these runs, those that W&B is not known to have all of, and what it may lack.
+
+        One whose sink met what no new sink can mend is not waited for.
+        """
         found = {}
         for run_id in run_ids:
             supervisor = self._supervisors.get(run_id)
             if supervisor is not None and self._mode != "disabled":
                 status = supervisor.status()
-                if status.entries_behind or status.pid is not None:
-                    found[run_id] = status.entries_behind
+                if not status.is_given_up and (status.entries_unconfirmed or status.pid is not None):
+                    found[run_id] = status.entries_unconfirmed
         return found
 
     def close(self, ended: Iterable[str], timeout_seconds: float) -> dict[str, int]:
-        """Let the children send what waits, then end them; return run to entries that W&B still lacks."""
+        """Let the children send what waits, then end them; return run to entries that W&B may still lack.
+
+        What was handed over and is not known to have arrived counts among them: a journal keeps it all, and the next
+        child begins where W&B stands.
+        """
         deadline = time.monotonic() + timeout_seconds
         ended = list(ended)
         self.poll()
@@ -172,8 +206,8 @@ class Deliveries:
         behind = {}
         for run_id, supervisor in self._supervisors.items():
             supervisor.stop(max(_LEAST_STOP_SECONDS, deadline - time.monotonic()))
-            if self._mode != "disabled" and supervisor.status().entries_behind:
-                behind[run_id] = supervisor.status().entries_behind
+            if self._mode != "disabled" and supervisor.status().entries_unconfirmed:
+                behind[run_id] = supervisor.status().entries_unconfirmed
         self._console.close()
         return behind
 

@@ -8,11 +8,14 @@ its interface: the next n requests of a kind fail, or are answered late.
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
 import json
 import re
+import socket
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -52,6 +55,14 @@ class BackendRun:
     """History lines that were sent beyond the end of what was there."""
     alerts: list[dict[str, Any]] = field(default_factory=list)
     exit_code: int | None = None
+    is_complete: bool = False
+
+    @property
+    def state(self) -> str:
+        """What the run's page shows."""
+        if not self.is_complete:
+            return "running"
+        return "finished" if self.exit_code == 0 else "failed"
 
     def lines(self, file: str) -> list[str]:
         """Return a stream's lines in the order of their numbers."""
@@ -183,7 +194,7 @@ class WandbBackend:
             for file, chunk in (post.get("files") or {}).items():
                 run.store(file, chunk["offset"], chunk["content"])
             if post.get("complete"):
-                run.exit_code = post.get("exitcode")
+                run.is_complete, run.exit_code = True, post.get("exitcode")
             return {"stopped": run_id in self.stopped_runs}
 
     def has_table(self, path: str) -> bool:
@@ -237,12 +248,19 @@ class WandbBackend:
         model = {"id": "p", "name": variables.get("project"), "entity": {"id": "e", "name": ENTITY}}
         if run is None:
             return {"model": {**model, "bucket": None}}
+        run.is_complete = False  # asked for when it is opened again
         bucket = {
             **_bucket(run), "displayName": run.display_name, "summaryMetrics": (run.lines(SUMMARY) or ["{}"])[-1],
             "logLineCount": len(run.lines(OUTPUT)), "eventsLineCount": 0, "eventsTail": "[]", "tags": run.tags,
             "historyTail": json.dumps(run.lines(HISTORY)[-1:]), "notes": None, "wandbConfig": json.dumps({"t": 1}),
         }  # fmt: skip
         return {"model": {**model, "bucket": bucket}}
+
+    def _run(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        run = self.runs.get(variables["name"])
+        if run is None:
+            return {"project": {"run": None}}
+        return {"project": {"run": {**_bucket(run), "projectId": "1", "state": run.state}}}
 
     def _run_stopped_status(self, variables: Mapping[str, Any]) -> dict[str, Any]:
         return {"project": {"run": {"stopped": variables["runId"] in self.stopped_runs}}}
@@ -311,6 +329,20 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], backend: WandbBackend) -> None:
         super().__init__(address, _Connection)
         self.backend = backend
+        self._connections: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Remember the connection, to cut it at an outage."""
+        connection, address = super().get_request()
+        self._connections.add(connection)
+        return connection, address
+
+    def server_close(self) -> None:
+        """Cut every connection: a server that is away does not go on with those it had."""
+        super().server_close()
+        for connection in list(self._connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Stay silent: a client that is killed resets its connections, which is what the tests are about."""
@@ -321,6 +353,13 @@ class _Connection(BaseHTTPRequestHandler):
     server: _Server
     _late = False
     json_type: ClassVar = "application/json"
+
+    def handle_one_request(self) -> None:
+        """Answer; a connection that is cut meanwhile is an outage, not an error."""
+        try:
+            super().handle_one_request()
+        except OSError:
+            self.close_connection = True
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         """Stay silent."""

@@ -7,6 +7,7 @@ write-ahead log lets both go on at once (docs/delivery.md, section 3).
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from urllib.parse import quote
@@ -59,9 +60,28 @@ class OutboxReader:
         )
         return self._number(query, 0)
 
+    def newest_position_of(self, kind: str) -> int:
+        """Return the position of the newest entry of a kind, -1 where there is none."""
+        return self._number("SELECT MAX(position) FROM outbox WHERE run_id = ? AND kind = ?", -1, kind)
+
     def position_of_row(self, row_number: int) -> int:
         """Return where a row or table stands, -1 where there is no such row."""
         return self._number("SELECT MAX(position) FROM outbox WHERE run_id = ? AND row_number = ?", -1, row_number)
+
+    def tables(self, from_row: int = 0) -> Iterator[StoredEntry]:
+        """Yield the tables from a row number on, ascending, one by one: they may be large."""
+        query = (
+            "SELECT position, row_number, payload FROM outbox WHERE run_id = ? AND position >= ? AND kind = 'table' "
+            "ORDER BY position"
+        )
+        connection, position = self._connected(), self.position_of_row(from_row)
+        if connection is None or position < 0:
+            return
+        with closing(connection.execute(query, (self.run_id, position))) as rows:
+            for at, number, payload in rows:
+                yield StoredEntry(
+                    run_id=self.run_id, position=at, kind="table", row_number=number, payload=bytes(payload)
+                )
 
     def close(self) -> None:
         """Close the connection; a later call opens it again."""
@@ -69,7 +89,7 @@ class OutboxReader:
             self._connection.close()
             self._connection = None
 
-    def _number(self, query: str, absent: int, *values: int) -> int:
+    def _number(self, query: str, absent: int, *values: int | str) -> int:
         connection = self._connected()
         if connection is None:
             return absent

@@ -17,6 +17,8 @@ from sidestep.worker.outbox import StoredEntry
 from sidestep.worker.sinks.outbox_reader import OutboxReader
 from sidestep.worker.sinks.wandb_marks import Marks
 from sidestep.worker.sinks.wandb_progress import Progress, SinkState
+from sidestep.worker.sinks.wandb_server import ServerRun
+from sidestep.worker.sinks.wandb_tables import undone_tables
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -28,6 +30,8 @@ _BEAT_SECONDS: Final = 5.0
 _ALERT_SETTLE_SECONDS: Final = 5.0
 _FLOOD_SECONDS: Final = 60.0
 _MAX_FLOOD_ALERTS: Final = 20
+_MAX_END_ATTEMPTS: Final = 3
+"""After so many the run's end is believed although the server, which has every row, still shows the run as going on."""
 
 
 class ForeignRowsError(Exception):
@@ -36,6 +40,10 @@ class ForeignRowsError(Exception):
 
 class RefusedValueError(Exception):
     """An entry's values cannot be told to W&B, now or later; nothing of it was logged."""
+
+
+class UndeliveredError(Exception):
+    """W&B's server does not have what it was given; a new child sends it again."""
 
 
 class TrackedRun(Protocol):
@@ -48,8 +56,22 @@ class TrackedRun(Protocol):
     def log_row(self, row: Mapping[str, Any]) -> None:
         """Log one row; raises RefusedValueError."""
 
-    def log_table(self, table: Mapping[str, Any]) -> None:
+    def log_table(self, table: Mapping[str, Any], row_number: int) -> None:
         """Log one table as one row; raises RefusedValueError."""
+
+    def take_uploaded_tables(self) -> set[int]:
+        """Return, once, the rows whose tables have arrived with their files."""
+
+    @property
+    def heard_rows(self) -> int | None:
+        """Rows that the server had when it was last heard; None where there is none (offline), or nothing was heard."""
+
+    @property
+    def complaint(self) -> str:
+        """What is wrong between wandb-core and the server at the moment."""
+
+    def ask_server(self) -> ServerRun | None:
+        """Ask the server for the run; None offline. Raises where it does not answer."""
 
     def alert(self, title: str, text: str, level: str) -> None:
         """Send an alert."""
@@ -127,7 +149,8 @@ class Follower:
         self._finish: tuple[int, int] | None = None
         self._alerts_sent = self._alerts_suppressed = self._refused = 0
         self._alert_times: dict[str, float] = {}
-        self._tables: list[int] = []
+        self._confirmed_rows, self._confirmed_position = run.next_row, self._last_row_position
+        self._undone = undone_tables(reader, marks, run.next_row)
         self._reported_at, self._reported_position = 0.0, -1
         self._handled_stop = False
 
@@ -162,8 +185,8 @@ class Follower:
 
     def _end_when_idle(self) -> SinkState | None:
         self._settle_alerts()
-        if self._finish is not None and self._finish[1] == self._position:
-            return self._finished(*self._finish)
+        if self._finish is not None and self._reader.newest_position_of("row") < self._finish[1]:
+            return self._finished(self._finish[0])  # a table that was sent once more leaves the run ended
         end = self._end_within()
         if end is None and self._wishes.stop.is_set():
             end = SinkState.SUSPENDED
@@ -200,21 +223,20 @@ class Follower:
             if entry.kind == "row":
                 self._run.log_row(value)
             elif entry.kind == "table":
-                self._run.log_table(value)
+                self._marks.begin_table(self._num_rows)
+                self._run.log_table(value, self._num_rows)
             else:
                 raise RefusedValueError(f"rows of kind {entry.kind} are of a newer version")
         except RefusedValueError as error:
             # The row's number is spent whatever it holds, so that all later ones stay W&B's.
             _LOG.exception("row %d cannot be told to W&B", entry.row_number)
             self._refused += 1
+            self._marks.confirm_tables([self._num_rows])
             stamp = value.get("_timestamp")
             self._run.log_row({
                 "sidecar/refused_row": str(error)[:_MAX_REASON_CHARACTERS],
                 **({"_timestamp": stamp} if isinstance(stamp, float | int) else {}),
             })  # fmt: skip
-        else:
-            if entry.kind == "table":
-                self._tables.append(self._num_rows)
         self._num_rows += 1
 
     def _take_alert(self, incident_id: str, value: Mapping[str, Any]) -> None:
@@ -257,25 +279,48 @@ class Follower:
             self._marks.save()
             self._report(SinkState.UPLOAD_REFUSED)
 
-    def _finished(self, exit_code: int, position: int) -> SinkState:
+    def _finished(self, exit_code: int) -> SinkState:
         self._report(SinkState.FINISHING)
         self._run.finish(exit_code)
-        self._marks.confirm_alerts(self._alert_times)
-        self._marks.finished_position = position
+        self._verify(is_over=True)
+        self._marks.end_attempts = 0
+        self._marks.finished_position = self._position
         self._marks.save()
         return SinkState.FINISHED
 
     def _suspended(self, state: SinkState) -> SinkState:
         self._report(SinkState.FINISHING)
         self._run.suspend()
-        self._marks.confirm_alerts(self._alert_times)
+        if state is not SinkState.STOP_REQUESTED:
+            self._verify(is_over=False)
         return state
+
+    def _verify(self, *, is_over: bool) -> None:
+        """Look whether the server has what ``finish`` says is uploaded: after a refused upload it says so all the same.
+
+        Raises:
+            UndeliveredError: it has not.
+        """
+        found = self._run.ask_server()
+        if found is not None and found.num_rows < self._num_rows:
+            raise UndeliveredError(
+                f"{self._num_rows - found.num_rows} of {self._num_rows} rows are missing at W&B's server after the end"
+            )
+        if found is not None and is_over and found.state == "running":
+            self._marks.end_attempts += 1
+            self._marks.save()
+            if self._marks.end_attempts < _MAX_END_ATTEMPTS:
+                raise UndeliveredError("W&B's server does not answer that the run has ended")
+            _LOG.warning("W&B's server has all rows and still shows the run as going on; it is taken as ended")
+        self._marks.confirm_alerts(self._alert_times)
+        self._marks.confirm_tables(self._run.take_uploaded_tables())
+        self._confirmed_rows, self._confirmed_position = self._num_rows, self._position
 
     # -------------------------------------------------------------------------------------------------------- reports
 
     def progress(self, state: SinkState, detail: str = "") -> Progress:
         """Return a report of how far this child is."""
-        tables, self._tables = tuple(self._tables), []
+        undone, self._undone = self._undone, ()
         return Progress(
             state=state,
             position=self._position,
@@ -283,7 +328,9 @@ class Follower:
             alerts_sent=self._alerts_sent,
             alerts_suppressed=self._alerts_suppressed,
             entries_refused=self._refused,
-            tables=tables,
+            confirmed_position=self._confirmed_position,
+            tables_undone=undone,
+            complaint=self._run.complaint,
             detail=detail,
         )
 
@@ -292,7 +339,15 @@ class Follower:
             self._run.wait_for_core()  # a stopped core takes hundreds of rows into its socket's buffer: no progress
             self._report(SinkState.RUNNING)
 
+    def _confirm(self) -> None:
+        self._marks.confirm_tables(self._run.take_uploaded_tables())
+        heard = self._run.heard_rows
+        if heard is not None and self._confirmed_rows < heard <= self._num_rows:
+            self._confirmed_rows = heard
+            self._confirmed_position = self._reader.position_of_row(heard - 1)
+
     def _report(self, state: SinkState) -> None:
+        self._confirm()
         self._reported_at, self._reported_position = time.monotonic(), self._position
         self._report_line(self.progress(state))
 

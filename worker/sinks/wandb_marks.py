@@ -27,6 +27,12 @@ class Marks:
     """The run was finished with everything up to here sent."""
     fragment_rows: dict[str, int] = field(default_factory=dict)
     """Offline fragments to their rows, for those that ``wandb sync --clean`` takes away."""
+    tables_open: list[int] = field(default_factory=list)
+    """Row numbers of tables that were logged without a sign that their files arrived; marked before each is logged."""
+    table_repeats: dict[str, int] = field(default_factory=dict)
+    """Table's id to how often it was asked for once more."""
+    end_attempts: int = 0
+    """How often the run's end was sent without a sign that the server knows of it."""
     stop_check_rows: int = -1
     """Rows handed to W&B when it asked to stop; -1: no such question is open."""
 
@@ -55,6 +61,19 @@ class Marks:
             file.flush()
             os.fsync(file.fileno())
         draft.replace(self.path)
+
+    def begin_table(self, row: int) -> None:
+        """Mark a table that is about to be logged as this row."""
+        if row not in self.tables_open:
+            self.tables_open.append(row)
+            self.save()
+
+    def confirm_tables(self, rows: Iterable[int]) -> None:
+        """Take the tables of these rows as uploaded, or as somebody else's business."""
+        done = set(rows) & set(self.tables_open)
+        if done:
+            self.tables_open = [row for row in self.tables_open if row not in done]
+            self.save()
 
     def begin_alert(self, incident_id: str, next_row: int) -> bool:
         """Mark an attempt at an alert; False where it has arrived, or was tried often enough."""

@@ -50,8 +50,13 @@ class Progress:
     """Repeats of an incident, and what went beyond the flood limit."""
     entries_refused: int = 0
     """Entries whose payload W&B or this version cannot take; rows among them are logged without their values."""
-    tables: tuple[int, ...] = ()
-    """Row numbers of the tables that were logged since the report before."""
+    confirmed_position: int = -1
+    """Outbox position up to which W&B is known to have every row: where it stood when the run was opened, as far as its
+    server was heard since, all of it when a run was ended and looked after."""
+    tables_undone: tuple[int, ...] = ()
+    """Row numbers of tables that an earlier child logged and perhaps did not upload; they are to be sent once more."""
+    complaint: str = ""
+    """What is wrong between wandb-core and W&B's server at the moment."""
     detail: str = ""
 
     def line(self) -> bytes:
@@ -63,6 +68,8 @@ class Progress:
         """Read a line; raises ValueError where it is not a report."""
         try:
             fields = json.loads(line)
-            return cls(**{**fields, "state": SinkState(fields["state"]), "tables": tuple(fields["tables"])})
+            return cls(
+                **{**fields, "state": SinkState(fields["state"]), "tables_undone": tuple(fields["tables_undone"])}
+            )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a report of the W&B sink: {line[:200]!r}") from error

@@ -39,11 +39,14 @@ from sidestep.worker.sinks.wandb_position import cut_torn_logs, fragment_folders
 from sidestep.worker.sinks.wandb_processes import MARK_VARIABLE, SinkLock, end_marked, mark_of
 from sidestep.worker.sinks.wandb_progress import EXIT_AGAIN, EXIT_NEVER, Progress, SinkState
 from sidestep.worker.sinks.wandb_scratch import Scratch
+from sidestep.worker.sinks.wandb_server import Answer, ServerRun, ServerWatch
+from sidestep.worker.sinks.wandb_uploads import TableUploads
 
 _LOG: Final = logging.getLogger(__name__)
 
 _LEFTOVER_TIMEOUT_SECONDS: Final = 10.0
 _POLL_SECONDS: Final = 0.1
+_ASK_TIMEOUT_SECONDS: Final = 5
 _MAX_ALERT_TITLE_CHARACTERS: Final = 63
 _ALERT_LEVELS: Final = {"info": "INFO", "warning": "WARN", "critical": "ERROR"}
 _RESERVED_KEYS: Final = (wandb_axes.AXES_KEY, "_runtime", "_step", "_wandb")
@@ -74,6 +77,8 @@ class WandbRun:
         self._wandb, self._scratch = wandb, scratch
         self._axes = wandb_axes.Axes()
         self._offline_rows = 0
+        self._is_online = mode == "online"
+        self._uploads = TableUploads()
         self._run = wandb.init(
             project=opening.get("project") or None,
             entity=opening.get("entity") or None,
@@ -87,6 +92,11 @@ class WandbRun:
             reinit="create_new",
             settings=wandb.Settings(**run_settings(opening, finish_seconds=finish_seconds), stop_fn=on_stop),
         )
+
+        self._handed_rows = self.next_row
+        self._server = ServerWatch(self._asked, self._answers, lambda: self._handed_rows)
+        if self._is_online:
+            self._server.start()
 
     def resume_after(self, num_rows: int) -> None:
         """Say how many rows the earlier fragments hold, which an offline run cannot know."""
@@ -102,13 +112,17 @@ class WandbRun:
         with _refusing():
             self._log({key: self._value(value) for key, value in row.items()})
 
-    def log_table(self, table: Mapping[str, Any]) -> None:
+    def log_table(self, table: Mapping[str, Any], row_number: int) -> None:
         """Log a table, whole and never to be changed, beside the row's own scalars. Raises RefusedValueError."""
         with _refusing():
-            self._log_table(table)
+            self._log_table(table, row_number)
         self._scratch.clear()
 
-    def _log_table(self, table: Mapping[str, Any]) -> None:
+    def take_uploaded_tables(self) -> set[int]:
+        """Return, once, the rows whose tables W&B has committed; offline those whose files are in its own folder."""
+        return self._uploads.take()
+
+    def _log_table(self, table: Mapping[str, Any], row_number: int) -> None:
         columns: list[str | int] = [str(column) for column in table["columns"]]
         key = str(table["key"])
         cells = [[self._cell(cell) for cell in row] for row in table["rows"]]
@@ -117,6 +131,11 @@ class WandbRun:
         scalars = {k: v for k, v in table.items() if k not in {"columns", "key", "rows"}}
         drawn = self._wandb.Table(columns=columns, data=cells, log_mode="IMMUTABLE", allow_mixed_types=True)
         self._log({**scalars, key: drawn})
+        handle = getattr(getattr(getattr(drawn, "_artifact_target", None), "artifact", None), "_save_handle", None)
+        if handle is not None:  # none offline: the log's record of the row stands behind that of the table
+            self._uploads.watch(row_number, handle)
+        elif not self._is_online:
+            self._uploads.done(row_number)
 
     def _log(self, values: dict[str, Any]) -> None:
         for name, axis in self._axes.unnamed(values):
@@ -127,6 +146,7 @@ class WandbRun:
         for reserved in _RESERVED_KEYS:
             values.pop(reserved, None)
         self._run.log(values)
+        self._handed_rows += 1
 
     def alert(self, title: str, text: str, level: str) -> None:
         """Send an alert; W&B's own wait between alerts of one title is set as short as it goes."""
@@ -149,6 +169,40 @@ class WandbRun:
         """Upload what there is and let the run be resumed."""
         self._run.mark_preempting()
         self._run.finish(exit_code=_SUSPENDED_EXIT_CODE)
+
+    @property
+    def heard_rows(self) -> int | None:
+        """Rows that the server had when it was last asked."""
+        return self._server.rows
+
+    @property
+    def complaint(self) -> str:
+        """What is wrong with the server at the moment."""
+        return self._server.complaint
+
+    def ask_server(self) -> ServerRun | None:
+        """Ask the server for the run, None offline; raises ``wandb.CommError``, or ConnectionError without a core."""
+        if not self._is_online:
+            return None
+        try:
+            return self._asked()
+        except self._wandb.errors.CommError:  # once more: the first question after a pause may meet a stale connection
+            return self._asked()
+
+    def _asked(self) -> ServerRun:
+        run = self._run
+        api = self._wandb.Api(timeout=_ASK_TIMEOUT_SECONDS, overrides={"entity": run.entity, "project": run.project})
+        found = api.run(run.path)
+        return ServerRun(num_rows=int(found.historyLineCount or 0), state=str(found.state))
+
+    def _answers(self) -> list[Answer]:
+        """Return what wandb-core noted of failing requests since the last call."""
+        interface = self._run._interface  # noqa: SLF001 (it tells nobody else)
+        if interface is None:
+            return []
+        result = interface.deliver_network_status().wait_or(timeout=_ASK_TIMEOUT_SECONDS)
+        said = result.response.network_status_response.network_responses
+        return [Answer(status=each.http_status_code, text=each.http_response_text) for each in said]
 
     def _value(self, value: Any) -> Any:
         if isinstance(value, dict) and value.get("_type") == "histogram":
@@ -268,7 +322,8 @@ class WandbSink:
         return True
 
     def _ended(self, state: SinkState, position: int = -1) -> int:
-        self._report(Progress(state=state, position=position, num_rows=self._reader.num_rows()))
+        num_rows = self._reader.num_rows()
+        self._report(Progress(state=state, position=position, num_rows=num_rows, confirmed_position=position))
         return 0
 
 

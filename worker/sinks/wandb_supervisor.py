@@ -32,7 +32,6 @@ _BUSY_SECONDS: Final = 0.05
 _STOP_POLL_SECONDS: Final = 0.05
 _MAX_POLL_GAP_SECONDS: Final = 1.0
 """A worker that got no time for longer than this (a paused container, a loaded host) does not blame its child."""
-_TABLE_UPLOAD_SECONDS: Final = 60.0
 _MAX_LOG_BYTES: Final = 4 << 20
 _ENDED: Final = frozenset({SinkState.FINISHED, SinkState.SUSPENDED, SinkState.DISABLED})
 
@@ -85,6 +84,13 @@ class WandbStatus:
     rows_behind: int
     """Rows and tables of the outbox that W&B was not given yet."""
     entries_behind: int
+    """Entries that W&B was not given yet."""
+    entries_unconfirmed: int
+    """Entries that are not known to have arrived: what is uploading is among them, and what an end did not upload."""
+    is_given_up: bool
+    """The child met a reason that no new one can mend; ``detail`` says it."""
+    complaint: str
+    """What is wrong with W&B's server at the moment, or what the child last died of; empty while all is well."""
     counts: Mapping[str, int]
     """Exact counts: starts, respawns, stalls, failures, unreadable_reports, stop_requests (of the run's page),
     refused_uploads, unconfirmed_tables, unreadable_outbox (looks that failed)."""
@@ -123,7 +129,6 @@ class WandbSupervisor:
         self._backoff_seconds = config.backoff_first_seconds
         self._detail = ""
         self._wanted = self._stop_reported = self._never = False
-        self._uploading: dict[int, float] = {}
         self._unconfirmed: set[int] = set()
         self._status = self._current_status()
 
@@ -136,10 +141,10 @@ class WandbSupervisor:
         """Hear the child, start or kill it as needed; never waits."""
         now = time.monotonic()
         self._look(now)
-        self._hear(now)
+        self._hear()
         self._count_idle_time(now)
         if self._child is not None and self._child.poll() is not None:
-            self._hear(now)
+            self._hear()
             self._bury(self._child, now)
         elif self._child is not None and self._idle_seconds > self._patience_seconds():
             self._counts["stalls"] += 1
@@ -161,7 +166,7 @@ class WandbSupervisor:
         return wanted
 
     def take_unconfirmed_tables(self) -> tuple[int, ...]:
-        """Return, once, the row numbers of tables whose upload a dead child may have left undone (online only).
+        """Return, once, the row numbers of tables whose upload an earlier child may have left undone (online only).
 
         Their rows are in W&B, their files perhaps not. To have them at least once, append each as a new row with the
         same ``sidecar/table_id`` (docs/delivery.md, section 4).
@@ -187,7 +192,7 @@ class WandbSupervisor:
         if (child := self._child) is not None:
             self._kill()
             child.wait()
-            self._hear(time.monotonic())
+            self._hear()
             self._bury(child, time.monotonic())
         self._look(0.0)
         self._status = self._current_status()
@@ -247,10 +252,8 @@ class WandbSupervisor:
         self._child = None
         code, state = child.returncode, self._progress.state
         if code == 0 and state in _ENDED:
-            self._uploading.clear()
             self._backoff_seconds = self._config.backoff_first_seconds
         else:
-            self._lose_uploads(now)
             self._never = code == EXIT_NEVER
             if state is not SinkState.STOP_REQUESTED:
                 self._counts["failures"] += 1
@@ -263,6 +266,8 @@ class WandbSupervisor:
             state=state if code == 0 or self._never else SinkState.STARTING,
             position=self._progress.position,
             num_rows=self._progress.num_rows,
+            confirmed_position=self._progress.confirmed_position,
+            complaint=self._progress.complaint,
         )
 
     def _postpone(self, now: float) -> None:
@@ -282,7 +287,7 @@ class WandbSupervisor:
 
     # -------------------------------------------------------------------------------------------------- what it says
 
-    def _hear(self, now: float) -> None:
+    def _hear(self) -> None:
         if self._child is None or self._child.stdout is None:
             return
         while True:
@@ -296,22 +301,29 @@ class WandbSupervisor:
         *lines, self._unread = self._unread.split(b"\n")
         for line in lines:
             try:
-                self._heed(Progress.parse(line), now)
+                self._heed(Progress.parse(line))
             except ValueError:
                 self._counts["unreadable_reports"] += 1
 
-    def _heed(self, report: Progress, now: float) -> None:
+    def _heed(self, report: Progress) -> None:
         before = self._progress
         if report.state is SinkState.STARTING:  # it does not know yet where W&B stands
-            report = replace(report, position=before.position, num_rows=before.num_rows)
+            report = replace(
+                report,
+                position=before.position,
+                num_rows=before.num_rows,
+                confirmed_position=before.confirmed_position,
+                complaint=before.complaint,
+            )
         if (report.position, report.num_rows, report.state) != (before.position, before.num_rows, before.state):
             self._idle_seconds = 0.0
-        if report.num_rows > before.num_rows:
+        has_moved = report.num_rows > before.num_rows or report.confirmed_position > before.confirmed_position
+        if has_moved or report.state in _ENDED:
             self._backoff_seconds = self._config.backoff_first_seconds
             self._detail = ""
         self._detail = report.detail or self._detail
-        if self._config.mode == "online":
-            self._uploading |= dict.fromkeys(report.tables, now)
+        self._unconfirmed |= set(report.tables_undone)
+        self._counts["unconfirmed_tables"] += len(report.tables_undone)
         if report.state is SinkState.STOPPED_BY_PAGE:
             self._stop_reported = True
             self._counts["stop_requests"] += 1
@@ -319,12 +331,6 @@ class WandbSupervisor:
             self._counts["refused_uploads"] += 1
             self._detail = "the server refused an upload for good; its rows are sent again"
         self._progress = report
-
-    def _lose_uploads(self, now: float) -> None:
-        lost = {row for row, logged_at in self._uploading.items() if now - logged_at < _TABLE_UPLOAD_SECONDS}
-        self._uploading.clear()
-        self._unconfirmed |= lost
-        self._counts["unconfirmed_tables"] += len(lost)
 
     # ---------------------------------------------------------------------------------------------------- the outbox
 
@@ -339,6 +345,9 @@ class WandbSupervisor:
 
     def _waiting(self) -> int:
         return max(0, self._newest_position - self._progress.position)
+
+    def _unconfirmed_entries(self) -> int:
+        return max(0, self._newest_position - self._progress.confirmed_position)
 
     def _count_idle_time(self, now: float) -> None:
         """Count the time that the child had something to do and did not move; before there is work, none passes."""
@@ -361,6 +370,9 @@ class WandbSupervisor:
             num_rows=progress.num_rows,
             rows_behind=max(0, self._newest_rows - progress.num_rows),
             entries_behind=self._waiting(),
+            entries_unconfirmed=self._unconfirmed_entries(),
+            is_given_up=self._never,
+            complaint=progress.complaint or self._detail,
             counts=dict(self._counts),
             detail=self._detail,
             alerts_sent=totals["alerts_sent"] + progress.alerts_sent,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from tests.integration.sinks.conftest import Supervise
-from tests.support.outbox_writing import OutboxWriter, row_entry, run_entry
-from tests.support.wandb_backend import Fault, WandbBackend
+from tests.support.outbox_writing import OutboxWriter, row_entry, run_entry, table_entry
+from tests.support.wandb_backend import BackendRun, Fault, WandbBackend
 from tests.support.wandb_supervising import (
     FINISH,
     assert_every_row_once,
@@ -19,6 +19,8 @@ from tests.support.wandb_supervising import (
     until,
     write_and_kill,
 )
+
+from sidestep.worker.sinks.wandb_progress import SinkState
 
 
 @pytest.mark.slow
@@ -131,3 +133,53 @@ def test_the_pages_stop_and_a_refused_upload_are_told_apart(
     until(fatal, lambda: is_finished(fatal))
     assert_every_row_once(backend.runs["run2"], 4)
     assert not fatal.take_stop_request()
+
+
+@pytest.mark.slow
+def test_a_table_whose_upload_died_with_the_worker_is_asked_for_once_more(
+    outbox: OutboxWriter, supervise: Supervise, backend: WandbBackend, tmp_path: Path
+) -> None:
+    """Its row is at the server, its file is not, and the worker that knew of it is gone."""
+    first = supervise(backend)
+    outbox.write([run_entry(), table_entry(0, "t-0")])
+    first.start()
+    run = backend.runs.setdefault("run1", BackendRun(name="run1"))
+    until(first, lambda: len(run.history) == 1 and backend.operations["CommitArtifact"] == 1)
+    backend.faults["upload"] = Fault(delay_seconds=20.0)
+    outbox.write([table_entry(1, "t-1")])
+    until(first, lambda: len(run.history) == 2)
+    for pid in sink_processes(tmp_path):
+        os.kill(pid, signal.SIGKILL)
+    first.stop(0.0)
+    backend.faults.clear()
+
+    second = supervise(backend)
+    second.start()
+    until(second, lambda: second.status().counts["unconfirmed_tables"] == 1)
+    assert second.take_unconfirmed_tables() == (1,)
+    outbox.write([table_entry(1, "t-1"), FINISH])  # what the worker does with it
+    until(second, lambda: is_finished(second))
+    assert [row["sidecar/table_id"] for row in run.history] == ["t-0", "t-1", "t-1"]
+    third = supervise(backend)
+    third.start()
+    until(third, lambda: third.status().state is SinkState.FINISHED)
+    assert third.take_unconfirmed_tables() == ()
+
+
+@pytest.mark.slow
+def test_an_upload_that_is_refused_at_the_very_end_is_not_taken_for_done(
+    outbox: OutboxWriter, supervise: Supervise, backend: WandbBackend
+) -> None:
+    """``finish`` returns as ever after HTTP 400; only the server knows how many rows it has."""
+    supervisor = supervise(backend)
+    outbox.write([run_entry(), row_entry(0)])
+    supervisor.start()
+    until(supervisor, lambda: supervisor.status().num_rows == 1)
+    backend.faults["filestream"] = Fault(status=400, requests=1)
+    outbox.write([row_entry(1), FINISH])
+    until(supervisor, lambda: supervisor.status().counts["failures"] == 1)
+    assert "rows are missing at W&B's server" in supervisor.status().complaint
+    assert supervisor.status().entries_unconfirmed > 0
+    until(supervisor, lambda: is_finished(supervisor))
+    assert_every_row_once(backend.runs["run1"], 2)
+    assert (supervisor.status().entries_unconfirmed, supervisor.status().complaint) == (0, "")

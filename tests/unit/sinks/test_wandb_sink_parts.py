@@ -68,7 +68,7 @@ def test_the_pace_lets_a_burst_through_and_then_the_rate() -> None:
 
 
 def test_a_report_is_one_line() -> None:
-    report = Progress(state=SinkState.RUNNING, position=4, num_rows=2, tables=(1,), detail="two\nlines ⚠️")
+    report = Progress(state=SinkState.RUNNING, position=4, num_rows=2, tables_undone=(1,), detail="two\nlines ⚠️")
     assert report.line().count(b"\n") == 1
     assert Progress.parse(report.line()) == report
 
