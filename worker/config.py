@@ -121,8 +121,10 @@ class WorkerConfig:
         default=False, convert=_flag, metavar="", meaning="end once every run has ended and all is delivered"
     )
     """At least one run must have come."""
-    health_port: int = _option(0, _count(0), "PORT", "loopback port of /healthz (default: any)")
+    health_port: int = _option(0, _count(0), "PORT", "port of /healthz and /metrics (default: any)")
     """Recorded in ``worker.json``."""
+    health_host: str = _option("127.0.0.1", _text, "HOST", "address of these two pages (default: 127.0.0.1)")
+    """Anything but loopback opens the worker's figures to the network: there is no key."""
 
 
 def environment_name(option: str) -> str:

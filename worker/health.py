@@ -1,15 +1,19 @@
-"""Whether a worker is well: ``/healthz`` on loopback, and ``worker.json`` beside the journal that says where.
+"""Whether a worker is well: ``/healthz`` and ``/metrics``, and ``worker.json`` beside the journal that says where.
 
 Well means that what arrives is read and can be kept. A sink that lags is told, and is no illness (docs/delivery.md,
-section 10).
+section 10). Both pages hold numbers, ids, states and paths: no text of a training.
 """
 
 from __future__ import annotations
 
 import http.client
+import ipaddress
 import json
+import logging
 import os
+import socket
 import threading
+import time
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,29 +22,42 @@ from urllib.parse import urlsplit
 
 from sidestep.worker.errors import WorkerError
 from sidestep.worker.home import WORKER_FILE
+from sidestep.worker.prometheus import exposition
 
+_LOG: Final = logging.getLogger(__name__)
 _ASK_TIMEOUT_SECONDS: Final = 5.0
+_REQUEST_TIMEOUT_SECONDS: Final = 10.0
+LOOPBACK: Final = "127.0.0.1"
 
 
 class HealthServer:
-    """Answers ``GET /healthz`` with JSON, 200 where the worker is healthy and 503 where not."""
+    """Answers ``GET /healthz`` with JSON (200 where the worker is healthy, else 503), and ``GET /metrics``."""
 
-    def __init__(self, report: Callable[[], Mapping[str, Any]], port: int = 0) -> None:
-        """Listen on 127.0.0.1; ``report`` is called on another thread and has a key ``healthy``.
+    def __init__(self, report: Callable[[], Mapping[str, Any]], port: int = 0, host: str = LOOPBACK) -> None:
+        """Listen; ``report`` is called on other threads and has a key ``healthy``.
 
         Raises:
-            WorkerError: the port is taken.
+            WorkerError: the address cannot be listened on.
         """
 
         class Answer(BaseHTTPRequestHandler):
+            timeout = _REQUEST_TIMEOUT_SECONDS
+
             def do_GET(self) -> None:
-                if urlsplit(self.path).path != "/healthz":
+                page = urlsplit(self.path).path
+                if page == "/healthz":
+                    said = report()
+                    body = json.dumps(said, default=str).encode()
+                    self._answer(200 if said.get("healthy") else 503, "application/json", body)
+                elif page == "/metrics":
+                    body, content_type = exposition(report(), self.headers.get("Accept", ""))
+                    self._answer(200, content_type, body)
+                else:
                     self.send_error(404)
-                    return
-                said = report()
-                body = json.dumps(said, default=str).encode()
-                self.send_response(200 if said.get("healthy") else 503)
-                self.send_header("Content-Type", "application/json")
+
+            def _answer(self, status: int, content_type: str, body: bytes) -> None:
+                self.send_response(status)
+                self.send_header("Content-Type", content_type)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
@@ -48,12 +65,25 @@ class HealthServer:
             def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  (the base class's name)
                 """Say nothing: a look at the health is no event."""
 
+        class Server(ThreadingHTTPServer):
+            address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            daemon_threads = True
+
+            def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002  (the base class's)
+                """A caller that hangs up is no event of the worker; its console is not for that."""
+                _LOG.debug("a look at the health failed", exc_info=True)
+
         try:
-            self._server = ThreadingHTTPServer(("127.0.0.1", port), Answer)
+            self._server = Server((host, port), Answer)
         except OSError as error:
-            raise WorkerError(f"health_port: {port} cannot be listened on: {error.strerror}") from error
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}/healthz"
+            raise WorkerError(
+                f"health_host, health_port: {host}:{port} cannot be listened on: {error.strerror}"
+            ) from error
+        shown = _reachable(host)
+        self.url = f"http://{f'[{shown}]' if ':' in shown else shown}:{self._server.server_port}/healthz"
+        """Where this machine reaches it."""
+        if not is_loopback(host):
+            _LOG.warning("the health pages are open to whoever reaches port %d of this host", self._server.server_port)
         self._thread = threading.Thread(target=self._server.serve_forever, name="sidestep-health", daemon=True)
         self._thread.start()
 
@@ -62,6 +92,25 @@ class HealthServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine reaches an address; what is a name but ``localhost`` is not taken for it."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _reachable(host: str) -> str:
+    """Return where a server that listens at ``host`` is reached from here."""
+    return {"0.0.0.0": LOOPBACK, "::": "::1", "": LOOPBACK}.get(host, host)  # noqa: S104  (compared, not bound)
+
+
+def write_end(journal: Path, *, exit_code: int, behind: Mapping[str, int]) -> None:
+    """Say in the worker's file that it ended in order, and which runs W&B lacks how many entries of."""
+    said = json.loads((journal / WORKER_FILE).read_text(encoding="utf-8"))
+    _replace(journal, {**said, "ended_at": time.time(), "exit_code": exit_code, "behind": dict(behind)})
 
 
 def write_worker_file(journal: Path, *, endpoint: str, health_url: str, instance: str, started_at: float) -> None:
@@ -73,6 +122,10 @@ def write_worker_file(journal: Path, *, endpoint: str, health_url: str, instance
         "instance": instance,
         "started_at": started_at,
     }
+    _replace(journal, said)
+
+
+def _replace(journal: Path, said: Mapping[str, Any]) -> None:
     fresh = journal / f".{WORKER_FILE}.{os.getpid()}"
     fresh.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
     fresh.replace(journal / WORKER_FILE)

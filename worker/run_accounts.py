@@ -46,14 +46,14 @@ class RunAccounts:
                 self._take_rank(self._ranks.setdefault(rank, {}), account)
         for end in step.ends.values():
             for kind, count in end.dropped.items():
-                self._told_by_ends[_name(kind)] += min(count, MAX_COUNT)
+                self._told_by_ends[known_kind(kind)] += min(count, MAX_COUNT)
 
     def _take_rank(self, known: dict[str, int], account: RankAccount) -> None:
         said: Counter[str] = Counter({"resent": min(account.resent, MAX_COUNT)})
         for kind, (produced, dropped, refused) in account.kinds.items():
             said["produced"] += min(produced, MAX_COUNT)
-            said[f"dropped/{_name(kind)}"] += min(dropped, MAX_COUNT)
-            said[f"refused/{_name(kind)}"] += min(refused, MAX_COUNT)
+            said[f"dropped/{known_kind(kind)}"] += min(dropped, MAX_COUNT)
+            said[f"refused/{known_kind(kind)}"] += min(refused, MAX_COUNT)
         for name, count in said.items():
             if count > known.get(name, 0):  # a late part's head is older than what is known
                 self._totals[name] += count - known.get(name, 0)
@@ -111,8 +111,9 @@ class RunAccounts:
     def restore_drops(self, dropped: Mapping[str, Any]) -> None:
         """Take over a state of version 1, which knew what the steps' ends say was dropped, and counted no messages."""
         self._num_messages = None
-        self._told_by_ends = Counter({_name(str(kind)): int(count) for kind, count in dropped.items()})
+        self._told_by_ends = Counter({known_kind(str(kind)): int(count) for kind, count in dropped.items()})
 
 
-def _name(kind: str) -> str:
+def known_kind(kind: str) -> str:
+    """Return a kind's name as a key may hold it; what is not known is one kind."""
     return kind if kind in _KINDS else UNKNOWN_KIND

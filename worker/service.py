@@ -14,10 +14,12 @@ from typing import Any, Final, TextIO
 
 from sidestep.protocol.endpoints import Endpoint, default_endpoint
 from sidestep.protocol.messages import Command
+from sidestep.worker.advice import warnings
 from sidestep.worker.config import WorkerConfig
 from sidestep.worker.delivery import Deliveries, wandb_mode
 from sidestep.worker.errors import ConfigError, JournalError
-from sidestep.worker.health import HealthServer, write_worker_file
+from sidestep.worker.health import HealthServer, write_end, write_worker_file
+from sidestep.worker.heard import HeardRuns
 from sidestep.worker.home import home_folder, new_run_folder, remember_latest
 from sidestep.worker.intake.feed import Feed, Refused
 from sidestep.worker.intake.journal import Journal
@@ -90,6 +92,7 @@ class WorkerService:
         )
         self._receiver = Receiver(endpoint, self._reception)
         self._trainers = Trainers(self.journal.index, config.trainer_silence_seconds)
+        self._heard = HeardRuns()
         self._health: HealthServer | None = None
         self._idle_since: float | None = None
         self._sinks_polled_at = 0.0
@@ -116,7 +119,7 @@ class WorkerService:
         """
         try:
             self._receiver.start()
-            self._health = HealthServer(self.report, self._config.health_port)
+            self._health = HealthServer(self.report, self._config.health_port, self._config.health_host)
             write_worker_file(
                 self.journal.folder,
                 endpoint=self.address,
@@ -190,7 +193,12 @@ class WorkerService:
                 run_id,
                 self.journal.folder,
             )
-        return 1 if failed or behind else 0
+        exit_code = 1 if failed or behind else 0
+        try:
+            write_end(self.journal.folder, exit_code=exit_code, behind=behind)
+        except (OSError, ValueError) as error:
+            _LOG.warning("this end is not recorded for `sidestep status`: %s", error)
+        return exit_code
 
     # ------------------------------------------------------------------------------------------------ one turn
 
@@ -247,6 +255,7 @@ class WorkerService:
                 messages = self._feed.take()
                 moved = moved or bool(messages)
                 for each in messages:
+                    self._heard.take(each)
                     self._pipeline_of(each.envelope.run_id).add(each, now)
                 if not messages:
                     break
@@ -279,7 +288,12 @@ class WorkerService:
             )
             if is_so
         ]
-        return {
+        try:
+            journal_state = self.journal.statistics()
+        except JournalError as error:
+            journal_state = {}
+            reasons.append(str(error))
+        report = {
             "healthy": not reasons,
             "reason": "; ".join(reasons),
             "pid": os.getpid(),
@@ -288,10 +302,26 @@ class WorkerService:
             "journal": str(self.journal.folder),
             "started_at": self._started_at,
             "receiver": dict(self._receiver.statistics()),
-            "journal_state": self.journal.statistics(),
+            "journal_state": journal_state,
             "feed": {"held_bytes": self._feed.held_bytes, "read_back": self._feed.read_back},
-            "runs": {run_id: pipeline.statistics() for run_id, pipeline in list(self._pipelines.items())},
+            "runs": {run_id: self._run_report(pipeline, now) for run_id, pipeline in list(self._pipelines.items())},
             "sinks": self._deliveries.statistics(),
+        }
+        return {**report, "warnings": warnings(report)}
+
+    def _run_report(self, pipeline: RunPipeline, now: float) -> dict[str, Any]:
+        newest = pipeline.newest
+        heard_at = self._reception.last_heard.get(newest.incarnation)
+        closed_step, lag_seconds = pipeline.standing(now)
+        return {
+            **pipeline.statistics(),
+            **self._heard.report(pipeline.run_id),
+            "attempt": newest.attempt,
+            "world_size": newest.world_size,
+            "is_ended": pipeline.is_ended,
+            "closed_step": closed_step,
+            "lag_seconds": round(lag_seconds, 3),
+            "seconds_since_heard": None if heard_at is None else round(max(0.0, now - heard_at), 3),
         }
 
 

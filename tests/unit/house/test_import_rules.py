@@ -20,7 +20,17 @@ ALLOWED_BY_PACKAGE = {
     "protocol": {"numpy", "msgpack"},
     "trainer_hooks": TRAINER_SIDE,
     "trainer_hooks.integrations": TRAINER_SIDE | {"transformers", "lightning", "pytorch_lightning"},
-    "worker": {"numpy", "zmq", "wandb", "tokenizers", "plotly", "PIL", "sidestep", "sidestep.protocol"},
+    "worker": {
+        "numpy",
+        "zmq",
+        "wandb",
+        "tokenizers",
+        "plotly",
+        "prometheus_client",
+        "PIL",
+        "sidestep",
+        "sidestep.protocol",
+    },
     "examples": TRAINER_SIDE - {"zmq"} | {"sklearn", "tqdm", "tokenizers", "sidestep.trainer_hooks"},
 }
 # The modules (as patterns) through which a third party comes in.
@@ -32,6 +42,7 @@ DOORS = {
     ("worker", "zmq"): ("worker.intake.receiver", "worker.intake.authentication", "worker.keys"),
     ("worker", "wandb"): ("worker.sinks.wandb_sink",),
     ("worker", "tokenizers"): ("worker.text.detokenizer",),
+    ("worker", "prometheus_client"): ("worker.prometheus",),
     ("worker", "plotly"): ("worker.sinks.report*",),
     ("worker", "PIL"): ("worker.text.*", "worker.sinks.*"),
 }
