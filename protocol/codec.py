@@ -35,6 +35,8 @@ class FieldSchema(NamedTuple):
     required: bool
     dtype: np.dtype[Any] | None
     """Of the array that it travels as; None for a plain field."""
+    taken_as_it_is: type | None
+    """A value of exactly this type needs no check."""
 
 
 def _wrong(name: str, value: object, wanted: str) -> DecodeError:
@@ -114,8 +116,10 @@ def _check_bytes(name: str, value: object) -> bytes:
 
 def _mapping_of(check: Check) -> Check:
     def checked(name: str, value: object) -> dict[str, Any]:
-        if not isinstance(value, Mapping):
+        if type(value) is not dict and not isinstance(value, Mapping):
             raise _wrong(name, value, "a map")
+        if not value:
+            return {}
         _check_entries(name, len(value))
         return {_check_str(name, key): check(name, item) for key, item in value.items()}
 
@@ -124,10 +128,10 @@ def _mapping_of(check: Check) -> Check:
 
 def _tuple_of(check: Check) -> Check:
     def checked(name: str, value: object) -> tuple[Any, ...]:
-        if not isinstance(value, list | tuple):
+        if type(value) is not list and not isinstance(value, list | tuple):
             raise _wrong(name, value, "a list")
         _check_entries(name, len(value))
-        return tuple(check(name, item) for item in value)
+        return tuple([check(name, item) for item in value])
 
     return checked
 
@@ -157,9 +161,10 @@ def _array_spec(annotation: object) -> ArraySpec | None:
 
 def schema(message_type: type[Message]) -> tuple[FieldSchema, ...]:
     """Return the fields of ``message_type`` as they travel, in the order of the dataclass."""
-    if message_type not in _SCHEMAS:
-        _SCHEMAS[message_type] = _read_schema(message_type)
-    return _SCHEMAS[message_type]
+    found = _SCHEMAS.get(message_type)
+    if found is None:
+        found = _SCHEMAS[message_type] = _read_schema(message_type)
+    return found
 
 
 def _read_schema(message_type: type[Message]) -> tuple[FieldSchema, ...]:
@@ -172,7 +177,8 @@ def _read_schema(message_type: type[Message]) -> tuple[FieldSchema, ...]:
         check = _check_json if spec else _check_of(annotation)
         raw_bytes = annotation is bytes
         dtype = WIRE_DTYPES[spec.dtype if spec else "uint8"] if spec or raw_bytes else None
-        fields.append(FieldSchema(field.name, check, spec, raw_bytes, required, dtype))
+        plain = annotation if annotation in (float, bool) else None
+        fields.append(FieldSchema(field.name, check, spec, raw_bytes, required, dtype, plain))
     return tuple(fields)
 
 
@@ -206,10 +212,11 @@ def from_fields(message_type: type[Message], plain: Mapping[str, Any], arrays: M
         LimitExceededError: a value is over a limit.
     """
     values: dict[str, Any] = {}
-    for name, check, spec, raw_bytes, required, dtype in schema(message_type):
+    for name, check, spec, raw_bytes, required, dtype, taken_as_it_is in schema(message_type):
         if dtype is None:
             if name in plain:
-                values[name] = check(name, plain[name])
+                value = plain[name]
+                values[name] = value if type(value) is taken_as_it_is else check(name, value)
                 continue
         elif name in arrays:
             array, axes = arrays[name], spec.axes if spec else 1

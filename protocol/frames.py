@@ -43,6 +43,7 @@ from sidestep.protocol.version import WIRE_MAJOR, WIRE_MINOR
 
 MAGIC = b"SST"
 _PREFIX = struct.Struct("<3sBBBHII")
+NO_ACCOUNTS: Final[Mapping[str, tuple[int, int, int]]] = MappingProxyType({})
 _COUNT_END: Final = 1 << 62
 """Counts and numbers on the wire stay below it: sums of them fit 64 bits."""
 _WALK_HEAD_BYTES: Final = 1 << 10
@@ -63,7 +64,7 @@ class Envelope(NamedTuple):
     rank: int
     sequence: int = 0
     """1, 2, ... per (incarnation, rank); 0 for kinds in ``messages.UNSEQUENCED``."""
-    accounts: Mapping[str, tuple[int, int, int]] = MappingProxyType({})
+    accounts: Mapping[str, tuple[int, int, int]] = NO_ACCOUNTS
     """Kind's name to (produced, dropped, refused), cumulative when the message was first sent."""
     resent: int = 0
     """Messages of this stream that were sent again until then, to a worker that had lost them."""
@@ -151,20 +152,21 @@ _unpack = functools.partial(
 )
 
 
-def _parts(frame: Frame) -> tuple[FramePrefix, dict[str, Any], memoryview]:
-    prefix = peek(frame)
-    _, major, minor, head_bytes, body_bytes = prefix
+def _parts(frame: Frame) -> tuple[int, dict[str, Any], memoryview]:
+    """Return kind, head and body."""
+    kind, major, minor, head_bytes, body_bytes = peek(frame)
     if major != WIRE_MAJOR:
         raise IncompatibleWireError(major, minor)
     if head_bytes > MAX_HEAD_BYTES:
         raise LimitExceededError(f"a head of {head_bytes} bytes, more than {MAX_HEAD_BYTES}")
-    body_at = _PREFIX.size + head_bytes + -head_bytes % array_frame.ALIGNMENT_BYTES
+    head_end = _PREFIX.size + head_bytes
+    body_at = head_end + -head_bytes % array_frame.ALIGNMENT_BYTES
     if body_at + body_bytes != len(frame):
         raise DecodeError(f"the frame declares {body_at + body_bytes} bytes, {len(frame)} arrived")
-    if body_at + body_bytes > MAX_MESSAGE_BYTES:
+    if len(frame) > MAX_MESSAGE_BYTES:
         raise LimitExceededError(f"a message of {len(frame)} bytes, more than {MAX_MESSAGE_BYTES}")
     view = memoryview(frame)
-    packed = view[_PREFIX.size : _PREFIX.size + head_bytes]
+    packed = view[_PREFIX.size : head_end]
     if head_bytes > _WALK_HEAD_BYTES:
         check_packed(packed, max_levels=_HEAD_LEVELS, max_entries=MAX_HEAD_ENTRIES)
     try:
@@ -173,22 +175,27 @@ def _parts(frame: Frame) -> tuple[FramePrefix, dict[str, Any], memoryview]:
         raise DecodeError(f"the head is not msgpack within limits: {error}") from error
     if type(head) is not dict:
         raise DecodeError("the head is not a map")
-    return prefix, head, view[body_at:]
+    return kind, head, view[body_at:]
 
 
 def _envelope(head: Mapping[str, Any]) -> Envelope:
     entry = head.get("e")
-    if not isinstance(entry, list) or len(entry) < 4:
+    if type(entry) is not list or len(entry) < 4:
         raise DecodeError("the head has no envelope")
     run_id, incarnation, rank, sequence = entry[:4]
-    for text in (run_id, incarnation):
-        if type(text) is not str or len(text) > MAX_IDENTITY_CHARACTERS:
-            raise DecodeError("a run or incarnation id is not a short text")
+    if type(run_id) is not str or type(incarnation) is not str:
+        raise DecodeError("a run or incarnation id is not a text")
+    if len(run_id) > MAX_IDENTITY_CHARACTERS or len(incarnation) > MAX_IDENTITY_CHARACTERS:
+        raise LimitExceededError(f"a run or incarnation id of more than {MAX_IDENTITY_CHARACTERS} characters")
     resent = head.get("n", 0)
-    for number in (rank, sequence, resent):
-        if type(number) is not int or not 0 <= number < _COUNT_END:
-            raise DecodeError("a rank, a sequence number or the count of resent messages is not a natural number")
-    return Envelope(run_id, incarnation, rank, sequence, _accounts(head.get("a", {})), resent)
+    if not (type(rank) is type(sequence) is type(resent) is int):
+        raise DecodeError("a rank, a sequence number or the count of resent messages is not an integer")
+    if not (0 <= rank < _COUNT_END and 0 <= sequence < _COUNT_END and 0 <= resent < _COUNT_END):
+        raise DecodeError("a rank, a sequence number or the count of resent messages is not a natural number")
+    accounts = head.get("a")
+    return Envelope(
+        run_id, incarnation, rank, sequence, NO_ACCOUNTS if accounts is None else _accounts(accounts), resent
+    )
 
 
 def _accounts(entry: object) -> dict[str, tuple[int, int, int]]:
@@ -226,14 +233,14 @@ def decode(frame: Frame) -> tuple[Envelope, Message | UnknownMessage]:
         DecodeError: not a message; ``LimitExceededError`` where a declared size is over its limit.
         IncompatibleWireError: another major version.
     """
-    prefix, head, body = _parts(frame)
+    kind, head, body = _parts(frame)
     envelope = _envelope(head)
     arrays = array_frame.unpack(head.get("r", []), body)
-    message_type = MESSAGE_TYPES.get(prefix.kind)
+    message_type = MESSAGE_TYPES.get(cast("Kind", kind))  # a number finds the kind that it is
     if message_type is None:
-        if prefix.kind == Kind.CHUNK:
+        if kind == Kind.CHUNK:
             raise DecodeError("a chunk is not a whole message")
-        return envelope, UnknownMessage(kind=prefix.kind)
+        return envelope, UnknownMessage(kind=kind)
     fields = head.get("f", {})
     if type(fields) is not dict:
         raise DecodeError("the fields are not a map")
@@ -284,8 +291,8 @@ class ChunkJoiner:
         Raises:
             DecodeError: a chunk that is malformed, contradicts its siblings, or a joined message of another digest.
         """
-        prefix, head, body = _parts(frame)
-        if prefix.kind != Kind.CHUNK:
+        kind, head, body = _parts(frame)
+        if kind != Kind.CHUNK:
             raise DecodeError("a whole message is no chunk")
         envelope = _envelope(head)
         digest, index, count, total = self._placement(head.get("c"))

@@ -26,6 +26,8 @@ class Peer:
     incarnation: str
     rank: int
     last_seen: float
+    is_admitted: bool = False
+    """Whether the journal knows its incarnation, and the rank is one of it."""
     joiner: ChunkJoiner = field(default_factory=ChunkJoiner)
 
     def envelope(self) -> Envelope:
@@ -55,7 +57,7 @@ class Peers:
     def meet(self, routing_id: bytes, envelope: Envelope, now: float) -> tuple[Peer, bool]:
         """Return the connection's peer and whether it is new; the same connection may not change its identity."""
         peer = self._peers.get(routing_id)
-        if peer is not None and peer.incarnation == envelope.incarnation and peer.rank == envelope.rank:
+        if peer is not None and (peer.run_id, peer.incarnation, peer.rank) == envelope[:3]:
             peer.last_seen = now
             self._peers.move_to_end(routing_id)
             return peer, False

@@ -155,15 +155,18 @@ class Reception:
     def _greet(self, routing_id: bytes, envelope: Envelope, now: float, replies: list[Reply]) -> Peer:
         """Return the connection's peer; one that is not known gets a Welcome, and sends all again that we lack."""
         peer, is_new = self._peers.meet(routing_id, envelope, now)
-        if is_within(envelope, self._incarnations):
+        if peer.is_admitted or is_within(envelope, self._incarnations):
+            peer.is_admitted = True
             self.last_heard[envelope.incarnation] = now
             if envelope.accounts:
                 self._accounts[envelope.incarnation, envelope.rank] = envelope.accounts
         if is_new:
             self._counts["welcomes"] += 1
+            committed = self._journal.segments.committed(peer.incarnation, peer.rank)
+            self._taken.pop((peer.incarnation, peer.rank), None)  # what broke on disk since may come again
             welcome = Welcome(
                 instance=self._instance,
-                committed=self._journal.segments.committed(peer.incarnation, peer.rank).ranges(),
+                committed=committed.ranges(),
                 hello_known=(peer.incarnation, peer.rank) in self._hellos,
                 wanted=self._wanted.ask(peer, now),
             )
@@ -177,17 +180,17 @@ class Reception:
             self._take_hello(arrived, envelope, message, replies)
             return
         peer = self._greet(arrived.routing_id, envelope, arrived.now, replies)
-        if message.kind in UNSEQUENCED or envelope.sequence == 0:
+        if envelope.sequence == 0 or arrived.frame[_KIND_AT] in UNSEQUENCED:
             if isinstance(message, Blob):
                 self._take_blob(peer, message, arrived.now, replies)
             else:
                 self._counts["heartbeats" if isinstance(message, Heartbeat) else "misplaced"] += 1
+        elif peer.is_admitted:
+            self._take_sequenced(peer, arrived, envelope, message)
         elif envelope.incarnation not in self._incarnations:
             self._counts["strangers"] += 1  # its Welcome has said that its Hello is not known; it comes again after it
-        elif not is_within(envelope, self._incarnations):
-            raise DecodeError("no such rank or run in this incarnation")
         else:
-            self._take_sequenced(peer, arrived, envelope, message)
+            raise DecodeError("no such rank or run in this incarnation")
 
     def _take_hello(self, arrived: _Arrived, envelope: Envelope, hello: Hello, replies: list[Reply]) -> None:
         stream = (envelope.incarnation, envelope.rank)
@@ -234,7 +237,7 @@ class Reception:
         _, incarnation, rank, sequence, _, _ = envelope
         taken = self._taken.get((incarnation, rank))
         if taken is None:
-            taken = self._taken[incarnation, rank] = self._journal.segments.committed(incarnation, rank)
+            taken = self._taken[incarnation, rank] = self._known(incarnation, rank)
         if taken.num_ranges >= MAX_HOLES and sequence - 1 not in taken and sequence + 1 not in taken:
             raise DecodeError(f"the stream's numbers have {MAX_HOLES} holes already")
         self._to_ack[peer.routing_id] = peer
@@ -250,6 +253,14 @@ class Reception:
         size_bytes = len(frame) + MESSAGE_OVERHEAD_BYTES
         self._waiting.append((Journaled(envelope, message, at, received_at), size_bytes))
         self._waiting_bytes += size_bytes
+
+    def _known(self, incarnation: str, rank: int) -> RangeSet:
+        """Return the numbers of a stream that are on disk or wait for it."""
+        known = self._journal.segments.committed(incarnation, rank)
+        for row in self._rows:
+            if (row.incarnation, row.rank) == (incarnation, rank):
+                known.add(row.sequence)
+        return known
 
     def _next_arrival(self) -> int:
         """Only what waits here is ever appended, in its order, until it is."""
@@ -282,12 +293,14 @@ class Reception:
 
     def commit_due(self, now: float) -> bool:
         """Return whether what waits should be committed now."""
-        if self._waiting_since is None or now < self._retry_at:
+        since = self._waiting_since
+        if since is None or now < self._retry_at:
             return False
-        return len(self._waiting) >= self._commit_messages or now - self._waiting_since >= self._commit_interval_seconds
+        return now - since >= self._commit_interval_seconds or len(self._rows) >= self._commit_messages
 
     def commit(self, now: float) -> list[Reply]:
         """Write what waits in one transaction; return the acks, or where it failed NoAcks, and keep it."""
+        self._renumber()
         rows, peers = self._rows, list(self._to_ack.values())
         try:
             self._journal.segments.append(rows)
@@ -302,6 +315,13 @@ class Reception:
         self._to_ack.clear()
         self._feed.offer(messages)
         return [self._ack(peer, now) for peer in peers]
+
+    def _renumber(self) -> None:
+        """Give what waits the arrivals that the journal expects, where it has set its count anew in between."""
+        first = self._journal.segments.next_arrival
+        if self._rows and self._rows[0].arrival != first:
+            self._rows = [row._replace(arrival=at) for at, row in enumerate(self._rows, first)]
+            self._waiting = [(each._replace(arrival=at), size) for at, (each, size) in enumerate(self._waiting, first)]
 
     def _fail(self, error: JournalWriteError, now: float) -> None:
         self._counts["failed_commits"] += 1
