@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from sidestep.worker.sinks.wandb_trouble import told, trouble_of
+
 SILENT_SECONDS: Final = 60.0
 """A trainer beats every few seconds, whatever it is busy with."""
 LAGGING_SECONDS: Final = 10.0
@@ -83,11 +85,9 @@ def _of_living_run(run_id: str, run: Figures) -> Iterator[str]:
 
 def _of_sink(run_id: str, sink: Figures) -> Iterator[str]:
     counts, behind = sink.get("counts", {}), sink.get("entries_behind", 0)
-    if sink.get("detail"):
-        yield (
-            f"run {run_id}: W&B lacks {behind} entries: {sink['detail']}. They are kept in the journal and sent once "
-            "it is mended; neither training nor the journal waits for it"
-        )
+    if sink.get("complaint"):
+        trouble = trouble_of(sink["complaint"], is_given_up=bool(sink.get("is_given_up")))
+        yield f"{told(run_id, sink['complaint'], trouble)} It lacks {behind} entries; nothing waits for it"
     elif behind > BEHIND_ENTRIES:
         yield f"run {run_id}: W&B lacks {behind} entries and catches up at its own rate; nothing is to be done"
     if counts.get("stop_requests"):

@@ -150,6 +150,8 @@ def _sinks(report: Report) -> Iterator[Metric]:
     yield _gauge("sink_state", "1 for the state that the sink is in, 0 for the others", states, (*labels, "state"))
     behind = {key: status["entries_behind"] for key, status in sinks.items()}
     yield _gauge("sink_unsent_entries", "Entries of the outbox that the sink was not given yet", behind, labels)
+    unconfirmed = {key: status["entries_unconfirmed"] for key, status in sinks.items()}
+    yield _gauge("sink_unconfirmed_entries", "Entries that it may lack, handed over or not", unconfirmed, labels)
     rows = {key: status["rows_behind"] for key, status in sinks.items()}
     yield _gauge("sink_unsent_rows", "Rows and tables among them", rows, labels)
     restarts = {key: status["counts"].get("respawns", 0) for key, status in sinks.items()}

@@ -219,6 +219,8 @@ class WorkerService:
             for run_id in news.stopped:
                 reason = "the run was stopped on its W&B page"
                 self._reception.send(run_id, Command(action="stop", command_id=f"page-{self.instance}", reason=reason))
+            for run_id, notice in news.notices:
+                self._reception.send(run_id, notice)
             for run_id, tables in news.unconfirmed_tables.items():
                 self._pipelines[run_id].repeat(tables)
         self._tidy(now)

@@ -17,7 +17,7 @@ def report(
         "is_ended": False, "ranks_heard": 2, "world_size": 2, "lag_seconds": 0.0, "seconds_since_heard": 0.1,
         "messages": {"losses": {"produced": 9, "dropped": 0, "refused": 0}},
     }  # fmt: skip
-    fed = {"state": "running", "entries_behind": 3, "counts": {"respawns": 0}, "detail": ""}
+    fed = {"state": "running", "entries_behind": 3, "counts": {"respawns": 0}, "complaint": ""}
     return {
         "reason": reason, "runs": {"r": {**well, **(run or {})}}, "sinks": {"wandb": {"r": {**fed, **(sink or {})}}},
         "journal_state": {"damaged": [], "times_full": 0, **(journal or {})},
@@ -42,7 +42,7 @@ LOST = {"losses": {"produced": 9, "dropped": 2, "refused": 3}}
         ({"run": {"seconds_since_heard": SILENT_SECONDS + 1}}, ["nothing was heard", "console"]),
         ({"run": {"ranks_heard": 1}}, ["1 of 2 ranks are heard", "attach()"]),
         ({"run": {"lag_seconds": LAGGING_SECONDS + 1}}, ["waited 11 s", "assembly_deadline_seconds"]),
-        ({"sink": {"detail": "401"}}, ["W&B lacks 3 entries: 401", "kept in the journal"]),
+        ({"sink": {"complaint": "error 401"}}, ["W&B does not take run r", "error 401", "It lacks 3 entries"]),
         ({"sink": {"entries_behind": BEHIND_ENTRIES + 1}}, ["catches up", "nothing is to be done"]),
         ({"sink": {"counts": {"stop_requests": 1}}}, ["pressed Stop"]),
         ({"sink": {"entries_refused": 2}}, ["2 entries cannot be told to W&B"]),
