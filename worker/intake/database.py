@@ -16,6 +16,8 @@ from typing import Any, Final
 from sidestep.worker.errors import JournalDamageError, JournalError, JournalWriteError
 
 BUSY_SECONDS: Final = 10.0
+_LOG_BYTES: Final = 16 << 20
+"""A log that a great transaction made longer is cut to this when it is begun anew."""
 _DAMAGE_CODES: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _DAMAGE_EXTENDED_CODES: Final = frozenset({sqlite3.SQLITE_IOERR_SHORT_READ, sqlite3.SQLITE_IOERR_CORRUPTFS})
 _FULL_CODES: Final = frozenset({
@@ -59,6 +61,7 @@ def connect(path: Path, *, read_only: bool = False, shared_log: bool = True) -> 
         if not read_only:
             connection.execute(f"PRAGMA journal_mode={'WAL' if shared_log else 'TRUNCATE'}")
             connection.execute("PRAGMA synchronous=FULL")
+            connection.execute(f"PRAGMA journal_size_limit={_LOG_BYTES}")
     except sqlite3.Error as error:
         if connection is not None:
             connection.close()
@@ -130,6 +133,14 @@ class Database:
                 if not is_full(error.__cause__) or not self.on_full():
                     raise
             return self._write_once(block)
+
+    def fold_log(self) -> None:
+        """Bring the write-ahead log into the file and cut it, as far as nobody reads from it; without a log: nothing.
+
+        Raises:
+            JournalError: it cannot be written now.
+        """
+        self.rows("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def _write_once(self, block: Callable[[sqlite3.Connection], Any]) -> Any:
         try:

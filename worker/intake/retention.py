@@ -60,6 +60,8 @@ class Retention:
             JournalError: what the journal holds cannot be read, or the deletion cannot be recorded now.
         """
         deleted = 0
+        if self._is_over_budget():
+            self._index.database.fold_log()
         while self._is_too_much():
             oldest = next(iter(self._segments.sealed()), None)
             if oldest is None or not self.may_go(oldest):
@@ -82,8 +84,11 @@ class Retention:
     def _is_disk_full(self) -> bool:
         return self._reserve is not None and not self._reserve.has_room()
 
+    def _is_over_budget(self) -> bool:
+        return self._max_bytes > 0 and folder_bytes(self._folder) > self._max_bytes
+
     def _is_too_much(self) -> bool:
-        return self._is_disk_full() or (self._max_bytes > 0 and folder_bytes(self._folder) > self._max_bytes)
+        return self._is_disk_full() or self._is_over_budget()
 
     def may_go(self, segment: SegmentFile) -> bool:
         """Return whether every message of a full segment is accounted for."""

@@ -109,7 +109,7 @@ class SegmentTable:
 
     def newest_number(self) -> int:
         """Return the highest number that a full or deleted segment has had, 0 for none."""
-        tables = ["segment"] if self._is_old else ["segment", "segment_deleted", "segment_damaged"]
+        tables = ["segment"] if self._is_old else ["segment", "segment_deleted"]
         query = " UNION ALL ".join(f"SELECT MAX(number) AS n FROM {table}" for table in tables)  # noqa: S608
         ((newest,),) = self._database.rows(f"SELECT COALESCE(MAX(n), 0) FROM ({query})")  # noqa: S608
         return int(newest)

@@ -78,16 +78,23 @@ class Segments:
         for number, (first, last) in table.sealed().items():
             path = segment_path(self._folder, number)
             self._segments.append(SegmentFile(number, path, first, last, table.streams(number)))
-        newest = table.newest_number()
         for segment in list(self._segments):
             if reason := header_damage(segment.path):
                 self._break(segment, reason)
-        self._open_active(newest + 1)
+        self._open_active(table.newest_number() + 1)
+        while self._segments and self._path_after_last().is_file():  # the index lost its end: it knew this one as full
+            if self._read_only:
+                self._open_active(self._segments[-1].number + 1)
+            else:
+                self._rotate()
         self._recount()
         held = max([table.newest_deleted_arrival(), *(segment.last_arrival for segment in self._segments)])
         self.next_arrival = max(held, table.newest_arrival()) + 1
         if not self._read_only:
             self._tell_cut(held)
+
+    def _path_after_last(self) -> Path:
+        return segment_path(self._folder, self._segments[-1].number + 1)
 
     def _finish_what_was_begun(self) -> None:
         table = self._index.segments
