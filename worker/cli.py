@@ -103,6 +103,19 @@ def build_parser() -> argparse.ArgumentParser:
     made["replay"].add_argument(
         "--out", type=Path, metavar="DIR", help="where the rebuilt runs go (default: a new folder)"
     )
+    made["replay"].add_argument(
+        "--recompute",
+        action="store_true",
+        help="decide anew from the raw messages, and make a new run of each; the recorded ones are only read",
+    )
+    made["replay"].add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="changes",
+        metavar="NAME=VALUE",
+        help="with --recompute: judge by another value of a setting, such as collapse_verdict=literal; may be repeated",
+    )
     made["report"].add_argument("journal", nargs="?", type=Path, metavar="JOURNAL", help="default: the latest run's")
     made["report"].add_argument("--out", type=Path, metavar="FILE", help="default: report.html beside the journal")
     made["report"].add_argument("--run", metavar="RUN_ID", help="default: the journal's newest run")

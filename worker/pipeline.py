@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -21,7 +21,7 @@ from sidestep.worker.outbox import StoredEntry
 from sidestep.worker.projection import Projection
 from sidestep.worker.projector import RunProjector
 from sidestep.worker.records import StepClosing
-from sidestep.worker.rewinding import plan_rewind
+from sidestep.worker.rewinding import MessagesOf, plan_rewind
 
 _LOG: Final = logging.getLogger(__name__)
 _WRITE_AGAIN_SECONDS: Final = 1.0
@@ -50,8 +50,23 @@ class _Batch:
 class RunPipeline:
     """All attempts of one run. One thread calls it; times are seconds of one monotonic clock, passed in."""
 
-    def __init__(self, journal: Journal, run_id: str, *, deadline_seconds: float) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        run_id: str,
+        *,
+        deadline_seconds: float,
+        clock: Callable[[], float] = time.time,
+        messages_of: MessagesOf | None = None,
+    ) -> None:
         """Continue where the journal stands; messages since then are brought by ``add`` again.
+
+        Args:
+            journal: where decisions and entries are kept.
+            run_id: one of its runs.
+            deadline_seconds: how long a step waits for missing parts.
+            clock: gives the unix time that an attempt's end is stamped with.
+            messages_of: finds the messages of past closings, where they are not in ``journal``.
 
         Raises:
             JournalError: what the journal holds cannot be read.
@@ -60,7 +75,8 @@ class RunPipeline:
         self.run_id = run_id
         self._journal = journal
         self._deadline_seconds = deadline_seconds
-        self._projector = RunProjector(journal.index, journal.messages_of)
+        self._clock = clock
+        self._projector = RunProjector(journal.index, messages_of or journal.messages_of)
         self._assemblers: dict[str, Assembler] = {}
         self._ended: set[str] = set()
         self._contexts: dict[int, ContextRecord] = {}
@@ -312,7 +328,7 @@ class RunPipeline:
             exit_code=exit_code,
             reason=reason,
             tail_unknown=not is_clean,
-            unix_time=time.time(),
+            unix_time=self._clock(),
             newest_step=assembler.newest_step,
         )
         made = self._projector.finish(ending)

@@ -155,6 +155,11 @@ class Index:
         rows = self._rows("SELECT rank, body FROM hello WHERE incarnation = ? ORDER BY rank", incarnation)
         return {int(rank): bytes(body) for rank, body in rows}
 
+    def hello_arrivals(self, incarnation: str) -> dict[int, tuple[float, bytes]]:
+        """Return rank to when its Hello came, in unix seconds, and the frame of it."""
+        query = "SELECT rank, received_at, body FROM hello WHERE incarnation = ? ORDER BY rank"
+        return {int(rank): (float(at), bytes(body)) for rank, at, body in self._rows(query, incarnation)}
+
     def blob(self, digest: str) -> bytes | None:
         """Return a table's bytes, or None where it has not come yet."""
         rows = self._rows("SELECT content FROM blob WHERE digest = ?", digest)
