@@ -37,6 +37,8 @@ _SINK_POLL_SECONDS: Final = 0.2
 _TIDY_SECONDS: Final = 1.0
 _STUCK_SECONDS: Final = 10.0
 _TAKES_PER_TURN: Final = 8
+_LAST_TURNS_SECONDS: Final = 8.0
+"""Of an end's 45 s (compose's grace): 2 for what is on its way, 8 to assemble, 30 for the sinks, a rest to close."""
 _RUNS_DELIVERED_AGAIN: Final = 8
 """Of the runs that had ended when a worker starts, so many are looked at for entries that W&B lacks."""
 
@@ -180,9 +182,13 @@ class WorkerService:
     def _end(self) -> int:
         failed = not self._receiver.is_alive and not self._stop.is_set()
         self._receiver.stop()
-        now = time.monotonic()
-        while self._turn(now, is_last=True):
-            now = time.monotonic()
+        until = time.monotonic() + _LAST_TURNS_SECONDS
+        while self._turn(time.monotonic(), is_last=True):
+            if time.monotonic() >= until:
+                _LOG.warning(
+                    "what has arrived is on disk, but not all of it in rows: the next worker goes on from there"
+                )
+                break
         ended = [run_id for run_id, pipeline in self._pipelines.items() if pipeline.is_ended]
         behind = self._deliveries.close(ended, self._config.sink_drain_seconds)
         for run_id, count in behind.items():

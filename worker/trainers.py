@@ -15,6 +15,11 @@ from sidestep.worker.intake.index import Index
 ELSEWHERE_FACTOR: Final = 8
 """Where the process cannot be looked at (another host), silence has to last so many times longer."""
 
+_CLOCK_SLACK_SECONDS: Final = 5.0
+"""The clock may be set while a host runs, and processes' starts are counted from its boot."""
+_START_FIELD: Final = 19
+"""Of ``/proc/PID/stat`` after the command's name: when the process began, in clock ticks since the boot."""
+
 
 def is_alive(pid: int) -> bool:
     """Return whether a process of this number exists, one that nobody has waited for yet not counted."""
@@ -29,6 +34,18 @@ def is_alive(pid: int) -> bool:
             return status.read().rpartition(b")")[2].split()[0] != b"Z"
     except (OSError, IndexError):
         return True  # no /proc here: the signal's answer stands
+
+
+def started_at(pid: int) -> float | None:
+    """Return when a process began, in unix seconds; None where this cannot be told."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as status:  # noqa: PTH123
+            ticks = int(status.read().rpartition(b")")[2].split()[_START_FIELD])
+        with open("/proc/stat", "rb") as host:  # noqa: PTH123
+            booted = next(int(line.split()[1]) for line in host if line.startswith(b"btime "))
+    except (OSError, IndexError, ValueError, StopIteration):
+        return None
+    return booted + ticks / os.sysconf("SC_CLK_TCK")
 
 
 class Trainers:
@@ -56,7 +73,7 @@ class Trainers:
             now: the same clock.
             at_once: do not wait for silence where the processes can be seen to be gone (the worker ends).
         """
-        gone = {}
+        gone: dict[str, str] = {}
         for incarnation in incarnations:
             name = incarnation.incarnation
             silent = now - last_heard.get(name, self._born)
@@ -64,9 +81,19 @@ class Trainers:
             if pids is None:
                 if silent >= ELSEWHERE_FACTOR * self._silence_seconds:
                     gone[name] = f"nothing was heard of the trainer for {silent:.0f} s"
-            elif (at_once or silent >= self._silence_seconds) and not any(is_alive(pid) for pid in pids):
+            elif (at_once or silent >= self._silence_seconds) and not any(
+                self._is_there(pid, incarnation.first_seen) for pid in pids
+            ):
                 gone[name] = f"the trainer's process {pids[0]} is gone"
         return gone
+
+    @staticmethod
+    def _is_there(pid: int, first_seen: float) -> bool:
+        """Whether this process is the trainer: a number is given to another one later, which began after its Hello."""
+        if not is_alive(pid):
+            return False
+        began = started_at(pid)
+        return began is None or began <= first_seen + _CLOCK_SLACK_SECONDS
 
     def _local_pids(self, incarnation: str) -> list[int] | None:
         """Return the processes of the ranks on this host; None where there are others, or none is named."""
@@ -75,5 +102,7 @@ class Trainers:
             places = [hello.topology for hello in read_hellos(self._index, incarnation).values()]
             pids = [place.get("pid") for place in places if place.get("host") == host]
             known = [pid for pid in pids if isinstance(pid, int) and pid > 0]
+            if os.getpid() in known:
+                known = []  # our own number: the trainer lives in another container of this host name
             self._pids[incarnation] = known if known and len(known) == len(places) else None
         return self._pids[incarnation]

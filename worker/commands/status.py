@@ -150,7 +150,9 @@ def _page_without_worker(answer: Figures, journal: Path) -> Iterator[str]:
     if held.get("problem"):
         yield f"it cannot be read as it is: {held['problem']}"
     if behind or answer["worker"] in {"gone", "silent"}:
-        yield f"to go on where it stopped, W&B included: sidestep worker --journal {journal}"
+        options = " --until-idle" if answer["worker"] == "ended" else ""
+        at = f"--journal {journal} --endpoint {answer['endpoint']}"
+        yield f"to go on where it stopped, W&B included: sidestep worker {at}{options}"
     yield f"to rebuild its runs from what it holds: sidestep replay {journal}"
 
 

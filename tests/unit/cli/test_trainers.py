@@ -4,6 +4,8 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from tests.support.wire_trainer import make_hello
 from sidestep.protocol.frames import Envelope, encode
 from sidestep.worker.intake.decisions import Incarnation
 from sidestep.worker.intake.index import Index
-from sidestep.worker.trainers import ELSEWHERE_FACTOR, Trainers, is_alive
+from sidestep.worker.trainers import ELSEWHERE_FACTOR, Trainers, is_alive, started_at
 
 SILENCE_SECONDS = 10.0
 
@@ -25,7 +27,7 @@ def ended_pid() -> int:
 
 def index_with(folder: Path, *topologies: dict[str, Any]) -> tuple[Index, Incarnation]:
     index = Index(folder / "index.sqlite")
-    made = Incarnation(incarnation="inc", run_id="run", attempt=-1, first_seen=0.0, world_size=1, start_step=0)
+    made = Incarnation(incarnation="inc", run_id="run", attempt=-1, first_seen=time.time(), world_size=1, start_step=0)
     for rank, topology in enumerate(topologies):
         envelope = Envelope(run_id="run", incarnation="inc", rank=rank)
         index.add_hello(made, rank, 0.0, encode(envelope, make_hello(topology=topology)))
@@ -49,7 +51,7 @@ def test_a_process_that_ended_unwaited_is_not_alive() -> None:
 
 
 def test_a_silent_trainer_whose_process_lives_is_not_lost(tmp_path: Path) -> None:
-    index, made = index_with(tmp_path, {"host": socket.gethostname(), "pid": os.getpid()})
+    index, made = index_with(tmp_path, {"host": socket.gethostname(), "pid": os.getppid()})
     assert not lost_after(index, made, 10_000 * SILENCE_SECONDS)
     index.close()
 
@@ -62,9 +64,26 @@ def test_a_trainer_whose_process_is_gone_is_lost_once_it_is_silent(tmp_path: Pat
     index.close()
 
 
+def test_a_number_that_another_process_has_now_is_not_the_trainer(tmp_path: Path) -> None:
+    index, made = index_with(tmp_path, {"host": socket.gethostname(), "pid": os.getppid()})
+    began = started_at(os.getppid())
+    assert began is not None
+    assert 0 <= time.time() - began < 366 * 86_400
+    assert lost_after(index, replace(made, first_seen=began - 60.0), SILENCE_SECONDS), "it began after the Hello"
+    assert not lost_after(index, replace(made, first_seen=began + 60.0), 10_000 * SILENCE_SECONDS)
+    index.close()
+
+
+def test_the_workers_own_number_is_that_of_a_trainer_in_another_container(tmp_path: Path) -> None:
+    index, made = index_with(tmp_path, {"host": socket.gethostname(), "pid": os.getpid()})
+    assert not lost_after(index, made, SILENCE_SECONDS)
+    assert lost_after(index, made, ELSEWHERE_FACTOR * SILENCE_SECONDS)
+    index.close()
+
+
 def test_one_living_rank_keeps_the_trainer(tmp_path: Path) -> None:
     here = socket.gethostname()
-    index, made = index_with(tmp_path, {"host": here, "pid": ended_pid()}, {"host": here, "pid": os.getpid()})
+    index, made = index_with(tmp_path, {"host": here, "pid": ended_pid()}, {"host": here, "pid": os.getppid()})
     assert not lost_after(index, made, 2 * SILENCE_SECONDS)
     index.close()
 
