@@ -17,6 +17,7 @@ from sidestep.trainer_hooks.console import Console
 from sidestep.trainer_hooks.faulty_staging import make_staging
 from sidestep.trainer_hooks.generation import GenerateFunction, Generator, with_prompts
 from sidestep.trainer_hooks.heads import find_head, head_sizes
+from sidestep.trainer_hooks.image_probe import ImageProbe
 from sidestep.trainer_hooks.opening import Introduction, RunNames, choose_run_id, find_worker, introduce
 from sidestep.trainer_hooks.parameters import ParameterTable, unwrapped
 from sidestep.trainer_hooks.reducing import Reducer
@@ -169,6 +170,8 @@ def make_signals(training: Training, seen: Seen) -> SignalWatch | None:
     """What looks at every step, where it is wanted."""
     if not training.config.signal_rows_per_step:
         return None
+    probes = seen.topology.rank == 0 and not seen.topology.sharded
+    interval = training.config.image_probe_interval if probes else 0
     device = next((parameter.device for parameter in training.model.parameters()), None)
     return SignalWatch(
         training.model,
@@ -177,6 +180,7 @@ def make_signals(training: Training, seen: Seen) -> SignalWatch | None:
         vocabulary=seen.vocabulary,
         topology=seen.topology,
         on_device=device is not None and device.type != "cpu",
+        probe=ImageProbe(training.model, seen.reader, interval) if interval else None,
     )
 
 

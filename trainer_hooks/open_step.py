@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from sidestep.protocol.limits import MAX_EXACT_LOSS_TOKENS_PER_STEP
 from sidestep.protocol.messages import Kind, Message, Scalars
+from sidestep.trainer_hooks.gradient_scale import has_overflowed, with_flag
 from sidestep.trainer_hooks.late_answers import LabelReading, LateAnswers
 from sidestep.trainer_hooks.reductions.gradients import gradients_message
 from sidestep.trainer_hooks.reductions.learning_rate import learning_rates_message
@@ -19,11 +20,10 @@ from sidestep.trainer_hooks.reductions.loss_message import losses_message
 from sidestep.trainer_hooks.reductions.tokens import tokens_message
 from sidestep.trainer_hooks.signals.microbatch import MicroSignals
 from sidestep.trainer_hooks.staging import Staging
+from sidestep.trainer_hooks.step_counts import StepCounts
 
 Tensors = Mapping[str, torch.Tensor]
 Arrays = Mapping[str, NDArray[Any]]
-
-_KIND_NAMES = {kind: kind.name.lower() for kind in Kind}
 
 
 @dataclass(slots=True, eq=False)
@@ -83,21 +83,8 @@ class OpenStep:
     logged: list[LoggedValues] = field(default_factory=list)
     stepped: bool = False
     """The optimizer's own step has ended."""
-
-
-@dataclass(slots=True)
-class StepCounts:
-    """Messages of a step by kind: handed over, and given up before."""
-
-    sent: dict[str, int] = field(default_factory=dict)
-    dropped: dict[str, int] = field(default_factory=dict)
-
-    def add(self, kinds: Iterable[Kind], *, staged: bool) -> None:
-        """Count messages that were staged, or could not be."""
-        counts = self.sent if staged else self.dropped
-        for kind in kinds:
-            name = _KIND_NAMES[kind]
-            counts[name] = counts.get(name, 0) + 1
+    overflow: torch.Tensor | None = None
+    """Not 0 where the optimizer's own kernel leaves out the step [1]; it may still be on a device."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -124,10 +111,12 @@ def stage_step(opened: OpenStep, facts: StepFacts, staging: Staging) -> StepCoun
         without, clipped, step = gradients.without_gradient, gradients.clipped, facts.step
 
         def finish(arrays: Arrays) -> Sequence[Message]:
+            if has_overflowed(arrays):
+                return []  # counted as given up; the step was none
             return [gradients_message(step=step, arrays=arrays, without_gradient=without, clipped=clipped)]
 
-        kinds = (Kind.GRADIENTS,)
-        counts.add(kinds, staged=staging.stage(gradients.tensors, finish, kinds=kinds, step=step, owned=True))
+        kinds, tensors = (Kind.GRADIENTS,), with_flag(gradients.tensors, opened.overflow)
+        counts.add(kinds, staged=staging.stage(tensors, finish, kinds=kinds, step=step, owned=True))
     return counts
 
 
@@ -144,7 +133,7 @@ def _stage_small(opened: OpenStep, facts: StepFacts, staging: Staging, counts: S
     tensors = {f"answers/{name}": counted for name, counted in late.counted.items()}
     if rates is not None:
         kinds.append(Kind.LEARNING_RATES)
-        tensors |= {f"rates/{name}": tensor for name, tensor in rates.items()}
+        tensors |= {f"rates/{name}": tensor for name, tensor in with_flag(rates, opened.overflow).items()}
     logged = list(opened.logged)
     for place, entry in enumerate(logged):
         kinds.append(Kind.SCALARS)
@@ -156,8 +145,8 @@ def _stage_small(opened: OpenStep, facts: StepFacts, staging: Staging, counts: S
 
     def finish(arrays: Arrays) -> Sequence[Message]:
         made: list[Message] = [*late(_below("answers/", arrays))]
-        if with_rates:
-            made.append(learning_rates_message(step=step, arrays=_below("rates/", arrays)))
+        if with_rates and not has_overflowed(rates_arrays := _below("rates/", arrays)):
+            made.append(learning_rates_message(step=step, arrays=rates_arrays))
         for place, (values, step_key, key_step) in enumerate(plain):
             arrived = {name: array.item() for name, array in _below(f"logged{place}/", arrays).items()}
             at = step if key_step is None else key_step

@@ -21,11 +21,11 @@ from sidestep.trainer_hooks.capture import Batch, ForwardReader, Outputs
 from sidestep.trainer_hooks.config import HooksConfig
 from sidestep.trainer_hooks.control import Control
 from sidestep.trainer_hooks.generation import Generator
-from sidestep.trainer_hooks.gradient_scale import carried_scale
+from sidestep.trainer_hooks.gradient_scale import carried_scale, is_known_overflow, overflow_flag
 from sidestep.trainer_hooks.guard import Guard, guarded
 from sidestep.trainer_hooks.logged import logged_values
 from sidestep.trainer_hooks.missing_calls import MissingCalls
-from sidestep.trainer_hooks.open_step import LoggedValues, OpenStep, StepCounts, StepFacts, StepGradients, stage_step
+from sidestep.trainer_hooks.open_step import LoggedValues, OpenStep, StepFacts, StepGradients, stage_step
 from sidestep.trainer_hooks.opening import Introduction
 from sidestep.trainer_hooks.parameters import ParameterTable
 from sidestep.trainer_hooks.reducing import Reducer
@@ -33,6 +33,7 @@ from sidestep.trainer_hooks.reductions.gradients import reduce_gradients
 from sidestep.trainer_hooks.reductions.learning_rate import reduce_learning_rates
 from sidestep.trainer_hooks.schedule import Schedule
 from sidestep.trainer_hooks.signals.watch import SignalWatch
+from sidestep.trainer_hooks.step_counts import StepCounts
 from sidestep.trainer_hooks.topology import Topology
 from sidestep.trainer_hooks.transport import Transport
 
@@ -88,7 +89,8 @@ class Session:
         self._explicit_steps = False
         self._wandb_looked_for = True
         self._stage = ""
-        self._norms_taken = False
+        if parts.signals is not None:
+            parts.signals.failed = self.guard.failed
         model, optimizer = parts.model, parts.optimizer
         self._removable = [
             model.register_forward_hook(self.on_forward, with_kwargs=True),
@@ -107,7 +109,7 @@ class Session:
         opened = self._now()
         watch = self._parts.signals
         if watch is not None:
-            watch.forward(self._parts.reader.arguments(args, kwargs))
+            watch.forward(self._parts.reader.arguments(args, kwargs), opened.expected)
         if self._overriding:
             if self._outputs is not None:  # the one before was not passed to on_batch: from now on all are looked at
                 self._overriding = False
@@ -161,6 +163,7 @@ class Session:
         if callable(closure):
             self._step_that_nobody_ended()
         opened = self._now()
+        opened.overflow = overflow_flag(self._parts.optimizer)
         if "lr" in opened.due and self._parts.topology.rank == 0:
             opened.rates = reduce_learning_rates(self._parts.optimizer.param_groups)
         if self._parts.signals is not None:
@@ -288,16 +291,8 @@ class Session:
         seen, reducer, watch = opened.microbatches, self._parts.reducer, self._parts.signals
         made = reducer.reduce(batch, opened.due, opened.expected, len(seen), self.epoch)
         if watch is not None:
-            try:
-                made.signals = watch.microbatch(
-                    batch,
-                    lambda: reducer.aligned(batch),
-                    shifted=reducer.is_shifted(batch),
-                    step=opened.expected,
-                    microstep=len(seen),
-                )
-            except Exception as error:  # noqa: BLE001  (counted and said; the metrics of the batch are there)
-                self.guard.failed("signals", error)
+            shifted, step = reducer.is_shifted(batch), opened.expected
+            made.signals = watch.microbatch(batch, reducer.aligned, shifted=shifted, step=step, microstep=len(seen))
         seen.append(made)
 
     def _step_that_nobody_ended(self, *, closing: bool = False) -> None:
@@ -316,24 +311,10 @@ class Session:
 
     def _take_norms(self, opened: OpenStep, *, clipped: bool) -> None:
         watch = self._parts.signals
-        if watch is None or self._norms_taken or not self._parts.takes_gradients:
+        if watch is None or not self._parts.takes_gradients or not watch.wants_gradients(opened.expected):
             return
-        if watch.wants_gradients(opened.expected):
-            self._norms_taken = True
-            scale = carried_scale(self._parts.optimizer, self._parts.scaler)
-            watch.gradients(self._table.gradients()[0], len(self._table.modules), scale, clipped=clipped)
-
-    def _stage_signals(self, opened: OpenStep, step: int, counts: StepCounts) -> None:
-        watch, self._norms_taken = self._parts.signals, False
-        if watch is None:
-            return
-        try:
-            read = [batch.signals for batch in opened.microbatches if batch.signals is not None]
-            counts.add((Kind.SIGNALS,), staged=watch.stage(step, read, self._parts.introduction.staging))
-        except Exception as error:  # noqa: BLE001  (counted and said; the step still has its end)
-            self.guard.failed("signals", error)
-        for problem in watch.take_errors():
-            self.guard.failed("projector", problem)
+        scale = carried_scale(self._parts.optimizer, self._parts.scaler)
+        watch.gradients(self._table.gradients()[0], len(self._table.modules), scale, clipped=clipped)
 
     def _renewed_table(self) -> ParameterTable:
         """The table with the parameters of now; rows keep their numbers, which the worker knows."""
@@ -348,8 +329,8 @@ class Session:
         opened = self._now()
         self._opened, self._outputs = None, self._outputs if self._overriding else None
         self.last_step = step
-        if self._parts.scaler is not None and not opened.stepped:
-            applied = False  # the scaler did not call the optimizer
+        if (self._parts.scaler is not None and not opened.stepped) or is_known_overflow(opened.overflow):
+            applied = False  # the scaler did not call the optimizer, or told it to leave all as it is
         due = self._schedule.due_families(step)
         families = opened.due if step == opened.expected else frozenset(due)
         counts = StepCounts()
@@ -357,7 +338,11 @@ class Session:
             counts = stage_step(opened, self._facts(step, families, applied=applied), self._parts.introduction.staging)
         except Exception as error:  # noqa: BLE001  (counted and said; the step still has its end)
             self.guard.failed("staging", error)
-        self._stage_signals(opened, step, counts)
+        watch = self._parts.signals
+        if watch is not None:
+            read = [batch.signals for batch in opened.microbatches if batch.signals is not None]
+            watch.end(step, read, self._parts.introduction.staging, counts)
+            self.guard.exclude(watch.take_waited())
         self._generate(step, due, counts)
         self._parts.introduction.staging.advance()
         self._way().submit(
@@ -413,6 +398,12 @@ class Session:
         for code, text in self._missing.after_step(opened):
             self.notice(code, text)
         self._look_for_wandb()
+
+    @guarded
+    def warn_of_two_runs(self, text: str) -> None:
+        """Say what the trainer's own way to leave a second run out is, in place of the notice of a live one."""
+        self._wandb_looked_for = False
+        self.notice("wandb", text)
 
     def _look_for_wandb(self) -> None:
         if self._wandb_looked_for and getattr(sys.modules.get("wandb"), "run", None) is not None:

@@ -28,6 +28,11 @@ from sidestep.trainer_hooks.reductions.gradients import LocalGradient, reduce_gr
 from sidestep.trainer_hooks.reductions.learning_rate import reduce_learning_rates
 from sidestep.trainer_hooks.reductions.loss import reduce_loss
 from sidestep.trainer_hooks.reductions.tokens import reduce_tokens
+from sidestep.trainer_hooks.signals.gradient_norms import module_norms, whole_norm
+from sidestep.trainer_hooks.signals.heartbeat import Heartbeat
+from sidestep.trainer_hooks.signals.microbatch import MicroSignalReader
+from sidestep.trainer_hooks.signals.projector import projector_numbers
+from sidestep.trainer_hooks.signals.step import StepSignals
 from sidestep.trainer_hooks.vocabulary import read_vocabulary
 
 ROWS, POSITIONS, VOCABULARY, FEATURES = 3, 40, 50, 8
@@ -224,6 +229,43 @@ def test_learning_rates() -> None:
         parts = reduce_learning_rates([{"lr": 0.1}, {"lr": on_device}, {"lr": on_host}])
     assert _on_device(parts["rates"])
     assert shapes(parts) == {"rates": (3,)}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("labels_at", ["host", "device"])
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_steps_signals(source: str, labels_at: str, shifted: bool, masked: bool) -> None:
+    """From a micro-batch to what a step stages, gradient norms, heartbeat, projector and images included."""
+    device = CUDA if labels_at == "device" else torch.device("cpu")
+    with watched() as watch:
+        given: dict[str, Any] = {name: ids(device) for name in ("input_ids", "labels")}
+        given |= {"attention_mask": ids(device)} if masked else {}
+        given |= {**sources(source), "loss": torch.zeros((), device=CUDA)}
+        batch = Batch(**given)
+        aligned = batch_on(device, shifted=shifted) if labels_at == "device" else None
+        reader = MicroSignalReader(eos_id=2, pad_id=0, ignore_index=-100)
+        images = [[torch.zeros((3, 8, 8), device=CUDA)], [torch.zeros((2, 3, 8, 8), dtype=torch.bfloat16, device=CUDA)]]
+        made = [reader.read(batch, aligned, shifted=shifted, max_rows=16, seed=seed, images=images) for seed in (1, 2)]
+        gradients = [LocalGradient(0, 1, torch.zeros(9, device=CUDA)), LocalGradient(1, 1, torch.zeros(9, device=CUDA))]
+        norms = module_norms(gradients, 3, torch.ones((), device=CUDA))
+        assert norms is not None
+        step = StepSignals(
+            microbatches=made,
+            projector=[projector_numbers(torch.zeros((4, 5, 6), dtype=torch.bfloat16, device=CUDA))],
+            gradient_norm=whole_norm(norms),
+            module_norms=norms,
+            heartbeat=Heartbeat(head_module()).take(),
+        )
+        tensors = step.tensors()
+    assert _on_device(tensors["0/images"])
+    assert shapes(tensors)["0/images"] == (3, 4)
+    assert all(_on_device(tensors[name]) for name in ("projector", "gradient_norm", "module_norms", "heartbeat"))
+    assert ("mean_ids" in tensors) == ("logits" in source or "hidden" in source)
+    if "mean_ids" in tensors:
+        assert _on_device(tensors["0/numbers"])
+        assert shapes(tensors)["0/numbers"] == (4, 16 if labels_at == "device" else shapes(tensors)["0/numbers"][1])
+    assert watch.device_operations > 20
 
 
 READS: dict[str, Callable[[Tensor], Any]] = {

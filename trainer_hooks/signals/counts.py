@@ -88,12 +88,13 @@ def count_on_device(batch: AlignedBatch) -> Tensor:
     labelled, device = batch.labelled, batch.labelled.device
     runs = batch.runs()
     zero = torch.zeros((), dtype=torch.int64, device=device)
-    before_last = labelled[:, :-1]
+    last = labelled.shape[1] - 1
+    before_last, targets = labelled.narrow(1, 0, last), batch.targets.narrow(1, 0, last)
     compared = equal = equal_next = zero
     if batch.input_ids is not None:
         compared = before_last.sum()
-        equal = (before_last & (batch.targets[:, :-1] == batch.input_ids[:, :-1])).sum()
-        equal_next = (before_last & (batch.targets[:, :-1] == batch.input_ids[:, 1:])).sum()
+        equal = (before_last & (targets == batch.input_ids.narrow(1, 0, last))).sum()
+        equal_next = (before_last & (targets == batch.input_ids.narrow(1, 1, last))).sum()
     real = batch.real if batch.padding_known else None
     labelled_total = labelled.sum()
     # An answer has an EOS where a position of it is past, or is, its first EOS: every run but those of content alone.
@@ -106,7 +107,7 @@ def count_on_device(batch: AlignedBatch) -> Tensor:
         "labelled": labelled_total,
         "labels_equal_ids": equal,
         "labels_equal_next_ids": equal_next,
-        "labels_masked": zero if real is None else (before_last & real[:, 1:].logical_not()).sum(),
+        "labels_masked": zero if real is None else (before_last & real.narrow(1, 1, last).logical_not()).sum(),
         "answers": runs.starts.sum(),
         "answers_with_eos": (ended & before.logical_not()).sum(),
         "batches": zero + 1,
@@ -155,8 +156,8 @@ class DeviceHash:
     def __call__(self, labels: Tensor, ids: Tensor | None) -> Tensor:
         """Hash each row of a batch; int64 [B] on the labels' device."""
         factors = self._factors(labels.device, labels.shape[1])
-        hashes = (labels.to(torch.int64) * factors[0]).sum(dim=1)
-        return hashes if ids is None else hashes + (ids.to(torch.int64) * factors[1]).sum(dim=1)
+        hashes = (labels.to(torch.int64) * factors.select(0, 0)).sum(dim=1)
+        return hashes if ids is None else hashes + (ids.to(torch.int64) * factors.select(0, 1)).sum(dim=1)
 
     def _factors(self, device: torch.device, length: int) -> Tensor:
         held = self._held.get((device, length))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sidestep.trainer_hooks.reductions.gradients import LocalGradient
+from sidestep.trainer_hooks.reductions.host_index import to_device
 
 
 def module_norms(gradients: Sequence[LocalGradient], num_modules: int, scale: Tensor | float | None) -> Tensor | None:
@@ -26,7 +28,7 @@ def module_norms(gradients: Sequence[LocalGradient], num_modules: int, scale: Te
     local = [(module, tensor) for module, tensor in local if tensor.device == device]
     with torch.no_grad():
         norms = torch.stack(_norms([tensor for _, tensor in local]))
-        owners = torch.tensor([module for module, _ in local]).to(device, non_blocking=True)
+        owners = to_device(np.array([module for module, _ in local], np.int64), device)
         # Scaled by the largest, so that no square overflows; a NaN or an infinity stays one.
         largest = norms.max()
         safe = torch.where((largest > 0) & torch.isfinite(largest), largest, torch.ones_like(largest))
@@ -35,11 +37,8 @@ def module_norms(gradients: Sequence[LocalGradient], num_modules: int, scale: Te
         made = squares.sqrt() * safe
         if scale is not None:
             made /= scale.to(device, non_blocking=True).reshape(()) if isinstance(scale, Tensor) else scale
-    present = {module for module, _ in local}
-    absent = [module for module in range(num_modules) if module not in present]
-    for module in absent:
-        made[module] = -1.0
-    return made
+        present = torch.zeros_like(made).index_fill_(0, owners, 1.0)
+        return torch.where(present > 0, made, -1.0)
 
 
 def _norms(tensors: list[Tensor]) -> list[Tensor]:

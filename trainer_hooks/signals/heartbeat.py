@@ -36,8 +36,7 @@ class Heartbeat:
 
     def _stands(self) -> bool:
         return bool(self._chosen) and all(
-            parameter.requires_grad and _local(parameter).data_ptr() == pointer
-            for parameter, _, pointer in self._chosen
+            parameter.requires_grad and _memory(parameter) == memory for parameter, _, memory in self._chosen
         )
 
     def _choose(self) -> None:
@@ -52,7 +51,7 @@ class Heartbeat:
             trained = [each for each in trained if (_local(each[1]).device, _local(each[1]).dtype) == common]
         every = max(1, len(trained) // _PARAMETERS)
         chosen = trained[every // 2 :: every][:_PARAMETERS]
-        self._chosen = [(parameter, _middle(parameter), _local(parameter).data_ptr()) for _, parameter in chosen]
+        self._chosen = [(parameter, _middle(parameter), _memory(parameter)) for _, parameter in chosen]
         names = ",".join(f"{name}:{tuple(_local(parameter).shape)}" for name, parameter in chosen)
         self.digest = zlib.crc32(names.encode("utf-8"))
 
@@ -61,6 +60,11 @@ def _local(parameter: Any) -> Tensor:
     """This rank's share; of a DTensor without an operation on it."""
     local: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
     return local.detach()
+
+
+def _memory(parameter: nn.Parameter) -> int:
+    """Which memory the share lies in: another one when the trainer or a wrapper has replaced it."""
+    return int(_local(parameter).untyped_storage()._cdata)  # noqa: SLF001  (of tensors without memory too: fake ones)
 
 
 def _middle(parameter: nn.Parameter) -> Tensor:

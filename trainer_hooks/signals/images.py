@@ -57,14 +57,15 @@ def image_numbers(value: Any) -> Tensor | None:
     for flat in image_tensors(value):
         if left <= 0:
             break
-        found.append(_numbers(flat[:left]))
+        found.append(_numbers(flat.narrow(0, 0, min(left, flat.shape[0]))))
         left -= flat.shape[0]
     return torch.cat([each.to(found[0].device, non_blocking=True) for each in found]) if found else None
 
 
 def _numbers(flat: Tensor) -> Tensor:
     every = -(-flat.shape[1] // MAX_PIXELS_PER_IMAGE)
-    pixels = flat[:, ::every].to(torch.float32)
+    width = flat.shape[1] // every
+    pixels = flat.narrow(1, 0, width * every).reshape(-1, width, every).select(2, 0).to(torch.float32)
     mean = pixels.mean(dim=1, keepdim=True)
     square = pixels.square().mean(dim=1)
     places = torch.arange(pixels.shape[1], dtype=torch.float32, device=pixels.device)

@@ -87,7 +87,7 @@ class MicroSignalReader:
         else:
             self._read_device(made, batch, aligned, max_rows, seed)
         if isinstance(batch.loss, Tensor):
-            made.tensors["trainer_loss"] = batch.loss.detach().reshape(-1)[:1].to(torch.float32, copy=True)
+            made.tensors["trainer_loss"] = batch.loss.detach().reshape(-1).narrow(0, 0, 1).to(torch.float32, copy=True)
         elif batch.loss is not None:
             made.tensors["trainer_loss"] = torch.tensor([batch.loss], dtype=torch.float32)
         numbers = image_numbers(images) if images is not None else None

@@ -99,19 +99,21 @@ def row_signals(
     width = source.vocabulary_size
     step = max(1, CHUNK_BYTES // (source.row_bytes - 4 * width + _BYTES_PER_LOGIT * width))
     position = position.clamp(max=source.positions - 1)
-    numbers = torch.empty((4, row.shape[0]), dtype=torch.float32, device=source.device)
-    predictions = torch.empty(row.shape[0], dtype=torch.int32, device=source.device)
-    mean_sum = torch.zeros(width, dtype=torch.float32, device=source.device)
     eos = eos_id if eos_id is not None and eos_id < width else None
     with torch.no_grad(), torch.autocast(source.device.type, enabled=False):
-        for start in range(0, row.shape[0], step):
-            here = slice(start, start + step)
-            logits = source.read(row[here], position[here])
-            weight = None if weights is None else weights[here]
-            chunk = _reduce(logits, targets[here], eos, weight)
-            numbers[:, here], predictions[here] = chunk.numbers, chunk.predictions
-            mean_sum += chunk.mean_sum
-    return RowSignals(numbers, predictions, mean_sum)
+        chunks = [torch.split(each, step) for each in (row, position, targets)]
+        weighted = [None] * len(chunks[0]) if weights is None else torch.split(weights, step)
+        made = [
+            _reduce(source.read(of_row, at), wanted, eos, weight)
+            for of_row, at, wanted, weight in zip(*chunks, weighted, strict=True)
+        ]
+    if len(made) == 1:
+        return made[0]
+    return RowSignals(
+        torch.cat([each.numbers for each in made], dim=1),
+        torch.cat([each.predictions for each in made]),
+        torch.stack([each.mean_sum for each in made]).sum(dim=0),
+    )
 
 
 def _reduce(logits: Tensor, targets: Tensor, eos_id: int | None, weights: Tensor | None) -> RowSignals:

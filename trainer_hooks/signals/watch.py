@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sidestep.protocol.messages import Kind, Message
 from sidestep.trainer_hooks.capture import Batch
 from sidestep.trainer_hooks.config import HooksConfig
+from sidestep.trainer_hooks.image_probe import ImageProbe
 from sidestep.trainer_hooks.reductions.alignment import AlignedBatch
 from sidestep.trainer_hooks.reductions.gradients import LocalGradient
 from sidestep.trainer_hooks.signals.budget import LEAST_ROWS_PER_STEP, OverheadBudget
@@ -23,6 +24,7 @@ from sidestep.trainer_hooks.signals.microbatch import MicroSignalReader, MicroSi
 from sidestep.trainer_hooks.signals.projector import ProjectorWatch, find_projector
 from sidestep.trainer_hooks.signals.step import StepFacts, StepSignals, signals_message
 from sidestep.trainer_hooks.staging import Staging
+from sidestep.trainer_hooks.step_counts import StepCounts
 from sidestep.trainer_hooks.topology import Topology
 from sidestep.trainer_hooks.vocabulary import Vocabulary
 
@@ -45,7 +47,11 @@ class SignalWatch:
         vocabulary: Vocabulary,
         topology: Topology,
         on_device: bool,
+        probe: ImageProbe | None,
     ) -> None:
+        self._probe = probe
+        self.failed: Callable[[str, Exception], None] = _raised
+        """Where exceptions are counted: the session's guard."""
         self._optimizer = optimizer
         self._config = config
         self._topology = topology
@@ -66,35 +72,42 @@ class SignalWatch:
         self._beat: Tensor | None = None
         self._rates: tuple[float, ...] = ()
         self._num_microbatches = 1
-        self._seconds = self._waited = 0.0
+        self._seconds = self._waited = self._probed = 0.0
         self._ended_at: float | None = None
 
     # ------------------------------------------------------------------------------------------------ what is seen
 
-    def forward(self, given: Mapping[str, Any]) -> None:
-        """Remember the images among a forward's arguments until its micro-batch is read; nothing longer."""
+    def forward(self, given: Mapping[str, Any], step: int) -> None:
+        """Remember the images among a forward's arguments until its micro-batch is read; longer for the probe alone."""
         found = find_images(given)
         self._images = None if found is None else found[1]
+        if found is not None and self._probe is not None and self._probe.is_due(step):
+            self._probe.see(given)
 
     def microbatch(
-        self, batch: Batch, align: Callable[[], AlignedBatch], *, shifted: bool, step: int, microstep: int
+        self, batch: Batch, align: Callable[[Batch], AlignedBatch], *, shifted: bool, step: int, microstep: int
     ) -> MicroSignals | None:
         """Read a micro-batch; ``align`` is called where its labels are on a device."""
         images, self._images = self._images, None
         labels = batch.labels
-        if labels is None or not self._config.signal_rows_per_step:
+        if labels is None:
             return None
         began = time.perf_counter()
         self._device_time.start(labels if batch.logits is None else batch.logits)
         try:
+            if self._probe is not None and self._probe.is_due(step):
+                self._probe.keep(batch, align)
             return self._reader.read(
                 batch,
-                None if labels.is_cpu else align(),
+                None if labels.is_cpu else align(batch),
                 shifted=shifted,
                 max_rows=self._rows(step),
                 seed=step * _SEEDS_PER_STEP + microstep,
                 images=images,
             )
+        except Exception as error:  # noqa: BLE001  (counted and said; the metrics of the batch are there)
+            self.failed("signals", error)
+            return None
         finally:
             self._device_time.stop()
             self._seconds += time.perf_counter() - began
@@ -109,9 +122,9 @@ class SignalWatch:
         return max(1, self.budget.rows(wanted, lookers) // max(1, self._num_microbatches))
 
     def wants_gradients(self, step: int) -> bool:
-        """Whether this step's gradient norms are to be taken."""
+        """Whether this step's gradient norms are to be taken, and were not yet."""
         interval = self._config.signal_gradient_interval
-        return bool(self._config.signal_rows_per_step) and interval > 0 and step % interval == 0
+        return self._module_norms is None and interval > 0 and step % interval == 0
 
     def gradients(
         self, held: Sequence[LocalGradient], num_modules: int, scale: Tensor | float | None, *, clipped: bool
@@ -128,7 +141,7 @@ class SignalWatch:
         if hasattr(norm, "placements"):
             return  # a DTensor: its value is spread over ranks, and only a collective would tell it
         if isinstance(norm, Tensor):
-            self._gradient_norm = norm.detach().reshape(-1)[:1].to(torch.float32, copy=True)
+            self._gradient_norm = norm.detach().reshape(-1).narrow(0, 0, 1).to(torch.float32, copy=True)
         else:
             self._gradient_norm = torch.tensor([float(norm)], dtype=torch.float32)
 
@@ -150,8 +163,33 @@ class SignalWatch:
 
     # ------------------------------------------------------------------------------------------------ a step's end
 
-    def stage(self, step: int, microbatches: Sequence[MicroSignals], staging: Staging) -> bool:
-        """Launch the copy of a step's signals; False where there was no room."""
+    def end(self, step: int, microbatches: Sequence[MicroSignals], staging: Staging, counts: StepCounts) -> None:
+        """Launch the copies of a step's signals, and probe the images where that is due; counted either way."""
+        for error in self._take_errors():
+            self.failed("projector", error)
+        try:
+            counts.add((Kind.SIGNALS,), staged=self._stage(step, microbatches, staging))
+        except Exception as error:  # noqa: BLE001  (counted and said; the step still has its end)
+            self.failed("signals", error)
+        if self._probe is not None and self._probe.is_due(step):
+            try:
+                self._run_probe(self._probe, step, staging, counts)
+            except Exception as error:  # noqa: BLE001  (counted and said; without a probe nobody judges the images)
+                self.failed("image_probe", error)
+
+    def _run_probe(self, probe: ImageProbe, step: int, staging: Staging, counts: StepCounts) -> None:
+        began = time.perf_counter()
+        try:
+            ran = probe.run(step)
+        finally:
+            self._probed += time.perf_counter() - began
+            self._waited += time.perf_counter() - began
+        if ran is not None:
+            tensors, finish = ran
+            kinds = (Kind.PROBE,)
+            counts.add(kinds, staged=staging.stage(tensors, finish, kinds=kinds, step=step, owned=True))
+
+    def _stage(self, step: int, microbatches: Sequence[MicroSignals], staging: Staging) -> bool:
         began = time.perf_counter()
         self._num_microbatches = max(1, len(microbatches))
         gathered = StepSignals(
@@ -195,8 +233,12 @@ class SignalWatch:
         self._ended_at, self._seconds, self._waited, self._rates = now, 0.0, 0.0, ()
         return facts
 
-    def take_errors(self) -> list[Exception]:
-        """Return what went wrong inside the projector's hook since the last call."""
+    def take_waited(self) -> float:
+        """Return the seconds that probes took since the last call, which the hooks' own account leaves out."""
+        waited, self._probed = self._probed, 0.0
+        return waited
+
+    def _take_errors(self) -> list[Exception]:
         if self._projector is None:
             return []
         errors, self._projector.errors = self._projector.errors, []
@@ -206,3 +248,7 @@ class SignalWatch:
         """Take the hooks off the model."""
         if self._projector is not None:
             self._projector.remove()
+
+
+def _raised(_where: str, error: Exception) -> None:
+    raise error

@@ -1,0 +1,181 @@
+"""What the images are worth to the model: the loss of a micro-batch as it is, and with each image in another's place.
+
+The only signal that tells a model which never learnt to look from one that did (docs/detection.md). It costs two
+forwards of one micro-batch on its own interval, on rank 0: in evaluation mode, eager, the random state kept.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sidestep.protocol.messages import Message, Probe
+from sidestep.trainer_hooks.capture import Batch, ForwardReader
+from sidestep.trainer_hooks.isolation import undisturbed
+from sidestep.trainer_hooks.parameters import unwrapped
+from sidestep.trainer_hooks.reductions.alignment import AlignedBatch
+from sidestep.trainer_hooks.reductions.cross_entropy import logits_source
+from sidestep.trainer_hooks.reductions.host_index import to_device
+from sidestep.trainer_hooks.signals.images import find_images, image_numbers, image_tensors
+from sidestep.trainer_hooks.signals.rows import choose_on_device, choose_on_host, row_signals
+
+MAX_ROWS = 512
+"""Labelled positions that the two losses are means over."""
+_IMAGE_AXES = 3
+_MASK_ARGUMENTS = ("pixel_attention_mask", "image_sizes", "image_grid_thw")
+"""Arguments that belong to single images: where they stand, images of different sizes may be meant."""
+
+
+class ImageProbe:
+    """Keeps one micro-batch of a due step until the step has ended, and looks at it twice.
+
+    It is the one place where the hooks keep tensors of the trainer's beyond a call; those on the host are copied.
+    """
+
+    def __init__(self, model: nn.Module, reader: ForwardReader, interval: int) -> None:
+        """Probe every ``interval`` steps; 0: never."""
+        self._model = unwrapped(model)
+        self._reader = reader
+        self._interval = interval
+        self._given: dict[str, Any] | None = None
+        self._aligned: AlignedBatch | None = None
+
+    def is_due(self, step: int) -> bool:
+        """Whether ``step`` is probed; step 0 is not, as nothing has been learnt."""
+        return self._interval > 0 and step > 0 and step % self._interval == 0
+
+    def see(self, given: Mapping[str, Any]) -> None:
+        """Keep the arguments of a due step's first forward that has at least two images."""
+        if self._given is None and num_images(given) > 1:
+            self._given = {name: _kept(value) for name, value in given.items()}
+
+    def keep(self, batch: Batch, align: Callable[[Batch], AlignedBatch]) -> None:
+        """Take the labels that belong to what was seen."""
+        labels = batch.labels
+        if self._given is not None and self._aligned is None and labels is not None:
+            kept = labels.clone() if labels.is_cpu else labels
+            self._aligned = align(Batch(labels=kept, shifted=batch.shifted, captured=batch.captured))
+
+    def run(self, step: int) -> tuple[dict[str, Tensor], Callable[[Mapping[str, Any]], Sequence[Message]]] | None:
+        """Look at what was kept, and let go of it; None where nothing was.
+
+        Returns:
+            Device tensors, and what makes the message of them once they are on the host.
+
+        Raises:
+            Exception: whatever the model's forward raises.
+        """
+        given, aligned, self._given, self._aligned = self._given, self._aligned, None, None
+        moved = rolled(given) if given is not None else None
+        if given is None or aligned is None or moved is None:
+            return None
+        began = time.perf_counter()
+        with undisturbed(self._model):
+            plain, counted = self._loss(given, aligned)
+            other, _ = self._loss({**given, **moved[0]}, aligned)
+        tensors = {"losses": torch.stack((plain, other)), "counted": counted, "moved": moved[1]}
+        seconds = time.perf_counter() - began
+
+        def finish(arrays: Mapping[str, Any]) -> Sequence[Message]:
+            losses = arrays["losses"]
+            return (
+                Probe(
+                    step=step,
+                    loss=float(losses[0]),
+                    rolled_loss=float(losses[1]),
+                    labelled=int(arrays["counted"]),
+                    images=int(arrays["moved"]),
+                    seconds=seconds,
+                ),
+            )
+
+        return tensors, finish
+
+    def _loss(self, given: Mapping[str, Any], aligned: AlignedBatch) -> tuple[Tensor, Tensor]:
+        """Mean loss over chosen labelled positions, and how many they are."""
+        output = self._model(**given)
+        logits, _ = self._reader.outputs(output, aligned.targets.shape)
+        if logits is None:
+            raise ValueError("the forward shows no logits [b, t, v]: what images are worth cannot be told")
+        rows, positions = aligned.targets.shape
+        source = logits_source(logits, rows, positions)
+        if aligned.on_host:
+            index = to_device(choose_on_host(aligned.runs_on_host(), MAX_ROWS, 0).index, source.device)
+        else:
+            index = choose_on_device(aligned, MAX_ROWS, 0)[0]
+        here = index.to(aligned.targets.device)
+        counted = aligned.labelled.flatten().index_select(0, here).to(source.device)
+        targets = aligned.targets.flatten().index_select(0, here).to(source.device, torch.int64)
+        read = row_signals(source, index // positions, index % positions, targets, eos_id=None, weights=None)
+        losses = torch.where(counted, read.numbers[0], 0.0).sum(dtype=torch.float64)
+        number = counted.sum()
+        return losses / number, number
+
+
+def num_images(given: Mapping[str, Any]) -> int:
+    """Images among a forward's arguments, as far as their shapes tell."""
+    found = find_images(given)
+    return 0 if found is None else sum(each.shape[0] for each in image_tensors(found[1]))
+
+
+def rolled(given: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor] | None:
+    """Return a forward's image arguments with each image in the place of the one before, and how many differ from it.
+
+    None with fewer than two images, and where their shapes differ: another size may mean another number of tokens.
+    """
+    found = find_images(given)
+    if found is None:
+        return None
+    name, value = found
+    flat = image_tensors(value)
+    if num_images(given) < 2 or len({each.shape[1] for each in flat}) > 1:
+        return None
+    if isinstance(value, Tensor):
+        if value.dim() <= _IMAGE_AXES:
+            return None
+        moved: dict[str, Any] = {name: _rolled(value)}
+        mask = given.get(_MASK_ARGUMENTS[0])
+        if isinstance(mask, Tensor) and mask.dim() == value.dim() - 1 and mask.shape[:-2] == value.shape[:-3]:
+            moved[_MASK_ARGUMENTS[0]] = _rolled(mask, axes=2)
+    else:
+        if len({tensor.shape for tensor in _leaves(value)}) > 1:
+            return None
+        leaves = _leaves(value)
+        moved = {name: _replaced(value, iter([*leaves[-1:], *leaves[:-1]]))}
+    numbers = image_numbers(value)
+    if numbers is None:
+        return None
+    return moved, (numbers != numbers.roll(1, dims=0)).any(dim=1).sum()
+
+
+def _rolled(value: Tensor, axes: int = _IMAGE_AXES) -> Tensor:
+    """Move each image [.., C, H, W] by one, over all axes before the last ``axes``."""
+    flat = value.detach().flatten(0, value.dim() - axes - 1)
+    return flat.roll(1, dims=0).view(value.shape)
+
+
+def _leaves(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value.detach()]
+    return [leaf for each in value for leaf in _leaves(each)] if isinstance(value, list | tuple) else []
+
+
+def _replaced(value: Any, leaves: Any) -> Any:
+    if isinstance(value, Tensor):
+        return next(leaves)
+    if isinstance(value, list | tuple):
+        return type(value)([_replaced(each, leaves) for each in value])
+    return value
+
+
+def _kept(value: Any) -> Any:
+    """Tensors on the host are copied: trainers change theirs in place."""
+    if isinstance(value, Tensor):
+        return value.detach().clone() if value.is_cpu else value.detach()
+    if type(value) in {list, tuple}:
+        return type(value)([_kept(each) for each in value])
+    return value
