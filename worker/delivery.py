@@ -26,13 +26,14 @@ from sidestep.worker.sinks.wandb_trouble import told, trouble_of
 _LOG: Final = logging.getLogger(__name__)
 _POLL_SECONDS: Final = 0.05
 _LEAST_STOP_SECONDS: Final = 1.0
-_SAY_AGAIN_SECONDS: Final = 600.0
+_SAY_AGAIN_SECONDS: Final = 60.0
 
 Mode = Literal["offline", "online", "disabled"]
 _TUNED: Final[Mapping[str, str]] = {
     "SIDESTEP_WANDB_ROWS_PER_SECOND": "rows_per_second",
     "SIDESTEP_WANDB_STALL_SECONDS": "stall_seconds",
     "SIDESTEP_WANDB_START_SECONDS": "start_seconds",
+    "SIDESTEP_WANDB_INIT_SECONDS": "init_seconds",
     "SIDESTEP_WANDB_FINISH_SECONDS": "finish_seconds",
 }
 """Variables that change one field of ``WandbSinkConfig`` for all of a worker's runs."""
@@ -158,7 +159,7 @@ class Deliveries:
         return PageNews(stopped=tuple(stopped), unconfirmed_tables=unconfirmed, notices=tuple(notices))
 
     def _changes(self, run_id: str, status: WandbStatus) -> list[Notice]:
-        """Return what is to be said of a trouble that has come or gone; one kind at most once in ten minutes."""
+        """Return what is to be said of a trouble that has come or gone; one kind at most once a minute."""
         before, now = self._troubles.get(run_id, ""), time.monotonic()
         if not status.complaint:
             if not self._troubles.pop(run_id, ""):
@@ -206,8 +207,9 @@ class Deliveries:
         behind = {}
         for run_id, supervisor in self._supervisors.items():
             supervisor.stop(max(_LEAST_STOP_SECONDS, deadline - time.monotonic()))
-            if self._mode != "disabled" and supervisor.status().entries_unconfirmed:
-                behind[run_id] = supervisor.status().entries_unconfirmed
+            undone = supervisor.status().entries_unconfirmed + len(supervisor.take_unconfirmed_tables())
+            if self._mode != "disabled" and undone:
+                behind[run_id] = undone
         self._console.close()
         return behind
 

@@ -6,12 +6,10 @@ import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
-
-INIT_TIMEOUT_SECONDS: Final = 20.0
+from typing import Any
 
 
-def run_settings(opening: Mapping[str, Any], *, finish_seconds: float) -> dict[str, Any]:
+def run_settings(opening: Mapping[str, Any], *, init_seconds: float = 20.0, finish_seconds: float) -> dict[str, Any]:
     """Return fields of ``wandb.Settings``; system metrics are the trainer's where its process is visible, else none.
 
     A finish that has not uploaded everything after ``finish_seconds`` raises: taken for done, it would lose rows.
@@ -23,7 +21,7 @@ def run_settings(opening: Mapping[str, Any], *, finish_seconds: float) -> dict[s
         "disable_git": True,
         "finish_timeout": finish_seconds,
         "finish_timeout_raises": True,
-        "init_timeout": INIT_TIMEOUT_SECONDS,
+        "init_timeout": init_seconds,
         "silent": True,
         "stop_on_fatal_error": True,
         "x_disable_machine_info": pid is None,

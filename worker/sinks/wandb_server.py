@@ -17,10 +17,8 @@ from typing import Final
 _LOG: Final = logging.getLogger(__name__)
 
 _ROUND_SECONDS: Final = 1.0
-_ASK_SECONDS: Final = 15.0
+_ASK_SECONDS: Final = 10.0
 _ASK_AGAIN_SECONDS: Final = 3.0
-_FEW_FAILURES: Final = 2
-"""A server that does not answer so often in a row is called unreachable."""
 _MAX_TEXT_CHARACTERS: Final = 200
 _RATE_LIMIT_STATUS: Final = 429
 _FINAL_STATUSES: Final = frozenset({400, 401, 403, 404, 409, 410, 413, 422})
@@ -68,7 +66,6 @@ class ServerWatch:
         """Ask nothing yet; ``handed_rows`` says how many rows W&B was given."""
         self._ask, self._answers, self._handed_rows = ask, answers, handed_rows
         self._ask_seconds = ask_seconds
-        self._failures = 0
         self._ask_at = 0.0
         self._complaint_rows = 0
         self.rows: int | None = None
@@ -98,12 +95,10 @@ class ServerWatch:
         try:
             found = self._ask()
         except Exception as error:  # noqa: BLE001 (said as a complaint)
-            self._failures += 1
             self._ask_at = time.monotonic() + _ASK_AGAIN_SECONDS
-            if self._failures >= _FEW_FAILURES and not self.complaint:
+            if not self.complaint:  # what the server said is more than that it is silent
                 self._complain(f"W&B's server does not answer ({str(error)[:_MAX_TEXT_CHARACTERS]})")
         else:
-            self._failures = 0
             self._ask_at = time.monotonic() + (_ASK_AGAIN_SECONDS if self.complaint else self._ask_seconds)
             self.rows = found.num_rows
             if found.num_rows >= self._complaint_rows:

@@ -64,6 +64,7 @@ class WandbRun:
         out: Path,
         run_id: str,
         mode: str,
+        init_seconds: float,
         finish_seconds: float,
         scratch: Scratch,
         on_stop: Callable[[], None],
@@ -90,7 +91,9 @@ class WandbRun:
             mode="offline" if mode == "offline" else "online",
             resume="allow",
             reinit="create_new",
-            settings=wandb.Settings(**run_settings(opening, finish_seconds=finish_seconds), stop_fn=on_stop),
+            settings=wandb.Settings(
+                **run_settings(opening, init_seconds=init_seconds, finish_seconds=finish_seconds), stop_fn=on_stop
+            ),
         )
 
         self._handed_rows = self.next_row
@@ -242,6 +245,7 @@ class WandbSink:
         self._run_id: str = options.run
         self._out: Path = options.out
         self._mode: str = options.mode
+        self._init_seconds: float = options.init_seconds
         self._finish_seconds: float = options.finish_seconds
         self._pace = Pace(rows_per_second=options.rows_per_second if options.mode == "online" else 0.0)
         self._report, self._wishes = report, wishes
@@ -285,6 +289,7 @@ class WandbSink:
             out=self._out,
             run_id=self._run_id,
             mode=self._mode,
+            init_seconds=self._init_seconds,
             finish_seconds=self._finish_seconds,
             scratch=scratch,
             on_stop=lambda: self._wishes.stop_run.set(),  # noqa: PLW0108 (a method cannot be copied)
@@ -369,6 +374,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="folder under which W&B keeps its own files")
     parser.add_argument("--mode", choices=("offline", "online", "disabled"), default="offline")
     parser.add_argument("--rows-per-second", type=float, default=10.0, help="online only; 0: no limit")
+    parser.add_argument("--init-seconds", type=float, default=20.0, help="how long the server may take to open the run")
     parser.add_argument("--finish-seconds", type=float, default=30.0, help="how long the last uploads may take")
     parser.add_argument("--owner-on-stdin", action="store_true", help="end when standard input ends")
     return parser

@@ -52,6 +52,8 @@ class WandbSinkConfig:
     """A child that does not move for so long while entries wait is killed."""
     start_seconds: float = 60.0
     """The same for a child that has not opened its run yet: Python, wandb and the server need their time."""
+    init_seconds: float = 20.0
+    """How long the server may take to open the run before the child gives up, and the next one tries."""
     finish_seconds: float = 30.0
     """A child that finishes its run gives up by itself when not all is uploaded by then, and the next one goes on; it
     says nothing meanwhile, so it is killed only when it is silent for ``stall_seconds`` more."""
@@ -65,7 +67,7 @@ class WandbSinkConfig:
         """Refuse what cannot work; ValueError names the field."""
         if not self.run_id:
             raise ValueError("WandbSinkConfig.run_id: must not be empty")
-        patience = ("stall_seconds", "start_seconds", "finish_seconds")
+        patience = ("stall_seconds", "start_seconds", "init_seconds", "finish_seconds")
         for name in (*patience, "backoff_first_seconds", "backoff_max_seconds"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"WandbSinkConfig.{name}: must be positive")
@@ -213,7 +215,8 @@ class WandbSupervisor:
         command = [
             sys.executable, "-m", "sidestep.worker.sinks.wandb_sink",
             "--journal", str(config.journal), "--run", config.run_id, "--out", str(config.out), "--mode", config.mode,
-            "--rows-per-second", str(config.rows_per_second), "--finish-seconds", str(config.finish_seconds),
+            "--rows-per-second", str(config.rows_per_second), "--init-seconds", str(config.init_seconds),
+            "--finish-seconds", str(config.finish_seconds),
             "--owner-on-stdin",
         ]  # fmt: skip
         environment = {**os.environ, **config.environment, MARK_VARIABLE: self._mark}

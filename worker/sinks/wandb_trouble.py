@@ -18,46 +18,38 @@ class Trouble:
     advice: str
 
 
-_KNOWN: Final[tuple[tuple[re.Pattern[str], Trouble], ...]] = (
+_RATE_LIMITED: Final = Trouble(
+    code="wandb_rate_limited",
+    advice="It is tried again by itself; if it lasts, set SIDESTEP_WANDB_ROWS_PER_SECOND lower than 10, or log less.",
+)
+_UNREACHABLE: Final = Trouble(
+    code="wandb_unreachable",
+    advice="It is tried again by itself; if it lasts, check the network and WANDB_BASE_URL of the worker, or "
+    "https://status.wandb.com. After the training `sidestep worker --journal DIR --until-idle` sends what is left.",
+)
+_REFUSED: Final = Trouble(
+    code="wandb_refused",
+    advice="A new sink tries from time to time. If it lasts, check WANDB_API_KEY, project and entity in the worker's "
+    "environment (`wandb login --verify`) and restart the worker on the same journal.",
+)
+_STALLED: Final = Trouble(
+    code="wandb_stalled",
+    advice="The sink was killed and is started again where W&B stands; if it comes back, see the sink's log beside the "
+    "journal (wandb-sink-RUN.log).",
+)
+_SENT_AGAIN: Final = Trouble(
+    code="wandb_rows_sent_again", advice="The sink is started again and sends them; nothing to do."
+)
+_KNOWN: Final[tuple[tuple[str, Trouble], ...]] = (
+    (r"no progress for", _STALLED),
+    (r"rows are missing|its rows are sent again|answer that the run has ended", _SENT_AGAIN),
+    (r"HTTP 429|rate limit|error 429", _RATE_LIMITED),
     (
-        re.compile(r"HTTP 429|rate limit|\b429\b", re.IGNORECASE),
-        Trouble(
-            code="wandb_rate_limited",
-            advice="It is tried again by itself; if it lasts, set SIDESTEP_WANDB_ROWS_PER_SECOND lower than 10 or log "
-            "fewer keys.",
-        ),
+        r"connection refused|deadline exceeded|dial tcp|no such host|does not answer|server fails|error 5\d\d",
+        _UNREACHABLE,
     ),
-    (
-        re.compile(r"refused|HTTP 4\d\d|permission|api.?key|AuthenticationError|Invalid project", re.IGNORECASE),
-        Trouble(
-            code="wandb_refused",
-            advice="Check WANDB_API_KEY, project and entity in the worker's environment (`wandb login --verify`), then "
-            "restart the worker on the same journal; a new sink tries from time to time meanwhile.",
-        ),
-    ),
-    (
-        re.compile(r"no progress for"),
-        Trouble(
-            code="wandb_stalled",
-            advice="The sink was killed and is started again where W&B stands; if it comes back, see the sink's log "
-            "beside the journal (wandb-sink-RUN.log).",
-        ),
-    ),
-    (
-        re.compile(r"rows are missing|was lost on the way|its rows are sent again"),
-        Trouble(code="wandb_rows_sent_again", advice="The sink is started again and sends them; nothing to do."),
-    ),
-    (
-        re.compile(
-            r"does not answer|server fails|CommError|timed? ?out|communicat|unreachable|HTTP 5\d\d", re.IGNORECASE
-        ),
-        Trouble(
-            code="wandb_unreachable",
-            advice="It is tried again by itself; if it lasts, check the network and WANDB_BASE_URL of the worker, or "
-            "https://status.wandb.com. After the training `sidestep worker --journal DIR --until-idle` sends what is "
-            "left.",
-        ),
-    ),
+    (r"refused an upload|HTTP 4\d\d|error 4\d\d|permission|api.?key|AuthenticationError|invalid project", _REFUSED),
+    (r"CommError|timed? ?out|communicat", _UNREACHABLE),
 )
 _UNKNOWN: Final = Trouble(
     code="wandb_sink_ended",
@@ -75,9 +67,11 @@ def trouble_of(detail: str, *, is_given_up: bool = False) -> Trouble:
     """Return what kind of trouble a sink's words are."""
     if is_given_up:
         return _FOREIGN
-    return next((trouble for pattern, trouble in _KNOWN if pattern.search(detail)), _UNKNOWN)
+    found = (trouble for pattern, trouble in _KNOWN if re.search(pattern, detail, re.IGNORECASE))
+    return next(found, _UNKNOWN)
 
 
 def told(run_id: str, detail: str, trouble: Trouble) -> str:
     """Return the line for the console and the log."""
-    return f"W&B does not take run {run_id} for now: {detail}. {_KEPT} {trouble.advice}"
+    plain = " ".join(detail.split()).rstrip(".")
+    return f"W&B does not take run {run_id} for now ({trouble.code}): {plain}. {_KEPT} {trouble.advice}"
