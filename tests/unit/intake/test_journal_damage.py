@@ -68,7 +68,7 @@ def leaf_page_of(path: Path, sequence: int) -> int:
         (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
     at = path.read_bytes().find(bytes(body)[:64])  # the body's beginning is in the tree's page, its rest overflows
     assert at > 0
-    return at // page_bytes * page_bytes
+    return at // int(page_bytes) * int(page_bytes)
 
 
 def test_a_flipped_bit_in_a_body_is_found_when_it_is_read_and_only_that_message_is_lost(
