@@ -163,6 +163,14 @@ class Hooks:
         """How often something failed inside the hooks, by where; empty is as it should be."""
         return dict(self._guard.failures) if self._guard is not None else {}
 
+    def warn_of_two_runs(self, text: str) -> None:
+        """Say once that the trainer has a W&B run of its own; ``text`` says how to leave it out.
+
+        For integrations, which know the trainer's own way; without this a live ``wandb.run`` is noticed anyway.
+        """
+        if self._session is not None:
+            self._session.warn_of_two_runs(text)
+
     def release(self) -> None:
         """Let go of model and optimizer after the training; what is logged still goes into the run, until ``close``."""
         if self._session is not None:

@@ -16,6 +16,7 @@ from typing import Any, Unpack
 from torch import nn
 
 from sidestep.trainer_hooks.guard import guarded
+from sidestep.trainer_hooks.hooks import Hooks
 from sidestep.trainer_hooks.integrations.attached_callback import AttachArguments, AttachedCallback
 from sidestep.trainer_hooks.integrations.lightning_watch import LightningWatch, ReadBatch, network_of
 
@@ -116,7 +117,7 @@ class LightningCallback(AttachedCallback, pytorch_lightning.Callback):  # type: 
                 strategy=trainer.strategy,
                 read_batch=self._read_batch,
             )
-            self._warn(trainer)
+            self._warn(hooks, trainer)
 
     @guarded
     def on_train_epoch_start(self, trainer: Any, _module: Any) -> None:
@@ -211,11 +212,11 @@ class LightningCallback(AttachedCallback, pytorch_lightning.Callback):  # type: 
             step = self._last_step
             self.hooks.log({"epoch": trainer.current_epoch, **new, "trainer/global_step": step}, step=step)
 
-    def _warn(self, trainer: Any) -> None:
+    def _warn(self, hooks: Hooks, trainer: Any) -> None:
         if len(trainer.optimizers) > 1:
             self._console.once("more-optimizers", _MORE_OPTIMIZERS)
         if any(type(logger).__name__ == "WandbLogger" for logger in trainer.loggers):
-            self._console.once("two-runs", _TWO_RUNS)
+            hooks.warn_of_two_runs(_TWO_RUNS)
 
 
 def _is_same(optimizer: Any, first: Any) -> bool:

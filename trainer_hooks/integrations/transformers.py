@@ -14,6 +14,7 @@ from torch import nn
 
 from sidestep.trainer_hooks.config import HooksConfig
 from sidestep.trainer_hooks.guard import guarded
+from sidestep.trainer_hooks.hooks import Hooks
 from sidestep.trainer_hooks.integrations.attached_callback import AttachArguments, AttachedCallback
 from sidestep.trainer_hooks.integrations.trainer_watch import TrainerWatch
 
@@ -109,7 +110,7 @@ class TrainerCallback(AttachedCallback, transformers.TrainerCallback):  # type: 
         self._keep_state(state)
         if self._config.log_wandb:
             self._watch = TrainerWatch(hooks, self.guard, outermost, trainer, accelerator)
-            self._warn_of_two_runs(trainer)
+            _warn_of_two_runs(hooks, trainer)
 
     @guarded
     def on_epoch_begin(self, args: Any, state: Any, control: Any, /, **_rest: Any) -> None:  # noqa: ARG002
@@ -160,10 +161,11 @@ class TrainerCallback(AttachedCallback, transformers.TrainerCallback):  # type: 
         if self.hooks is not None and self._config.log_wandb:
             _kept_by(state)[STATE_KEY] = self.hooks.state_dict()
 
-    def _warn_of_two_runs(self, trainer: Any) -> None:
-        callbacks = getattr(getattr(trainer, "callback_handler", None), "callbacks", ())
-        if any(type(callback).__name__ == "WandbCallback" for callback in callbacks):
-            self._console.once("two-runs", _TWO_RUNS)
+
+def _warn_of_two_runs(hooks: Hooks, trainer: Any) -> None:
+    callbacks = getattr(getattr(trainer, "callback_handler", None), "callbacks", ())
+    if any(type(callback).__name__ == "WandbCallback" for callback in callbacks):
+        hooks.warn_of_two_runs(_TWO_RUNS)
 
 
 def _calling_trainer() -> Any:

@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState, GradientState
 from tests.integration.lightning import tiny_training as tiny
 
 import sidestep
-from sidestep.protocol.messages import Gradients, Losses, StepEnd
+from sidestep.protocol.messages import Gradients, Losses, StepEnd, Tokens
 
 NOT_TOLD = ("clipped", "epoch", "seconds")
 """Explicit calls tell that nothing was clipped yet, and the epoch; ``attach`` alone sees neither."""
@@ -139,3 +139,67 @@ def test_accelerates_own_checkpoint_leads_back_to_the_run(tmp_path: Path) -> Non
     assert first.identity.run_id == second.identity.run_id
     assert [end.step for end in ways.of(StepEnd, 0)] == [0, 1, 2]
     assert [end.step for end in ways.of(StepEnd, 1)] == [3, 4, 5]
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")
+def test_float16_with_a_scaler_is_seen_as_by_explicit_calls() -> None:
+    """Accelerate makes a scaler for a GPU only; one of the CPU's goes the same way through its optimizer."""
+    ways, other = tiny.Ways(), tiny.Ways()
+    accelerator = accelerate.Accelerator(
+        cpu=True,
+        gradient_accumulation_steps=tiny.ACCUMULATION,
+        mixed_precision="fp16",
+    )
+    accelerator.scaler, accelerator.native_amp = tiny.scaler(), True
+    made = tiny.network()
+    plain_optimizer, scheduler = tiny.optimizer_of(made)
+    model, optimizer, batches = accelerator.prepare(made, plain_optimizer, tiny.loader())
+    hooks = sidestep.attach(
+        model, optimizer, step=1, scaler=accelerator.scaler, transport=ways, **tiny.to_attach()
+    )  # fmt: skip
+    step = 0
+    for epoch in range(2):
+        for batch in batches:
+            with accelerator.accumulate(model):
+                logits, loss = model(**batch)
+                hooks.on_batch(**batch, logits=logits, loss=loss, epoch=epoch)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    hooks.before_clip()
+                    accelerator.clip_grad_norm_(model.parameters(), tiny.MAX_NORM)
+                optimizer.step()
+                optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                scheduler.step()
+                step += 1
+                hooks.after_step(step)
+    hooks.close()
+    assert hooks.failures() == {}
+    compared, _ = tiny.plain_loop(other, dtype=torch.float16, scaler=tiny.scaler(), scale_is_seen=True)
+    applied = [end.applied for end in ways.of(StepEnd)]
+    assert {True, False} == set(applied), "some steps overflow, some do not"
+    assert applied == [end.applied for end in other.of(StepEnd)]
+    assert tiny.same_weights(made, compared)
+    assert tiny.differences(ways, other) == []
+
+
+def test_attach_alone_adds_the_batches_of_a_skipped_step_to_the_next() -> None:
+    """As documented: without ``after_step`` only the optimizer's own steps are seen, and a skipped one is none."""
+    ways = tiny.Ways()
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="fp16")
+    accelerator.scaler, accelerator.native_amp = tiny.scaler(), True
+    made = tiny.network()
+    model, optimizer, batches = accelerator.prepare(made, tiny.optimizer_of(made)[0], tiny.loader())
+    with sidestep.attach(
+        model, optimizer, scaler=accelerator.scaler, transport=ways, config=tiny.hooks_config(token_stats_interval=1)
+    ) as hooks:
+        skipped = 0
+        for batch in batches:
+            accelerator.backward(model(**batch)[1])
+            optimizer.step()
+            optimizer.zero_grad()
+            skipped += int(optimizer.step_was_skipped)
+    assert hooks.failures() == {}
+    assert 0 < skipped < tiny.NUM_BATCHES
+    assert len(ways.of(StepEnd)) == tiny.NUM_BATCHES - skipped
+    assert sum(message.step == 0 for message in ways.of(Tokens)) == skipped + 1

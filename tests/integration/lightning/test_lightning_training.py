@@ -19,7 +19,7 @@ from tests.integration.lightning import tiny_training as tiny
 from tests.support import reference
 
 import sidestep
-from sidestep.protocol.messages import Gradients, Losses, Scalars, StepEnd, Tokens
+from sidestep.protocol.messages import Command, Gradients, Losses, Scalars, StepEnd, Tokens
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .* does not have many workers"),
@@ -319,6 +319,65 @@ def test_bfloat16_is_seen_as_by_explicit_calls(tmp_path: Path, ways: tiny.Ways) 
     assert callback.failures() == {}
     assert tiny.same_weights(module.network, model)
     assert tiny.differences(ways, other) == []
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")
+def test_float16_with_a_scaler_is_seen_as_by_explicit_calls(tmp_path: Path, ways: tiny.Ways) -> None:
+    """Lightning takes bfloat16 for float16 on a CPU, unless it is given the precision with its scaler."""
+    other = tiny.Ways()
+    model, _ = tiny.plain_loop(other, dtype=torch.float16, scaler=tiny.scaler())
+    precision = importlib.import_module("lightning.pytorch.plugins").MixedPrecision
+    module, callback = Module(), callback_to(ways)
+    fit(trainer(tmp_path, callback, plugins=[precision("16-mixed", "cpu", scaler=tiny.scaler())]), module)
+    callback.close()
+    assert callback.failures() == {}
+    assert tiny.same_weights(module.network, model)
+    applied = [end.applied for end in ways.of(StepEnd)]
+    assert {True, False} == set(applied), "some steps overflow, some do not"
+    assert applied == [end.applied for end in other.of(StepEnd)]
+    assert {message.scale for message in ways.of(Gradients)} == {1.0}
+    assert tiny.differences(ways, other) == []
+
+
+@pytest.mark.parametrize("obeys", [(), ("stop",)])
+def test_what_the_worker_asks_for_is_done_only_where_the_user_said_so(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], obeys: tuple[str, ...]
+) -> None:
+    class Asking(tiny.Ways):
+        def __call__(self, *arguments: Any) -> Any:
+            opened = super().__call__(*arguments)
+            opened.commands.append(Command(action="stop", reason="collapse", at_step=2))
+            return opened
+
+    callback = callback_to(Asking(), obeys=obeys)
+    made = trainer(tmp_path, callback, max_steps=5)
+    fit(made, Module())
+    callback.close()
+    assert callback.failures() == {}
+    assert made.global_step == (2 if obeys else 5)
+    said = capfd.readouterr().err
+    assert ("done as the worker asks: stop (collapse)." in said) == bool(obeys)
+    assert ('This callback does not do it; obeys=("stop",) would.' in said) == (not obeys)
+    with pytest.raises(ValueError, match="LightningCallback can: stop"):
+        callback_to(tiny.Ways(), obeys=("checkpoint",))
+
+
+def test_a_logger_of_wandbs_is_told_so_once(
+    tmp_path: Path, ways: tiny.Ways, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    logger = importlib.import_module("lightning.pytorch.loggers").WandbLogger(save_dir=str(tmp_path))
+    callback = callback_to(ways)
+    try:
+        fit(trainer(tmp_path, callback, max_steps=4, logger=logger), Module())
+    finally:
+        wandb.finish()
+    callback.close()
+    assert callback.failures() == {}
+    said = capfd.readouterr().err
+    assert said.count("a WandbLogger opens a W&B run, and the worker opens one too") == 1
+    assert said.count("there will be two") == 1, said
 
 
 def test_the_other_name_of_the_library_takes_the_callback_too(

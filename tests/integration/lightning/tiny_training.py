@@ -128,6 +128,14 @@ def to_attach() -> dict[str, Any]:
     return {"tokenizer": Words(), "samples": samples(), "generate_fn": generate, "config": hooks_config()}
 
 
+OVERFLOWING_SCALE = 2.0**24
+"""So large that the first steps of a float16 training overflow, and are skipped."""
+
+
+def scaler() -> Any:
+    return torch.amp.GradScaler("cpu", init_scale=OVERFLOWING_SCALE, growth_interval=1000)
+
+
 class Ways:
     """Opens in-process transports and remembers them."""
 
@@ -158,29 +166,40 @@ def updates(num_steps: int) -> Iterator[tuple[int, list[tuple[int, Row]]]]:
 
 
 def plain_loop(
-    ways: Ways | None, *, first_step: int = 1, clip_is_seen: bool = False, dtype: torch.dtype | None = None
+    ways: Ways | None,
+    *,
+    first_step: int = 1,
+    clip_is_seen: bool = False,
+    dtype: torch.dtype | None = None,
+    scaler: Any = None,
+    scale_is_seen: bool = False,
 ) -> tuple[Network, list[Any]]:
     """Train with explicit calls and return the model and (ids, labels, mask, logits, loss) of each micro-batch."""
+    scaler = scaler if scaler is not None else torch.amp.GradScaler("cpu", enabled=False)
     model = network()
     optimizer, scheduler = optimizer_of(model)
     hooks = None
     if ways is not None:
-        hooks = sidestep.attach(model, optimizer, step=first_step, transport=ways, **to_attach())
+        hooks = sidestep.attach(model, optimizer, step=first_step, scaler=scaler, transport=ways, **to_attach())
     raw = []
     for step, batches in updates(NUM_STEPS):
         optimizer.zero_grad()
         for epoch, batch in batches:
             with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
                 logits, loss = model(**batch)
-            (loss / ACCUMULATION).backward()
+            scaler.scale(loss / ACCUMULATION).backward()
             raw.append((*(batch[name].numpy() for name in ("input_ids", "labels", "attention_mask")),
                         logits.detach().double().numpy(), float(loss.detach())))  # fmt: skip
             if hooks is not None:
                 hooks.on_batch(logits=logits, loss=loss, epoch=epoch, **batch)  # type: ignore[arg-type]  # its names fit
-        if hooks is not None and not clip_is_seen:
+        if hooks is not None and scale_is_seen:
+            hooks.before_clip()
+        scaler.unscale_(optimizer)
+        if hooks is not None and not clip_is_seen and not scale_is_seen:
             hooks.before_clip()
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         scheduler.step()
         if hooks is not None:
             hooks.after_step(step - 1 + first_step)
