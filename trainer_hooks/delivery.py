@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from sidestep.protocol import frames
 from sidestep.protocol.errors import ProtocolError
 from sidestep.protocol.frames import Envelope
-from sidestep.protocol.limits import WINDOW_BYTES
+from sidestep.protocol.limits import MAX_PUBLISHER_TICK_MESSAGES, WINDOW_BYTES
 from sidestep.protocol.messages import STEP_KINDS, UNSEQUENCED, Kind, Message, StepEnd
 from sidestep.trainer_hooks.accounts import Accounts, KindAccount
+from sidestep.trainer_hooks.compaction import compacted
 from sidestep.trainer_hooks.lanes import Lanes, Unsent
 from sidestep.trainer_hooks.step_ledger import StepLedger
 from sidestep.trainer_hooks.window import Parcel, Window
@@ -77,6 +78,8 @@ class Delivery:
         if unsent.rank and unsent.size_bytes > self._room(unsent.rank):
             self._give_up(unsent)
             return
+        if len(self._lanes) >= MAX_PUBLISHER_TICK_MESSAGES:  # it is going to wait
+            unsent.message = compacted(message)
         self._lanes.add(unsent)
         self._make_room()
 
