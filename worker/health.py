@@ -143,11 +143,11 @@ def ask_health(journal: Path) -> dict[str, Any]:
     connection = http.client.HTTPConnection(address.hostname or "127.0.0.1", address.port, timeout=_ASK_TIMEOUT_SECONDS)
     try:
         connection.request("GET", address.path)
-        answer: dict[str, Any] = json.loads(connection.getresponse().read())
+        answer: Any = json.loads(connection.getresponse().read())
     except (OSError, ValueError, http.client.HTTPException) as error:
         return {**said, "healthy": False, "reason": f"the worker (pid {said.get('pid')}) does not answer: {error}"}
     finally:
         connection.close()
-    if answer.get("instance") != said.get("instance"):
+    if not isinstance(answer, dict) or answer.get("instance") != said.get("instance"):
         return {**said, "healthy": False, "reason": "another program answers at the worker's old address"}
     return answer

@@ -62,7 +62,7 @@ def _worker(report: Report) -> Iterator[Metric]:
     info = {"version": __version__, "instance": str(report.get("instance", ""))}
     yield InfoMetricFamily("sidestep_worker", "The worker that answers", value=info)
     yield _gauge("healthy", "1: what arrives is read and can be kept; sinks do not count", {(): report["healthy"]})
-    yield _gauge("start_time_seconds", "When the worker began, in unix seconds", {(): report["started_at"]})
+    yield _gauge("worker_start_time_seconds", "When the worker began, in unix seconds", {(): report["started_at"]})
 
 
 def _intake(report: Report) -> Iterator[Metric]:
@@ -116,7 +116,7 @@ def _runs(report: Report) -> Iterator[Metric]:
     yield _gauge(
         "run_lag_seconds", "How long the oldest open step has waited for its parts", figure("lag_seconds"), run
     )
-    yield _gauge("run_heard_seconds", "Time since any rank was heard", figure("seconds_since_heard"), run)
+    yield _gauge("run_since_heard_seconds", "Time since any rank was heard", figure("seconds_since_heard"), run)
     yield _gauge(
         "run_open_steps", "Steps of which something is here and that have not closed", figure("open_steps"), run
     )

@@ -89,7 +89,7 @@ def test_the_figures_of_a_run_are_those_of_its_trainer_and_its_journal(
         assert value(said, "run_closed_steps", run="run-1", reason="complete") == 20
         assert value(said, "run_open_steps", run="run-1") == 0
         assert value(said, "run_lag_seconds", run="run-1") == 0
-        assert 0 <= value(said, "run_heard_seconds", run="run-1") < 30
+        assert 0 <= value(said, "run_since_heard_seconds", run="run-1") < 30
         for kind, count in {"scalars": 20, "notice": 20, "step_end": 20}.items():
             assert value(said, "messages_produced", run="run-1", kind=kind) == count
             assert value(said, "messages_dropped", run="run-1", kind=kind) == 0
