@@ -85,7 +85,7 @@ class Index:
         if is_writer:
             if version == "1" and "stream_range" in tables:
                 self._connection.execute(ADD_LAST_ARRIVALS)
-            self._connection.executescript(INDEX_SCHEMA)
+            self._connection.executescript(f"BEGIN; {INDEX_SCHEMA} COMMIT;")  # one commit, not one for each table
             self._connection.execute(
                 "UPDATE meta SET value = ? WHERE key = 'schema' AND value <> ?1", (SCHEMA_VERSION,)
             )

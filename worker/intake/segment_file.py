@@ -138,7 +138,7 @@ def open_for_writing(path: Path, *, shared_log: bool) -> sqlite3.Connection:
     """
     connection = connect(path, shared_log=shared_log)
     try:
-        connection.executescript(SEGMENT_SCHEMA)
+        connection.executescript(f"BEGIN; {SEGMENT_SCHEMA} COMMIT;")
         if not connection.execute("SELECT 1 FROM pragma_table_info('message') WHERE name = 'checksum'").fetchone():
             connection.execute(ADD_CHECKSUMS)
     except sqlite3.Error as error:
