@@ -100,6 +100,8 @@ class WorkerService:
         self._sinks_polled_at = 0.0
         self._last_turn = time.monotonic()
         self._unreadable = ""
+        """Why the journal cannot be read at the moment; empty while it can."""
+        self._unread = ""
         self._tidied_at = 0.0
 
     @property
@@ -209,7 +211,19 @@ class WorkerService:
     # ------------------------------------------------------------------------------------------------ one turn
 
     def _turn(self, now: float, *, is_last: bool = False) -> bool:
-        """Do what there is to do; return whether anything moved."""
+        """Do what there is to do; return whether anything moved. A journal that cannot be read is tried again."""
+        try:
+            self._unread = ""
+            return self._go_round(now, is_last=is_last)
+        except JournalError as error:
+            self._unread = str(error)
+            return False
+        finally:
+            if self._unread and self._unread != self._unreadable:
+                _LOG.error("%s", self._unread)
+            self._unreadable = self._unread
+
+    def _go_round(self, now: float, *, is_last: bool) -> bool:
         self._last_turn = now
         moved = self._take_in(now)
         if self._feed.next_arrival >= self._recovered_arrival:
@@ -268,9 +282,7 @@ class WorkerService:
                 if not messages:
                     break
         except JournalError as error:
-            if str(error) != self._unreadable:
-                _LOG.error("%s", error)
-            self._unreadable = str(error)
+            self._unread = str(error)
         return moved
 
     def _pipeline_of(self, run_id: str) -> RunPipeline:
