@@ -15,7 +15,7 @@ import functools
 import hashlib
 import struct
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, NoReturn, cast
@@ -48,8 +48,8 @@ _COUNT_END: Final = 1 << 62
 """Counts and numbers on the wire stay below it: sums of them fit 64 bits."""
 _WALK_HEAD_BYTES: Final = 1 << 10
 """A head of up to so many bytes is unpacked as it is: nested as deep as it can be, it makes under 3 MiB of lists."""
-_HEAD_LEVELS: Final = MAX_NESTING_LEVELS + 3
-"""Around a free-form value are the head, its fields, and the field."""
+_HEAD_LEVELS: Final = MAX_NESTING_LEVELS + 4
+"""Around a free-form value and its last, empty list are the head, its fields, and the field."""
 _PARTIAL_BYTES: Final = 512
 """What it takes to keep track of a message in chunks, beside its pieces."""
 
@@ -139,17 +139,16 @@ def _refuse_extension(code: int, _content: bytes) -> NoReturn:
     raise ValueError(f"an extension of type {code}")
 
 
-_unpack = functools.partial(
-    msgpack.unpackb,
-    raw=False,
-    strict_map_key=True,
-    ext_hook=_refuse_extension,
-    max_str_len=MAX_TEXT_BYTES,
-    max_bin_len=MAX_TEXT_BYTES,
-    max_array_len=MAX_MAP_ENTRIES,
-    max_map_len=MAX_MAP_ENTRIES,
-    max_ext_len=0,
-)
+def _unpacker(max_entries: int) -> Callable[[memoryview], Any]:
+    return functools.partial(
+        msgpack.unpackb, raw=False, strict_map_key=True, ext_hook=_refuse_extension, max_ext_len=0,
+        max_str_len=MAX_TEXT_BYTES, max_bin_len=MAX_TEXT_BYTES, max_array_len=max_entries, max_map_len=max_entries,
+    )  # fmt: skip
+
+
+_unpack: Final = _unpacker(MAX_MAP_ENTRIES)
+_unpack_small: Final = _unpacker(_WALK_HEAD_BYTES)
+"""No list in so short a head has more entries than the head has bytes."""
 
 
 def _parts(frame: Frame) -> tuple[int, dict[str, Any], memoryview]:
@@ -167,10 +166,12 @@ def _parts(frame: Frame) -> tuple[int, dict[str, Any], memoryview]:
         raise LimitExceededError(f"a message of {len(frame)} bytes, more than {MAX_MESSAGE_BYTES}")
     view = memoryview(frame)
     packed = view[_PREFIX.size : head_end]
+    unpack = _unpack_small
     if head_bytes > _WALK_HEAD_BYTES:
         check_packed(packed, max_levels=_HEAD_LEVELS, max_entries=MAX_HEAD_ENTRIES)
+        unpack = _unpack
     try:
-        head = _unpack(packed)
+        head = unpack(packed)
     except (ValueError, msgpack.UnpackException, RecursionError) as error:
         raise DecodeError(f"the head is not msgpack within limits: {error}") from error
     if type(head) is not dict:

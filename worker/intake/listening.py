@@ -19,17 +19,31 @@ def private_folder(folder: Path) -> None:
     """Make ``folder`` with mode 0700, or check that it is ours alone.
 
     Raises:
-        ListenError: it cannot be made, belongs to someone else, or others may enter it.
+        ListenError: it cannot be made, belongs to someone else, or others may enter or replace it.
     """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.lstat()
+        found, parent = folder.lstat(), folder.parent.stat()
     except OSError as error:
         raise ListenError(f"the socket folder {folder} cannot be made: {error.strerror}") from error
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
         raise ListenError(f"the socket folder {folder} is not a folder of this user; set SIDESTEP_RUNTIME to one")
     if stat.S_IMODE(found.st_mode) & 0o077:
         raise ListenError(f"others may enter the socket folder {folder}; `chmod 700` it, or set SIDESTEP_RUNTIME")
+    if parent.st_mode & 0o022 and not parent.st_mode & stat.S_ISVTX:
+        raise ListenError(f"others may replace the socket folder {folder}: {folder.parent} is theirs to write")
+
+
+def close_to_others(path: Path) -> None:
+    """Take the permission to connect to the socket ``path`` from everyone but its owner.
+
+    Raises:
+        ListenError: it cannot be changed.
+    """
+    try:
+        path.chmod(0o600)
+    except OSError as error:
+        raise ListenError(f"the socket {path} cannot be closed to others: {error.strerror}") from error
 
 
 class EndpointLock:

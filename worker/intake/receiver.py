@@ -16,6 +16,7 @@ from sidestep.protocol.errors import EncodeError
 from sidestep.protocol.frames import encode, split
 from sidestep.protocol.limits import MAX_FRAME_BYTES, RECEIVE_HIGH_WATER_MARK_MESSAGES
 from sidestep.worker.errors import ListenError
+from sidestep.worker.intake.listening import close_to_others
 from sidestep.worker.intake.reception import Reception, Reply
 
 _LOG: Final = logging.getLogger(__name__)
@@ -83,6 +84,8 @@ class Receiver:
             socket.set(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
             socket.set(zmq.ROUTER_MANDATORY, 1)
             socket.bind(self._endpoint.address)
+            if self._endpoint.path is not None:
+                close_to_others(self._endpoint.path)
             self.address = socket.get_string(zmq.LAST_ENDPOINT)
             self._bound.set()
             self._serve(socket)
