@@ -21,6 +21,7 @@ from sidestep.worker.errors import ConfigError, JournalError
 from sidestep.worker.health import HealthServer, write_end, write_worker_file
 from sidestep.worker.heard import HeardRuns
 from sidestep.worker.home import home_folder, new_run_folder, remember_latest
+from sidestep.worker.intake.assembly import Journaled
 from sidestep.worker.intake.feed import Feed, Refused
 from sidestep.worker.intake.journal import Journal
 from sidestep.worker.intake.listening import EndpointLock
@@ -28,6 +29,7 @@ from sidestep.worker.intake.receiver import Receiver
 from sidestep.worker.intake.reception import Reception
 from sidestep.worker.intake.reserve import RESERVE_BYTES
 from sidestep.worker.pipeline import RunPipeline
+from sidestep.worker.settled import KnownRun, SettledRun, open_runs
 from sidestep.worker.sinks.console_sink import ConsoleSink
 from sidestep.worker.trainers import Trainers, is_alive
 
@@ -76,7 +78,7 @@ class WorkerService:
             self._lock.release()
             raise
         self._deliveries = Deliveries(config, journal=folder, out=out, console=ConsoleSink(console), mode=mode)
-        self._pipelines = {run_id: self._pipeline(run_id) for run_id in self.journal.index.runs()}
+        self._pipelines = open_runs(self.journal, self._pipeline)
         starts = [each.recovery_start() for each in self._pipelines.values()]
         self._recovered_arrival = self.journal.segments.next_arrival
         known = [start for start in starts if start is not None]
@@ -242,7 +244,7 @@ class WorkerService:
             for run_id, notice in news.notices:
                 self._reception.send(run_id, notice)
             for run_id, tables in news.unconfirmed_tables.items():
-                self._pipelines[run_id].repeat(tables)
+                self._awake(run_id).repeat(tables)
         self._tidy(now)
         return moved
 
@@ -255,7 +257,7 @@ class WorkerService:
         except JournalError as error:
             _LOG.warning("the journal cannot be tidied up now: %s", error)
 
-    def _lost(self, pipeline: RunPipeline, now: float, *, at_once: bool) -> dict[str, str]:
+    def _lost(self, pipeline: KnownRun, now: float, *, at_once: bool) -> dict[str, str]:
         lost = self._trainers.lost(pipeline.open_incarnations, self._reception.last_heard, now, at_once=at_once)
         for name, reason in lost.items():
             made, held = self._reception.account(name)
@@ -278,18 +280,29 @@ class WorkerService:
                 moved = moved or bool(messages)
                 for each in messages:
                     self._heard.take(each)
-                    self._pipeline_of(each.envelope.run_id).add(each, now)
+                    if not self._is_settled(each):
+                        self._pipeline_of(each.envelope.run_id).add(each, now)
                 if not messages:
                     break
         except JournalError as error:
             self._unread = str(error)
         return moved
 
+    def _is_settled(self, each: Journaled) -> bool:
+        """Whether a message is read back for another run's sake: this one's was accounted for before the start."""
+        known = self._pipelines.get(each.envelope.run_id)
+        return each.arrival < self._recovered_arrival and isinstance(known, SettledRun)
+
     def _pipeline_of(self, run_id: str) -> RunPipeline:
-        if run_id not in self._pipelines:
-            self._pipelines[run_id] = self._pipeline(run_id)
+        pipeline = self._awake(run_id)
         self._deliveries.open(run_id)
-        return self._pipelines[run_id]
+        return pipeline
+
+    def _awake(self, run_id: str) -> RunPipeline:
+        known = self._pipelines.get(run_id)
+        if not isinstance(known, RunPipeline):
+            known = self._pipelines[run_id] = self._pipeline(run_id)
+        return known
 
     # ------------------------------------------------------------------------------------------------ health
 
@@ -329,7 +342,7 @@ class WorkerService:
         }
         return {**report, "warnings": warnings(report)}
 
-    def _run_report(self, pipeline: RunPipeline, now: float) -> dict[str, Any]:
+    def _run_report(self, pipeline: KnownRun, now: float) -> dict[str, Any]:
         newest = pipeline.newest
         heard_at = self._reception.last_heard.get(newest.incarnation)
         closed_step, lag_seconds = pipeline.standing(now)

@@ -289,6 +289,10 @@ class Index:
         rows = self._rows("SELECT * FROM loss WHERE run_id = ? ORDER BY closed_number", run_id)
         return [loss_of_row(row) for row in rows]
 
+    def ended_attempts(self) -> set[tuple[str, int]]:
+        """Return (run, attempt) of all recorded ends."""
+        return {(str(run_id), int(attempt)) for run_id, attempt in self._rows("SELECT run_id, attempt FROM ending")}
+
     def state(self, run_id: str) -> State | None:
         """Return the run's projection as it was after the newest closing, None where there was none."""
         rows = self._rows(

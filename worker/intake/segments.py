@@ -316,6 +316,15 @@ class Segments:
         with self._lock:
             return sorted(self._committed)
 
+    def last_arrivals(self) -> dict[str, int]:
+        """Return incarnation to the arrival number of its newest message that is here, or a later number."""
+        found: dict[str, int] = {}
+        with self._lock:
+            for segment in self._segments:
+                for (incarnation, _), held in segment.streams.items():
+                    found[incarnation] = max(found.get(incarnation, -1), held.last_arrival)
+        return found
+
     def num_gone(self, incarnations: Iterable[str]) -> int:
         """Return how many messages of these incarnations are known and can be read no more."""
         names = set(incarnations)
