@@ -130,7 +130,7 @@ class WandbSupervisor:
         self._polled_at = self._start_at = self._idle_seconds = 0.0
         self._backoff_seconds = config.backoff_first_seconds
         self._detail = ""
-        self._wanted = self._stop_reported = self._never = False
+        self._wanted = self._stop_reported = self._never = self._is_listening = False
         self._unconfirmed: set[int] = set()
         self._status = self._current_status()
 
@@ -144,6 +144,8 @@ class WandbSupervisor:
         now = time.monotonic()
         self._look(now)
         self._hear()
+        if self._is_listening and not self._wanted and self._child is not None:
+            self._child.terminate()  # more than once does no harm
         self._count_idle_time(now)
         if self._child is not None and self._child.poll() is not None:
             self._hear()
@@ -178,9 +180,12 @@ class WandbSupervisor:
         return tables
 
     def request_stop(self) -> None:
-        """Ask the child to send what waits and to end; a child that dies after this is not started again."""
+        """Ask the child to send what waits and to end; a child that dies after this is not started again.
+
+        One that has not said anything yet would die of the signal with nothing sent: it is asked when it has.
+        """
         self._wanted = False
-        if self._child is not None:
+        if self._child is not None and self._is_listening:
             self._child.terminate()
 
     def stop(self, timeout_seconds: float) -> bool:
@@ -238,7 +243,7 @@ class WandbSupervisor:
             return
         if child.stdout is not None:
             os.set_blocking(child.stdout.fileno(), False)
-        self._child, self._unread = child, b""
+        self._child, self._unread, self._is_listening = child, b"", False
         self._counts["respawns"] += self._counts["starts"] > 0
         self._counts["starts"] += 1
         self._idle_seconds = 0.0
@@ -305,6 +310,7 @@ class WandbSupervisor:
         for line in lines:
             try:
                 self._heed(Progress.parse(line))
+                self._is_listening = True
             except ValueError:
                 self._counts["unreadable_reports"] += 1
 
@@ -320,6 +326,8 @@ class WandbSupervisor:
             )
         if (report.position, report.num_rows, report.state) != (before.position, before.num_rows, before.state):
             self._idle_seconds = 0.0
+        elif report.state in _ENDED:
+            report = replace(report, complaint="")  # the server has what it was to have
         has_moved = report.num_rows > before.num_rows or report.confirmed_position > before.confirmed_position
         if has_moved or report.state in _ENDED:
             self._backoff_seconds = self._config.backoff_first_seconds

@@ -144,3 +144,15 @@ def test_a_sink_that_cannot_start_is_tried_again(outbox: OutboxWriter, supervise
 def test_a_wrong_setting_is_named(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"WandbSinkConfig.{next(iter(changes))}"):
         WandbSinkConfig(**{"journal": Path("j"), "run_id": "r", "out": Path("o"), **changes})
+
+
+def test_a_stop_right_after_the_start_sends_what_waits_all_the_same(
+    outbox: OutboxWriter, supervise: Supervise, tmp_path: Path
+) -> None:
+    supervisor = supervise()
+    outbox.write([run_entry(), *map(row_entry, range(20))])
+    supervisor.start()
+    assert supervisor.stop(30.0)
+    assert supervisor.status().state is SinkState.SUSPENDED
+    assert (supervisor.status().rows_behind, supervisor.status().entries_unconfirmed) == (0, 0)
+    assert len(read_fragments(tmp_path / "out").rows) == 20
