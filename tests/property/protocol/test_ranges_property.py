@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sidestep.protocol.limits import MAX_RANGES
 from sidestep.protocol.ranges import RangeSet
 
 SPANS = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 8)), max_size=30)
@@ -43,3 +46,20 @@ def test_add_says_whether_a_number_is_new(numbers: list[int]) -> None:
 def test_a_range_that_ends_before_it_begins_is_refused() -> None:
     with pytest.raises(ValueError, match="ends before"):
         RangeSet.from_ranges(np.array([[3, 2]], np.int64))
+
+
+@given(st.lists(st.tuples(st.integers(-(1 << 62), 1 << 62), st.integers(0, 1 << 61)), max_size=30), st.randoms())
+def test_ranges_are_taken_in_any_order(spans: list[tuple[int, int]], rng: Random) -> None:
+    pairs = [(first, min(first + length, (1 << 63) - 1)) for first, length in spans]
+    shuffled = pairs.copy()
+    rng.shuffle(shuffled)
+    made = [RangeSet.from_ranges(np.array(each, np.int64).reshape(-1, 2)) for each in (sorted(pairs), shuffled)]
+    assert made[0] == made[1]
+    assert all(made[0].covers(*pair) for pair in pairs)
+
+
+def test_more_ranges_than_an_ack_can_name_are_refused_before_they_are_taken() -> None:
+    ranges = np.arange(4 * MAX_RANGES, dtype=np.int64).reshape(-1, 2) * 2
+    RangeSet.from_ranges(ranges[:MAX_RANGES])
+    with pytest.raises(ValueError, match="more than"):
+        RangeSet.from_ranges(ranges)

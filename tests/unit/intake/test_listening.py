@@ -4,6 +4,8 @@ import os
 import shutil
 import socket
 import stat
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,11 @@ import pytest
 
 from sidestep.protocol.endpoints import Endpoint
 from sidestep.worker.errors import EndpointBusyError, ListenError
+from sidestep.worker.intake.feed import Feed
+from sidestep.worker.intake.journal import Journal
 from sidestep.worker.intake.listening import EndpointLock, private_folder
+from sidestep.worker.intake.receiver import Receiver
+from sidestep.worker.intake.reception import Reception
 
 
 @pytest.fixture
@@ -52,6 +58,54 @@ def test_a_folder_of_another_user_is_refused(short: Path) -> None:
     os.chown(short / "theirs", 12_345, 12_345)
     with pytest.raises(ListenError, match="not a folder of this user"):
         private_folder(short / "theirs")
+
+
+def test_a_folder_that_others_could_replace_is_refused(short: Path) -> None:
+    (short / "shared").mkdir()
+    (short / "shared").chmod(0o777)
+    with pytest.raises(ListenError, match="others may replace"):
+        private_folder(short / "shared" / "own")
+    (short / "shared").chmod(0o1777)  # as /tmp is: what is in it stays its owner's
+    private_folder(short / "shared" / "own")
+
+
+CONNECT_AS_ANOTHER = """
+import os, socket, sys
+os.setgroups([]); os.setgid(12345); os.setuid(12345)
+with socket.socket(socket.AF_UNIX) as stranger:
+    try:
+        stranger.connect(sys.argv[1])
+    except PermissionError:
+        sys.exit(13)
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_another_user_cannot_connect_even_where_the_folder_is_opened_later(short: Path) -> None:
+    endpoint = ipc(short / "private" / "s")
+    lock = EndpointLock(endpoint)
+    journal = Journal(short / "journal")
+    feed = Feed(journal.segments, limit_bytes=0, start_arrival=0)
+    reception = Reception(journal, feed, instance="w", commit_interval_seconds=0.02, commit_messages=10)
+    receiver = Receiver(endpoint, reception)
+    short.chmod(0o755)
+    umask = os.umask(0)
+    try:
+        receiver.start()
+    finally:
+        os.umask(umask)
+    command = [sys.executable, "-c", CONNECT_AS_ANOTHER, str(short / "private" / "s")]
+    try:
+        assert stat.S_IMODE((short / "private" / "s").stat().st_mode) == 0o600
+        assert subprocess.run(command, timeout=30, check=False).returncode == 13
+        (short / "private").chmod(0o755)
+        assert subprocess.run(command, timeout=30, check=False).returncode == 13
+        (short / "private" / "s").chmod(0o666)
+        assert subprocess.run(command, timeout=30, check=False).returncode == 0, "the test itself sees a difference"
+    finally:
+        receiver.stop(0.0)
+        journal.close()
+        lock.release()
 
 
 def test_a_stale_socket_is_replaced_and_one_in_use_is_not(short: Path) -> None:

@@ -248,3 +248,61 @@ def test_a_forged_chunk_is_refused() -> None:
         head = {"e": ["run", "inc", 0, 1], "c": place, "r": [["piece", "uint8", [8]]]}
         with pytest.raises(DecodeError):
             joiner.add(forged(head, bytes(8), kind=Kind.CHUNK))
+
+
+def chunk_of(index: int, count: int, total: int, piece: bytes, digest: str = "d" * 64) -> bytes:
+    padded = piece + bytes(-len(piece) % 8)
+    head = {"e": ["run", "inc", 0, 1], "c": [digest, index, count, total], "r": [["piece", "uint8", [len(piece)]]]}
+    return forged(head, padded, kind=Kind.CHUNK)
+
+
+def test_chunks_bring_no_more_bytes_than_they_declare() -> None:
+    joiner = ChunkJoiner()
+    joiner.add(chunk_of(0, 200, 1_000, bytes(900)))
+    with pytest.raises(DecodeError, match="more bytes"):
+        joiner.add(chunk_of(1, 200, 1_000, bytes(900)))
+    assert joiner.held_bytes == 0
+
+
+def test_messages_of_which_little_is_declared_are_not_kept_without_end() -> None:
+    joiner = ChunkJoiner(max_bytes=1 << 20)
+    for number in range(2_000):
+        joiner.add(chunk_of(0, 256, 1, b"x", f"{number:064d}"))
+    assert joiner.held_bytes <= 1 << 20
+    assert joiner.given_up > 1_000
+
+
+def test_a_whole_message_is_no_chunk() -> None:
+    with pytest.raises(DecodeError, match="no chunk"):
+        ChunkJoiner().add(encode(ENVELOPE, StepEnd(step=1, unix_time=0.0)))
+
+
+@pytest.mark.parametrize(
+    "accounts",
+    [
+        {"losses": [1, -1, 0]},
+        {"losses": [1, 0, 1 << 63]},
+        {"losses": [1, 0, True]},
+        {"x" * 200: [1, 0, 0]},
+        {f"kind-{number}": [1, 0, 0] for number in range(limits.MAX_ACCOUNTS + 1)},
+        [1],
+    ],
+)
+def test_accounts_that_are_none_are_refused(accounts: Any) -> None:
+    with pytest.raises(DecodeError):
+        decode(forged({"e": ["run", "inc", 0, 1], "f": {"step": 5, "unix_time": 1.0}, "a": accounts}))
+
+
+def test_an_extension_of_msgpack_is_no_value() -> None:
+    head = msgpack.packb({"e": ["run", "inc", 0, 1], "f": {"step": 5, "unix_time": 1.0, "later": 0}})
+    with pytest.raises(DecodeError, match="extension"):
+        decode(forged(head[:-1] + b"\xc7\x00\x05"))
+
+
+def test_a_value_as_deep_as_may_be_sent_comes_back_whatever_the_heads_length() -> None:
+    value: Any = []
+    for _ in range(limits.MAX_NESTING_LEVELS):
+        value = [value]
+    for filling in ("", "x" * 3_000):
+        message = Scalars(step=1, values={"deep": value, "filling": filling})
+        assert decode(encode(ENVELOPE, message))[1] == message
