@@ -20,7 +20,7 @@ from sidestep.trainer_hooks.parameters import unwrapped
 from sidestep.trainer_hooks.reductions.alignment import AlignedBatch
 from sidestep.trainer_hooks.reductions.cross_entropy import logits_source
 from sidestep.trainer_hooks.reductions.host_index import to_device
-from sidestep.trainer_hooks.signals.images import find_images, image_numbers, image_tensors
+from sidestep.trainer_hooks.signals.images import find_images, image_leaves, image_numbers, num_images
 from sidestep.trainer_hooks.signals.rows import choose_on_device, choose_on_host, row_signals
 
 MAX_ROWS = 512
@@ -50,7 +50,8 @@ class ImageProbe:
 
     def see(self, given: Mapping[str, Any]) -> None:
         """Keep the arguments of a due step's first forward that has at least two images."""
-        if self._given is None and num_images(given) > 1:
+        found = find_images(given)
+        if self._given is None and found is not None and num_images(found[1]) > 1:
             self._given = {name: _kept(value) for name, value in given.items()}
 
     def keep(self, batch: Batch, align: Callable[[Batch], AlignedBatch]) -> None:
@@ -116,12 +117,6 @@ class ImageProbe:
         return losses / number, number
 
 
-def num_images(given: Mapping[str, Any]) -> int:
-    """Images among a forward's arguments, as far as their shapes tell."""
-    found = find_images(given)
-    return 0 if found is None else sum(each.shape[0] for each in image_tensors(found[1]))
-
-
 def rolled(given: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor] | None:
     """Return a forward's image arguments with each image in the place of the one before, and how many differ from it.
 
@@ -131,8 +126,8 @@ def rolled(given: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor] | None:
     if found is None:
         return None
     name, value = found
-    flat = image_tensors(value)
-    if num_images(given) < 2 or len({each.shape[1] for each in flat}) > 1:
+    leaves = list(image_leaves(value))
+    if num_images(value) < 2 or len({leaf.shape for leaf in leaves}) > 1:
         return None
     if isinstance(value, Tensor):
         if value.dim() <= _IMAGE_AXES:
@@ -142,10 +137,7 @@ def rolled(given: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor] | None:
         if isinstance(mask, Tensor) and mask.dim() == value.dim() - 1 and mask.shape[:-2] == value.shape[:-3]:
             moved[_MASK_ARGUMENTS[0]] = _rolled(mask, axes=2)
     else:
-        if len({tensor.shape for tensor in _leaves(value)}) > 1:
-            return None
-        leaves = _leaves(value)
-        moved = {name: _replaced(value, iter([*leaves[-1:], *leaves[:-1]]))}
+        moved = {name: _replaced(value, iter([leaf.detach() for leaf in (*leaves[-1:], *leaves[:-1])]))}
     numbers = image_numbers(value)
     if numbers is None:
         return None
@@ -158,15 +150,9 @@ def _rolled(value: Tensor, axes: int = _IMAGE_AXES) -> Tensor:
     return flat.roll(1, dims=0).view(value.shape)
 
 
-def _leaves(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value.detach()]
-    return [leaf for each in value for leaf in _leaves(each)] if isinstance(value, list | tuple) else []
-
-
 def _replaced(value: Any, leaves: Any) -> Any:
     if isinstance(value, Tensor):
-        return next(leaves)
+        return next(leaves) if value.numel() else value
     if isinstance(value, list | tuple):
         return type(value)([_replaced(each, leaves) for each in value])
     return value

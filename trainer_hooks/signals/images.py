@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -25,26 +26,40 @@ def find_images(given: Mapping[str, Any]) -> tuple[str, Any] | None:
     """Return the first argument that holds images, by name, and what it holds; None where there is none."""
     for name in IMAGE_ARGUMENTS:
         value = given.get(name)
-        if isinstance(value, Tensor | list | tuple) and image_tensors(value):
+        if isinstance(value, Tensor | list | tuple) and next(image_leaves(value), None) is not None:
             return name, value
     return None
 
 
-def image_tensors(value: Any) -> list[Tensor]:
-    """Return tensors [n, ...] whose first axis counts images, of whatever nesting the trainer's argument has.
+def image_leaves(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors of an argument, of whatever nesting, that have an element."""
+    if isinstance(value, Tensor):
+        if value.numel():
+            yield value
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from image_leaves(each)
+
+
+def num_images(value: Any) -> int:
+    """Return how many images an argument holds, as far as the shapes tell.
 
     [C, H, W] is one image, [.., C, H, W] are many, [n, d] are patches that cannot be told apart without reading the
     device: they count as one image.
     """
-    if isinstance(value, Tensor):
-        if not value.numel():
-            return []
-        if value.dim() <= _IMAGE_AXES:
-            return [value.detach().reshape(1, -1)]
-        return [value.detach().flatten(0, value.dim() - _IMAGE_AXES - 1).flatten(1)]
-    if isinstance(value, list | tuple):
-        return [tensor for each in value for tensor in image_tensors(each)]
-    return []
+    return sum(leaf.shape[: max(0, leaf.dim() - _IMAGE_AXES)].numel() for leaf in image_leaves(value))
+
+
+def image_rows(value: Any) -> list[Tensor]:
+    """Return the images as tensors [n, pixels] in their order; those of one size that follow each other together."""
+    groups = groupby(image_leaves(value), key=lambda leaf: (leaf.shape, leaf.dtype, leaf.device))
+    rows = []
+    for _, group in groups:
+        leaves = list(group)
+        axes = min(_IMAGE_AXES, leaves[0].dim())
+        together = torch.stack(leaves) if len(leaves) > 1 else leaves[0].unsqueeze(0)
+        rows.append(together.detach().flatten(0, together.dim() - axes - 1).flatten(1))
+    return rows
 
 
 def image_numbers(value: Any) -> Tensor | None:
@@ -54,18 +69,24 @@ def image_numbers(value: Any) -> Tensor | None:
     """
     found: list[Tensor] = []
     left = MAX_SIGNAL_HASHES
-    for flat in image_tensors(value):
+    for rows in image_rows(value):
         if left <= 0:
             break
-        found.append(_numbers(flat.narrow(0, 0, min(left, flat.shape[0]))))
-        left -= flat.shape[0]
+        found.append(_numbers(_thinned(rows.narrow(0, 0, min(left, rows.shape[0])))))
+        left -= rows.shape[0]
     return torch.cat([each.to(found[0].device, non_blocking=True) for each in found]) if found else None
 
 
-def _numbers(flat: Tensor) -> Tensor:
+def _thinned(flat: Tensor) -> Tensor:
     every = -(-flat.shape[1] // MAX_PIXELS_PER_IMAGE)
+    if every == 1:
+        return flat
     width = flat.shape[1] // every
-    pixels = flat.narrow(1, 0, width * every).reshape(-1, width, every).select(2, 0).to(torch.float32)
+    return flat.narrow(1, 0, width * every).reshape(-1, width, every).select(2, 0)
+
+
+def _numbers(flat: Tensor) -> Tensor:
+    pixels = flat.to(torch.float32)
     mean = pixels.mean(dim=1, keepdim=True)
     square = pixels.square().mean(dim=1)
     places = torch.arange(pixels.shape[1], dtype=torch.float32, device=pixels.device)
