@@ -149,7 +149,7 @@ class RunProjection:
         draft = _Draft(unix_time=unix_time or self._unix_time, attempt=attempt, step=newest_step)
         opening = self._open()
         if tail_unknown:
-            draft.add_row({"sidecar/tail_unknown": 1, **self._accounts.figures(), **self._accounts.losses()})
+            draft.add_row({"sidecar/tail_unknown": 1, **self._accounts.last_words()})
         repeats = self._board.repeats()
         for code, count in repeats.items():
             text = f"the notice {code!r} came up {count} more times"

@@ -94,8 +94,9 @@ class AssembledStep:
     """From the end of the step to the arrival of its last part, between two clocks; never below 0."""
     accounts: Mapping[int, RankAccount] = field(default_factory=dict)
     """Rank to what its newest message among these says of its publisher."""
-    num_messages: int = 0
-    """Journaled messages that went in, late ones, ``StepEnd`` and notices included, a ``Goodbye`` not."""
+    num_messages: int | None = 0
+    """Journaled messages that went in, late ones, ``StepEnd`` and notices included, a ``Goodbye`` not; None where one
+    came over the wire 1.0, for whose runs they are not counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,10 +33,14 @@ class RunAccounts:
         self._totals: Counter[str] = Counter()
         self._told_by_ends: Counter[str] = Counter()
         self._num_messages: int | None = 0
+        self._is_counted = True
 
     def take(self, step: AssembledStep) -> None:
         """Count a closing in."""
-        if self._num_messages is not None:
+        self._is_counted = step.num_messages is not None
+        if step.num_messages is None or self._num_messages is None:
+            self._num_messages = None
+        else:
             self._num_messages += step.num_messages
         if step.attempt > self._attempt:
             self._attempt = step.attempt
@@ -62,9 +66,11 @@ class RunAccounts:
     def figures(self) -> dict[str, Value]:
         """Return what stands in every row: how far the run has come; zeros are zeros, and what nobody said is absent.
 
-        A publisher that sends no accounts leaves ``sidecar/journal_rows`` alone.
+        A publisher that sends no accounts leaves ``sidecar/journal_rows`` alone, one of the wire 1.0 nothing.
         """
         found: dict[str, Value] = {}
+        if not self._is_counted:
+            return found
         if self._num_messages is not None:
             found["sidecar/journal_rows"] = self._num_messages
         if self._totals["produced"]:
@@ -83,9 +89,13 @@ class RunAccounts:
             if count:
                 dropped[f"dropped/{kind}"] = max(count, dropped.get(f"dropped/{kind}", 0))
         refused = {name: count for name, count in self._totals.items() if name.startswith("refused/") and count}
-        others = {"resent": self._totals["resent"], "refused": self._num_refused()}
+        others = {"resent": self._totals["resent"], "refused": self._num_refused()} if self._is_counted else {}
         told = {**dropped, **refused, **{name: count for name, count in others.items() if count}}
         return {f"sidecar/{name}": count for name, count in sorted(told.items())}
+
+    def last_words(self) -> dict[str, Value]:
+        """Return all that is known at an end without a Goodbye."""
+        return {**self.figures(), **self.losses()} if self._is_counted else {}
 
     def _num_refused(self) -> int:
         return sum(count for name, count in self._totals.items() if name.startswith("refused/"))
@@ -98,6 +108,7 @@ class RunAccounts:
             "totals": {name: count for name, count in sorted(self._totals.items()) if count},
             "told_by_ends": {kind: count for kind, count in sorted(self._told_by_ends.items()) if count},
             "messages": self._num_messages,
+            "is_counted": self._is_counted,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -107,10 +118,11 @@ class RunAccounts:
         self._totals = Counter({str(name): int(count) for name, count in state["totals"].items()})
         self._told_by_ends = Counter({str(kind): int(count) for kind, count in state["told_by_ends"].items()})
         self._num_messages = None if state["messages"] is None else int(state["messages"])
+        self._is_counted = bool(state["is_counted"])
 
     def restore_drops(self, dropped: Mapping[str, Any]) -> None:
         """Take over a state of version 1, which knew what the steps' ends say was dropped, and counted no messages."""
-        self._num_messages = None
+        self._num_messages, self._is_counted = None, False
         self._told_by_ends = Counter({known_kind(str(kind)): int(count) for kind, count in dropped.items()})
 
 

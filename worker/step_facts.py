@@ -29,8 +29,9 @@ def telling_facts(step: AssembledStep) -> dict[str, Value]:
 def companion_facts(step: AssembledStep) -> dict[str, Value]:
     """Return the facts that stand in a row that is written anyway."""
     found = Measurement()
-    if step.ends:
+    if step.ends or step.num_messages is None:  # the wire 1.0's tails said 0
         found.put("sidecar/lag_seconds", step.lag_seconds)
+    if step.ends:
         found.put("train/epoch", max(end.epoch for end in step.ends.values()))
         found.put("sidecar/hook_ms", 1_000.0 * max(end.hook_seconds for end in step.ends.values()))
     return found.values

@@ -6,14 +6,18 @@ Live and replay use the same function on the same inputs, so a replayed step is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 from sidestep.protocol.errors import ProtocolError
 from sidestep.protocol.frames import Envelope, UnknownMessage, decode
 from sidestep.protocol.messages import STEP_KINDS, Goodbye, Kind, Message, Notice, StepEnd
+from sidestep.protocol.version import WIRE_MINOR
 from sidestep.worker.errors import JournalError
 from sidestep.worker.intake.segments import Row
 from sidestep.worker.records import AssembledStep, Part, RankAccount, StepClosing
+
+ACCOUNTS_MINOR: Final = 1
+"""Rows of what an older wire brought say no more of their accounts than they did: their replay is the same bytes."""
 
 Key: TypeAlias = tuple[int, int]
 """(rank, sequence) within one incarnation."""
@@ -28,6 +32,8 @@ class Journaled(NamedTuple):
     """Number over all messages of the journal, in the order they were committed; -1 until it is on disk."""
     received_at: float = 0.0
     """The worker's clock when it came, unix seconds."""
+    wire_minor: int = WIRE_MINOR
+    """Minor version of the wire that its publisher speaks."""
 
     @property
     def key(self) -> Key:
@@ -59,7 +65,9 @@ def journaled(row: Row) -> Journaled:
         raise JournalError(
             f"message {row.sequence} of rank {row.rank} of {row.incarnation} cannot be read: {error}"
         ) from error
-    return Journaled(envelope=envelope, message=message, arrival=row.arrival, received_at=row.received_at)
+    return Journaled(
+        envelope=envelope, message=message, arrival=row.arrival, received_at=row.received_at, wire_minor=row.wire_minor
+    )
 
 
 def step_of(message: Message | UnknownMessage) -> int:
@@ -100,7 +108,7 @@ def assemble(closing: StepClosing, messages: Mapping[Key, Journaled]) -> Assembl
         unix_time=unix_time if ends else _latest(closing, messages),
         lag_seconds=max(0.0, newest - unix_time) if ends else 0.0,
         accounts=_newest_accounts(messages[key].envelope for key in keys),
-        num_messages=sum(not isinstance(messages[key].message, Goodbye) for key in keys),
+        num_messages=_num_messages([messages[key] for key in keys]),
     )
 
 
@@ -112,6 +120,12 @@ def _latest(closing: StepClosing, messages: Mapping[Key, Journaled]) -> float:
 def _newest_ends(messages: Sequence[Journaled]) -> dict[int, tuple[Envelope, StepEnd]]:
     """``messages`` are in the order of (rank, sequence), so the last one of a rank is its newest."""
     return {each.envelope.rank: (each.envelope, each.message) for each in messages if isinstance(each.message, StepEnd)}
+
+
+def _num_messages(messages: Sequence[Journaled]) -> int | None:
+    if any(each.wire_minor < ACCOUNTS_MINOR for each in messages):
+        return None
+    return sum(not isinstance(each.message, Goodbye) for each in messages)
 
 
 def _newest_accounts(envelopes: Iterable[Envelope]) -> dict[int, RankAccount]:

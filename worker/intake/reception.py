@@ -251,7 +251,7 @@ class Reception:
         step = step_of(message)
         self._rows.append(Row(incarnation, rank, sequence, message.kind, step, major, minor, received_at, at, frame))
         size_bytes = len(frame) + MESSAGE_OVERHEAD_BYTES
-        self._waiting.append((Journaled(envelope, message, at, received_at), size_bytes))
+        self._waiting.append((Journaled(envelope, message, at, received_at, minor), size_bytes))
         self._waiting_bytes += size_bytes
 
     def _known(self, incarnation: str, rank: int) -> RangeSet:

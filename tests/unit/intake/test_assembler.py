@@ -269,6 +269,16 @@ def test_a_closing_and_its_messages_make_the_same_step_again_in_any_order() -> N
     )
 
 
+def test_messages_of_an_older_wire_are_not_counted() -> None:
+    stream = Stream()
+    messages = stream.make_step(0)
+    stream.add(*messages)
+    (closed,) = stream.close()
+    assert closed.step.num_messages == len(messages)
+    of_before = {each.key: each._replace(wire_minor=0) for each in messages}
+    assert assemble(closed.closing, of_before).num_messages is None
+
+
 def test_a_closing_whose_messages_are_gone_is_told() -> None:
     stream = Stream()
     stream.add(*stream.make_step(0))

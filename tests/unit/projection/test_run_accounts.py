@@ -143,6 +143,21 @@ def test_the_state_of_version_1_is_still_read() -> None:
     assert "sidecar/journal_rows" not in row, "the messages before were not counted"
 
 
+def test_what_came_over_the_wire_1_0_says_no_more_than_it_did() -> None:
+    projection = make_projection()
+    older: dict[str, Any] = {"num_messages": None}
+    assert rows(projection, step(0, {0: account(9)}, **older)) == []
+    (row,) = rows(projection, step(1, {0: account(12, 1, 2)}, **older))
+    told = {key: value for key, value in row.items() if key.startswith("sidecar/")}
+    assert told == {"sidecar/dropped/losses": 1, "sidecar/refused/losses": 2, "sidecar/lag_seconds": 0.0}
+    (row,) = rows(projection, step(2, {0: account(15, 1, 2, resent=3)}))
+    assert (row["sidecar/resent"], row["sidecar/refused"], row["sidecar/produced"]) == (3, 2, 15)
+    assert "sidecar/journal_rows" not in row, "not all of the run's messages were counted"
+    projection.project(step(3, {0: account(18, 1, 2)}, **older))
+    (end,) = [e.value() for e in projection.finish(1, tail_unknown=True).entries if e.kind == "row"]
+    assert [key for key in end if key.startswith("sidecar/")] == ["sidecar/tail_unknown"]
+
+
 @pytest.mark.parametrize("state", [{}, {"attempt": 0}, {"attempt": 0, "ranks": [1], "totals": {}, "told_by_ends": {}}])
 def test_what_is_no_state_of_accounts_is_refused(state: dict[str, Any]) -> None:
     projection = make_projection()
