@@ -22,7 +22,11 @@ class Reading:
     reference: float | None = None
     """What is usual here, where that is known."""
     evidence: str = ""
-    """The numbers in words; made only where it is beyond."""
+    """The numbers in words; ``{token}`` and ``{module}`` stand for the texts of the next two."""
+    token: int = -1
+    """Id of the token that it is about, where it is about one."""
+    module: int = -1
+    """Number of the module that it is about, where it is about one."""
 
 
 class Family(Protocol):

@@ -91,6 +91,10 @@ class RepeatedData:
             )  # fmt: skip
         self._usual.update(share)
 
+    def resume(self) -> None:
+        """Another attempt repeats steps, and with them their samples."""
+        self._digests, self._sketches = [], []
+
     def forget(self) -> None:
         """Learn anew how often samples come again."""
         self._usual = self._new_usual()

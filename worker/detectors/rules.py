@@ -121,6 +121,16 @@ class Cumulative(Rule):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Gap(Cumulative):
+    """Mean loss minus mean entropy, which is 0 for any model that is as sure as it is right."""
+
+    threshold: float = 10.0
+    """Measured: healthy runs have medians of -0.11 to 0.00 nats, single steps of -0.35 to 0.22."""
+    own: float = 0.05
+    """Most nats of a lasting gap that are taken for the run's own: an aggressive rate is a little too sure."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Composition(Cumulative):
     """The loss against what the same targets usually cost (docs/detection.md, CAL)."""
 
@@ -133,6 +143,23 @@ class Composition(Cumulative):
     """Rows below which a step is not judged."""
     max_ids: int = 2_048
     """Targets with an expectation of their own; rarer ones share one by the size of their id."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drop(Rule):
+    """The loss falls from one step to the next by what no learning explains."""
+
+    hits: int = 2
+    window: int = 3
+    cool_steps: int = 300
+    threshold: float = 0.4
+    """Part of its level that the loss lost: learning takes tens of steps for that, a leak one."""
+    least: float = 0.2
+    """Nats that it lost at least."""
+    recent: int = 3
+    """Steps whose median is compared with ..."""
+    before: int = 20
+    """... the median of this many before them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,7 +209,8 @@ class Mass(Limit):
     """... and at most this many."""
     errors: float = 4.0
     """Standard errors of the targets' share that it must be over as well: few rows say little."""
-    armed: int = 0
+    share: float = 0.0
+    """Part of the token's share among the targets that it must be over as well."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,6 +320,8 @@ class SingleAnswer(Shift):
     window: int = 5
     threshold: float = 0.95
     """Share of the content rows that are predicted to be one and the same token."""
+    min_rows: int = 128
+    pooled: int = 32
     sure: float = 0.3
     """Entropy in nats below which such a prediction is sure: an honest 85 %-"A" model has 0.42."""
     usual: float = 0.9

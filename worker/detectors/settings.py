@@ -10,6 +10,8 @@ from sidestep.worker.detectors.rules import (
     Alignment,
     Composition,
     Cumulative,
+    Drop,
+    Gap,
     Generated,
     GeneratedLength,
     Limit,
@@ -63,14 +65,15 @@ class DetectorSettings:
     uniform_predictions: Limit = field(default_factory=lambda: Limit(hits=4, window=5, threshold=0.1))
     # self-referenced
     mass_excess: Mass = field(default_factory=Mass)
-    mass_deficit: Mass = field(default_factory=lambda: Mass(hits=4, window=5, armed=20))
+    mass_deficit: Mass = field(
+        default_factory=lambda: Mass(hits=4, window=5, armed=20, threshold=0.04, errors=5.0, share=0.6)
+    )
     copying: Mass = field(default_factory=lambda: Mass(threshold=0.3))
     cal_up: Composition = field(default_factory=Composition)
     loss_cusum: Cumulative = field(default_factory=Cumulative)
     loss_regress: Regress = field(default_factory=Regress)
     loss_spike: Spike = field(default_factory=lambda: Spike(rearm=20))
-    confidence_gap: Cumulative = field(default_factory=lambda: Cumulative(threshold=10.0))
-    underconfident: Cumulative = field(default_factory=lambda: Cumulative(threshold=14.0, floor=0.03, warmup=120))
+    confidence_gap: Gap = field(default_factory=Gap)
     grad_spike: Spike = field(default_factory=lambda: Spike(hits=2, window=3, threshold=6.0, rise=1.1))
     grad_vanish: Spike = field(default_factory=lambda: Spike(hits=3, window=3, threshold=8.0, rise=6.9))
     module_spike: Spike = field(
@@ -90,14 +93,14 @@ class DetectorSettings:
     gen_vs_target: Generated = field(default_factory=lambda: Generated(threshold=0.45))
     gen_length: GeneratedLength = field(default_factory=GeneratedLength)
     # data
-    target_single: Shift = field(default_factory=lambda: Shift(threshold=0.1, warmup=0))
+    target_single: Shift = field(default_factory=lambda: Shift(threshold=0.1, min_rows=128, pooled=32))
     target_shift: Shift = field(default_factory=lambda: Shift(threshold=0.25))
     length_shift: Shift = field(default_factory=lambda: Shift(threshold=2.0, hits=5, window=8))
     answers_truncated: Shift = field(default_factory=lambda: Shift(threshold=0.1, pooled=8))
     batch_shrunk: Shift = field(default_factory=lambda: Shift(threshold=0.3, hits=5, window=8, min_rows=4))
     data_repeats: Shift = field(default_factory=lambda: Shift(threshold=0.5, hits=8, window=10, min_rows=4))
-    cal_down: Composition = field(default_factory=lambda: Composition(threshold=14.0, cool_steps=300))
-    user_rules: Rule = field(default_factory=lambda: Rule(rearm=1))
+    cal_down: Drop = field(default_factory=Drop)
+    user_rules: Rule = field(default_factory=lambda: Rule(rearm=1, cool_steps=0))
 
     def rule(self, name: str) -> Rule | None:
         """Return the rule of a detector; None where there is none of this name."""

@@ -93,6 +93,10 @@ class Updates:
         is_beyond = share > limit and not record.applied
         yield Reading(name="updates_skipped", value=share, limit=limit, is_beyond=is_beyond, evidence=evidence)
 
+    def resume(self) -> None:
+        """Another attempt begins with the weights of a checkpoint."""
+        self._weights, self._kind, self._unmoved, self._skipped = 0, 0, 0, []
+
     def forget(self) -> None:
         """A new stage may begin a new schedule and hold other weights still."""
         self._highest_rate = self._last_rate = 0.0

@@ -1,0 +1,115 @@
+"""What each detector is about: how severe it is, what it belongs to, and how people are told of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final
+
+
+class Severity(IntEnum):
+    """How much an incident matters."""
+
+    INFO = 0
+    """A shift: perhaps on purpose."""
+    WARNING = 1
+    """Data, or something that may become a failure."""
+    CRITICAL = 2
+    """The model, or labels that spoil it."""
+
+    @property
+    def level(self) -> str:
+        """The word that notices and alerts use."""
+        return self.name.lower()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DetectorKind:
+    """One detector, in words."""
+
+    name: str
+    severity: Severity
+    nature: str
+    """``exact`` (no reference), ``self`` (against its own past), ``generation`` or ``shift``."""
+    is_collapse: bool
+    """True where what it finds is that the model says one thing, or nothing it has learned."""
+    title: str
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether an announced stage changes nothing for it."""
+        return self.nature == "exact"
+
+
+_ROWS: Final = """
+no_labels|critical|exact||a batch has nothing to learn from
+label_masked_pos|critical|exact||padding is trained on
+pad_labelled|critical|exact||the padding id is among the targets
+image_tokens_labelled|critical|exact||image placeholders are among the targets
+label_leak|critical|exact||the targets stand in the inputs
+label_alignment|critical|exact||the targets are not the next tokens
+no_stop_token|critical|exact||answers never end
+dup_batch|critical|exact||the same batch over and over
+dup_ranks|critical|exact||ranks see the same samples
+dup_in_batch|critical|exact||a batch repeats its samples
+image_constant|critical|exact||the images are all alike or blank
+image_embed_zero|critical|exact||the projector gives zeros
+image_embed_constant|critical|exact||the projector gives the same for every image
+rank_desync|critical|exact||ranks hold different weights
+lr_zero|critical|exact||the learning rate is 0
+updates_skipped|critical|exact||optimizer steps are skipped
+no_gradient|critical|exact||the gradient is 0
+module_dead|critical|exact||a module gets no gradient
+no_update|critical|exact||the weights do not move
+nonfinite|critical|exact||numbers that are none
+init_loss|critical|exact||the model starts worse than guessing
+worse_than_uniform|critical|exact||the model is worse than guessing
+uniform_predictions|critical|exact|collapse|the model guesses evenly
+single_answer|critical|self|collapse|the model answers one token to everything
+mass_excess|critical|self|collapse|one token takes the probability of others
+copying|critical|self|collapse|the model repeats the token before
+mass_deficit|critical|self|collapse|the model has forgotten a token
+back_to_prior|critical|self|collapse|the model fell back to counting
+worse_than_prior|critical|self||the model is worse than counting
+cal_up|critical|self||the same targets cost more
+confidence_gap|critical|self||the model is surer than it is right
+rank_outlier|critical|self||one rank is worse than the others
+loss_cusum|critical|self||the loss rises
+loss_regress|critical|self||the loss stays above its best
+image_lost|critical|self||images are not looked at any more
+gen_repetition|critical|generation|collapse|generated answers loop
+user_rules|critical|generation|collapse|the generated answers are collapsed
+image_unused|warning|self||images are not looked at
+never_beyond_prior|warning|self||nothing is learned beyond counting
+loss_spike|warning|self||the loss spikes
+grad_spike|warning|self||the gradient spikes
+grad_vanish|warning|self||the gradient vanishes
+module_spike|warning|self||a module's gradient spikes
+gen_vs_target|warning|generation||generated answers favour one token
+gen_length|warning|generation||generated answers have other lengths
+target_single|warning|shift||the training data have one answer only
+answers_truncated|warning|shift||answers are cut off
+batch_shrunk|warning|shift||batches have shrunk
+data_repeats|warning|shift||few samples come again and again
+cal_down|warning|shift||the loss falls all at once
+target_shift|info|shift||the targets are others
+length_shift|info|shift||the answers' lengths are others
+"""
+
+
+def _kind(line: str) -> DetectorKind:
+    name, severity, nature, collapse, title = line.split("|")
+    return DetectorKind(
+        name=name, severity=Severity[severity.upper()], nature=nature, is_collapse=collapse == "collapse", title=title
+    )
+
+
+KINDS: Final[Mapping[str, DetectorKind]] = {kind.name: kind for kind in map(_kind, _ROWS.strip().splitlines())}
+"""Name to kind; of several that speak at one step the first of the most severe ones names the incident."""
+
+
+def kind_of(name: str) -> DetectorKind:
+    """Return a detector's kind; one from outside (``plugins.py``) is a warning of its own past until it says more."""
+    unknown = DetectorKind(name=name, severity=Severity.WARNING, nature="self", is_collapse=False, title=name)
+    return KINDS.get(name, unknown)

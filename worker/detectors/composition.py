@@ -1,0 +1,131 @@
+"""The loss against what the same targets usually cost (CAL, docs/detection.md): what a batch is made of falls out.
+
+``cal_up`` adds up what the step costs more than its targets usually do; ``cal_down`` what it suddenly costs less, as
+when the answer stands in the prompt. Other families read the rows' residuals (``StepView.residuals``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sidestep.protocol.messages import Json
+from sidestep.worker.detectors.reading import Reading
+from sidestep.worker.detectors.running import Cusum, Freeze, RunningMoments, Window, median
+from sidestep.worker.detectors.settings import DetectorSettings
+from sidestep.worker.detectors.token_table import Costs
+from sidestep.worker.detectors.view import StepView
+
+
+class CompositionAdjusted:
+    """Loss minus a running expectation of each target."""
+
+    name = "composition"
+
+    def __init__(self, settings: DetectorSettings) -> None:
+        self._rule = settings.cal_up
+        self._down_rule = settings.cal_down
+        self._reset()
+
+    def _reset(self) -> None:
+        rule = self._rule
+        self._costs = Costs(max_ids=rule.max_ids, rate=rule.token_rate, min_sightings=rule.min_sightings)
+        self._centre = RunningMoments(rate=rule.rate, floor=rule.floor)
+        self._level = RunningMoments(rate=rule.token_rate, floor=rule.floor)  # of the loss itself, for unknown targets
+        self._up = Cusum(allowance=rule.allowance, limit=rule.threshold, clip=rule.clip)
+        self._last = Window(self._down_rule.recent + self._down_rule.before)
+        self._freeze = Freeze(rule.freeze_steps)
+        self._usual_rows = 0.0
+
+    def read(self, view: StepView) -> Sequence[Reading]:
+        """Judge one step, then learn from it unless it is under suspicion."""
+        if view.num_rows < self._rule.min_rows:
+            return ()
+        losses = view.losses
+        ids, which = np.unique(view.record.targets.astype(np.int64), return_inverse=True)
+        counts = np.bincount(which.reshape(-1), minlength=ids.size)
+        expected = self._costs.expected(ids, self._level.mean if self._level.count else float(losses.mean()))
+        view.residuals = losses - expected[which.reshape(-1)]
+        residual = float(view.residuals.mean())
+        widen = math.sqrt(max(1.0, self._usual_rows / view.num_rows))
+        found: list[Reading] = []
+        if self._centre.count >= self._rule.warmup:
+            found = [self._risen(residual, widen), *self._fallen(residual)]
+        if not self._freeze.holds(is_suspicious=self._up.is_suspicious):
+            self._centre.update(residual, widen)
+            self._learn(losses, ids, which.reshape(-1), counts, expected)
+        self._usual_rows += 0.05 * (view.num_rows - self._usual_rows)
+        return found
+
+    def _risen(self, residual: float, widen: float) -> Reading:
+        z = self._centre.z(residual, widen)
+        value = self._up.add(z)
+        said = (
+            f"{residual - self._centre.mean:+.3f} nats against what the same targets usually cost "
+            f"({z:+.1f} standard deviations of {self._centre.deviation * widen:.3f})"
+        )
+        return Reading(
+            name="cal_up", value=value, limit=self._up.limit, is_beyond=self._up.is_beyond,
+            reference=self._centre.mean, evidence=said if self._up.is_beyond else "",
+        )  # fmt: skip
+
+    def _fallen(self, residual: float) -> list[Reading]:
+        """The last few steps against those before them: a fall that is over in a few steps."""
+        rule = self._down_rule
+        self._last.add(residual)
+        values = self._last.values
+        if len(values) < rule.recent + rule.before:
+            return []
+        fall = median(values[: -rule.recent]) - median(values[-rule.recent :])
+        limit = max(rule.least, rule.threshold * self._level.mean)
+        said = f"the same targets suddenly cost {fall:.3f} nats less, of {self._level.mean:.3f}"
+        return [
+            Reading(
+                name="cal_down", value=fall, limit=limit, is_beyond=fall > limit, reference=self._level.mean,
+                evidence=said,
+            )
+        ]  # fmt: skip
+
+    def _learn(self, losses: Any, ids: Any, which: Any, counts: Any, expected: Any) -> None:
+        """Move each target's expectation towards its mean, by no more than a large ordinary deviation."""
+        means = np.bincount(which, weights=losses, minlength=ids.size) / counts
+        mean = float(losses.mean())
+        if self._centre.count > self._rule.warmup:
+            reach = 3.0 * max(float(np.sqrt(np.mean(np.square(losses - expected[which])))), self._rule.floor)
+            means = np.clip(means, expected - reach, expected + reach)
+        self._level.update(mean)
+        self._costs.learn(ids, means, counts)
+
+    @property
+    def is_suspicious(self) -> bool:
+        """Whether references should stand still elsewhere too."""
+        return self._up.is_suspicious
+
+    def forget(self) -> None:
+        """Learn anew what targets cost."""
+        self._reset()
+
+    def state(self) -> Json:
+        """Return all that ``restore`` needs."""
+        return {
+            "costs": self._costs.state(),
+            "centre": self._centre.state(),
+            "level": self._level.state(),
+            "sum": self._up.total,
+            "last": self._last.values,
+            "frozen": self._freeze.steps,
+            "rows": self._usual_rows,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over a state."""
+        self._costs.restore(state["costs"])
+        self._centre.restore(state["centre"])
+        self._level.restore(state["level"])
+        self._up.total = float(state["sum"])
+        self._last.values = [float(value) for value in state["last"]]
+        self._freeze.steps = int(state["frozen"])
+        self._usual_rows = float(state["rows"])

@@ -1,0 +1,158 @@
+"""Gradients against their own past: the whole norm, and each module's part of it.
+
+The raw norm is the fastest signal and the noisiest (docs/detection.md): so it takes several readings, a logarithm, a
+robust deviation and a rise that means something, and nothing is said of a loss of almost 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from sidestep.protocol.messages import Json
+from sidestep.worker.detectors.reading import Reading
+from sidestep.worker.detectors.running import Window, median
+from sidestep.worker.detectors.settings import DetectorSettings
+from sidestep.worker.detectors.view import StepView
+from sidestep.worker.record_weights import TRAINABLE, VISUAL
+from sidestep.worker.step_record import StepRecord
+
+LOG_FLOOR: Final = 0.05
+"""Smallest robust deviation of a norm's logarithm."""
+TINY: Final = 1e-30
+
+
+class GradientChanges:
+    """``grad_spike``, ``grad_vanish``, ``module_dead`` and ``module_spike``."""
+
+    name = "gradients"
+
+    def __init__(self, settings: DetectorSettings) -> None:
+        self._settings = settings
+        self._reset()
+
+    def _reset(self) -> None:
+        self._norms = Window(self._settings.grad_spike.median_readings)
+        self._shares: list[Window] = []  # log of each module's share, where it had a gradient
+        self._without: list[int] = []  # readings in a row in which each module had none
+        self._is_new_stage = False
+        self._has_seen_images = False
+
+    def read(self, view: StepView) -> Sequence[Reading]:
+        """Judge one step."""
+        record = view.record
+        if record.applied is False:
+            return ()
+        is_quiet = record.loss is not None and record.loss < self._settings.grad_spike.least_loss
+        self._has_seen_images = self._has_seen_images or record.images > 0
+        return [*self._whole(record, is_quiet=is_quiet), *self._modules(record, is_quiet=is_quiet)]
+
+    def _whole(self, record: StepRecord, *, is_quiet: bool) -> Iterator[Reading]:
+        norm = record.gradient_norm
+        if norm is None or norm <= 0:
+            return
+        value = math.log(norm)
+        z = self._norms.robust_z(value, LOG_FLOOR)
+        up, down = self._settings.grad_spike, self._settings.grad_vanish
+        if z is not None and len(self._norms.values) >= up.warmup and not is_quiet:
+            rise = value - median(self._norms.values)
+            evidence = f"gradient norm {norm:.3g}, {math.exp(rise):.3g} times the median of the last"
+            yield Reading(
+                name="grad_spike", value=z, limit=up.threshold, is_beyond=z > up.threshold and rise > up.rise,
+                evidence=evidence,
+            )  # fmt: skip
+            is_down = -z > down.threshold and -rise > down.rise
+            yield Reading(name="grad_vanish", value=-z, limit=down.threshold, is_beyond=is_down, evidence=evidence)
+        self._norms.add(value)
+
+    def _modules(self, record: StepRecord, *, is_quiet: bool) -> Iterator[Reading]:
+        norms = [float(norm) for norm in record.module_norms]
+        if not norms:
+            return
+        if len(self._shares) != len(norms):
+            self._shares = [Window(self._settings.module_dead.median_readings) for _ in norms]
+            self._without = [0] * len(norms)
+        whole = math.sqrt(sum(norm * norm for norm in norms if norm > 0)) or TINY
+        dead, worst, spike = -1, math.inf, (-math.inf, -1, 0.0)
+        for place, norm in enumerate(norms):
+            if not self._is_judged(record, place):
+                continue
+            share = max(norm, 0.0) / whole
+            ratio = self._ratio(place, norm, share)
+            if ratio is not None and ratio < worst:
+                dead, worst = place, ratio
+            if norm > 0:
+                spike = max(spike, self._spike(place, norm))
+                self._shares[place].add(math.log(norm))
+        limit = self._settings.module_dead.threshold
+        if dead >= 0:
+            evidence = f"{{module}} has {max(norms[dead], 0.0):.3g} of a gradient of {whole:.3g}"
+            yield Reading(
+                name="module_dead", value=worst, limit=limit, is_beyond=worst < limit and not is_quiet, module=dead,
+                evidence=evidence,
+            )  # fmt: skip
+        if spike[1] >= 0:
+            rule = self._settings.module_spike
+            is_beyond = spike[0] > rule.threshold and spike[2] > rule.rise and not is_quiet
+            evidence = f"the gradient of {{module}} is {math.exp(min(spike[2], 50.0)):.3g} times its median"
+            yield Reading(
+                name="module_spike", value=spike[0], limit=rule.threshold, is_beyond=is_beyond, module=spike[1],
+                evidence=evidence,
+            )  # fmt: skip
+
+    def _is_judged(self, record: StepRecord, place: int) -> bool:
+        """A module that is frozen, or that sees images where there are none, is not expected to have a gradient."""
+        flags = record.module_flags[place] if place < len(record.module_flags) else 0
+        norm = float(record.module_norms[place])
+        if math.isnan(norm) or (flags & VISUAL and self._has_seen_images and not record.images):
+            return False
+        had = bool(self._shares[place].values)
+        is_never = norm <= 0 and not had
+        if is_never and (not flags & TRAINABLE or self._is_new_stage):
+            return False
+        return not (is_never and flags & VISUAL and not self._has_seen_images)
+
+    def _ratio(self, place: int, norm: float, share: float) -> float | None:
+        """The module's norm in parts of its median; 0 without a gradient, None where that cannot be told yet."""
+        rule = self._settings.module_dead
+        self._without[place] = min(self._without[place] + 1, 1 << 20) if norm <= 0 else 0
+        values = self._shares[place].values
+        if norm <= 0:
+            is_told = bool(values) or norm == 0 or self._without[place] >= rule.never_hits - rule.hits
+            return 0.0 if is_told else None
+        if len(values) < rule.hits:
+            return None
+        usual = median(values)
+        # The whole gradient may shrink as the task is learned: only what shrinks more than all of it is dead.
+        return max(norm / math.exp(usual), share)
+
+    def _spike(self, place: int, norm: float) -> tuple[float, int, float]:
+        values = self._shares[place].values
+        z = self._shares[place].robust_z(math.log(norm), LOG_FLOOR)
+        return (z, place, math.log(norm) - median(values)) if z is not None else (-math.inf, -1, 0.0)
+
+    def forget(self) -> None:
+        """Another stage may freeze other modules: what has no gradient at its start is taken for frozen."""
+        self._reset()
+        self._is_new_stage = True
+
+    def state(self) -> Json:
+        """Return all that ``restore`` needs."""
+        return {
+            "norms": self._norms.values,
+            "shares": [window.values for window in self._shares],
+            "without": self._without,
+            "flags": [self._is_new_stage, self._has_seen_images],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over a state."""
+        self._norms.values = [float(value) for value in state["norms"]]
+        self._shares = []
+        for values in state["shares"]:
+            window = Window(self._settings.module_dead.median_readings)
+            window.values = [float(value) for value in values]
+            self._shares.append(window)
+        self._without = [int(count) for count in state["without"]]
+        self._is_new_stage, self._has_seen_images = map(bool, state["flags"])

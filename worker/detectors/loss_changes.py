@@ -1,0 +1,109 @@
+"""The raw loss against its own past: sudden rises, slow ones, and single spikes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from sidestep.protocol.messages import Json
+from sidestep.worker.detectors.reading import Reading
+from sidestep.worker.detectors.running import Cusum, Freeze, RunningMoments, Window
+from sidestep.worker.detectors.settings import DetectorSettings
+from sidestep.worker.detectors.view import StepView
+
+
+class LossChanges:
+    """``loss_cusum``, ``loss_regress`` and ``loss_spike``."""
+
+    name = "loss"
+
+    def __init__(self, settings: DetectorSettings) -> None:
+        self._settings = settings
+        self._reset()
+
+    def _reset(self) -> None:
+        rule = self._settings.loss_cusum
+        self._moments = RunningMoments(rate=rule.rate, floor=rule.floor)
+        self._sum = Cusum(allowance=rule.allowance, limit=rule.threshold, clip=rule.clip)
+        self._freeze = Freeze(rule.freeze_steps)
+        regress = self._settings.loss_regress
+        self._smooth = RunningMoments(rate=regress.rate, floor=rule.floor, clip=math.inf)
+        self._best = math.inf
+        self._window = Window(self._settings.loss_spike.median_readings)
+
+    def read(self, view: StepView) -> Sequence[Reading]:
+        """Judge one step's mean loss."""
+        loss = view.record.loss
+        if loss is None or not math.isfinite(loss):
+            return ()
+        found = [*self._cumulative(loss), *self._regressed(loss), *self._spiked(loss)]
+        self._window.add(loss)
+        return found
+
+    def _cumulative(self, loss: float) -> Iterator[Reading]:
+        if self._moments.count >= self._settings.loss_cusum.warmup:
+            z = self._moments.z(loss)
+            value = self._sum.add(z)
+            evidence = (
+                f"loss {loss:.3f}, usually {self._moments.mean:.3f} +- {self._moments.deviation:.3f} ({z:+.1f} sd)"
+            )
+            yield Reading(
+                name="loss_cusum", value=value, limit=self._sum.limit, is_beyond=self._sum.is_beyond,
+                reference=self._moments.mean, evidence=evidence,
+            )  # fmt: skip
+        if not self._freeze.holds(is_suspicious=self._sum.is_suspicious):
+            self._moments.update(loss)
+
+    def _regressed(self, loss: float) -> Iterator[Reading]:
+        rule = self._settings.loss_regress
+        self._smooth.update(loss)
+        if self._smooth.count < rule.warmup:
+            return
+        mean = self._smooth.mean
+        self._best = min(self._best, mean)
+        error = self._smooth.deviation * math.sqrt(rule.rate / (2.0 - rule.rate))
+        limit = max(rule.threshold, rule.share * self._best, rule.errors * error)
+        rise = mean - self._best
+        evidence = f"the mean of the last {round(1 / rule.rate)} losses is {mean:.3f}, {rise:.3f} above its best"
+        yield Reading(
+            name="loss_regress", value=rise, limit=limit, is_beyond=rise > limit, reference=self._best,
+            evidence=evidence,
+        )  # fmt: skip
+
+    def _spiked(self, loss: float) -> Iterator[Reading]:
+        rule = self._settings.loss_spike
+        z = self._window.robust_z(loss, floor=self._settings.loss_cusum.floor)
+        if z is None or len(self._window.values) < rule.warmup:
+            return
+        ordered = sorted(self._window.values)
+        middle = ordered[len(ordered) // 2]
+        is_beyond = z > rule.threshold and loss - middle > rule.rise
+        evidence = f"loss {loss:.3f}, {z:.1f} robust standard deviations over the median {middle:.3f} of the last"
+        yield Reading(
+            name="loss_spike", value=z, limit=rule.threshold, is_beyond=is_beyond, reference=middle, evidence=evidence
+        )
+
+    def forget(self) -> None:
+        """Learn anew what the loss is."""
+        self._reset()
+
+    def state(self) -> Json:
+        """Return all that ``restore`` needs."""
+        return {
+            "moments": self._moments.state(),
+            "sum": self._sum.total,
+            "frozen": self._freeze.steps,
+            "smooth": self._smooth.state(),
+            "best": self._best,
+            "window": self._window.values,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over a state."""
+        self._moments.restore(state["moments"])
+        self._sum.total = float(state["sum"])
+        self._freeze.steps = int(state["frozen"])
+        self._smooth.restore(state["smooth"])
+        self._best = float(state["best"])
+        self._window.values = [float(value) for value in state["window"]]

@@ -1,0 +1,198 @@
+"""Mean prediction against the targets of the same rows: a token that gets more, or far less, than its share.
+
+At the best bias of its logits a model gives every token its frequency on average, whatever else it knows (the design is
+in docs/detection.md): an honest model of 85 % "A" gives "A" 0.85. Most probable tokens have no such property: the same
+model says "A" always. ``copying`` is the collapse that this cannot see: the token before, said again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sidestep.protocol.messages import Json
+from sidestep.worker.detectors.reading import Reading
+from sidestep.worker.detectors.rules import Mass
+from sidestep.worker.detectors.settings import DetectorSettings
+from sidestep.worker.detectors.view import StepView
+
+MAX_TARGETS: Final = 32
+"""Most frequent targets of a step that are remembered beside the ids of its mean prediction."""
+MAX_CLUSTER: Final = 4.0
+"""Rows of an answer that count as one: its tokens are not independent."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pooled:
+    """One step of the window."""
+
+    rows: float
+    cluster: float
+    rest: float
+    ids: NDArray[np.int32]
+    low: NDArray[np.float32]
+    high: NDArray[np.float32]
+    share: NDArray[np.float32]
+    pairs: float
+    """Rows with a row of the same answer before them."""
+    copies: float
+    """Of these, where the prediction is the target before."""
+    repeats: float
+    """Of these, where the target is the target before."""
+
+
+class MassExcess:
+    """``mass_excess``, ``mass_deficit`` and ``copying`` over a window of steps."""
+
+    name = "mass"
+
+    def __init__(self, settings: DetectorSettings) -> None:
+        self._settings = settings
+        self._window: list[_Pooled] = []
+
+    def read(self, view: StepView) -> Sequence[Reading]:
+        """Judge the window that ends with this step."""
+        rule = self._settings.mass_excess
+        pooled = _pool(view)
+        if pooled is None:
+            return ()
+        self._window = [*self._window, pooled][-rule.max_steps :]
+        chosen = self._chosen(rule)
+        if chosen is None:
+            return ()
+        self._window = chosen  # the next step needs no older ones
+        return [*self._judge_mass(chosen), *self._judge_copying(chosen)]
+
+    def _chosen(self, rule: Mass) -> list[_Pooled] | None:
+        """Return the newest steps that are enough: at least so many steps and rows. None below both limits."""
+        rows = 0.0
+        for number, each in enumerate(reversed(self._window), start=1):
+            rows += each.rows
+            if number >= rule.min_steps and rows >= rule.min_rows:
+                return self._window[-number:]
+        return self._window if len(self._window) >= rule.max_steps else None
+
+    def _judge_mass(self, chosen: list[_Pooled]) -> Iterator[Reading]:
+        named = [each for each in chosen if each.ids.size]
+        if not named:
+            return
+        rows = sum(each.rows for each in named)
+        ids, places = np.unique(np.concatenate([each.ids for each in named]), return_inverse=True)
+        places = places.reshape(-1)
+
+        weights = np.repeat([each.rows for each in named], [each.ids.size for each in named])
+
+        def total(values: list[NDArray[np.float32]]) -> NDArray[np.float64]:
+            sums = np.bincount(places, weights=np.concatenate(values) * weights, minlength=ids.size)
+            return sums.astype(np.float64, copy=False) / rows
+
+        low = total([each.low for each in named])
+        share = total([each.share for each in named])
+        # Where a step does not name an id, it may have had up to the rest of that step.
+        rest = sum(each.rest * each.rows for each in named) / rows
+        high = total([each.high - np.float32(each.rest) for each in named]) + rest
+        independent = rows / (sum(each.cluster * each.rows for each in named) / rows)
+        wide = np.maximum(np.maximum(low, share), 1.0 / independent)
+        error = np.sqrt(wide * np.maximum(1.0 - wide, 0.05) / independent)
+        excess, deficit = self._settings.mass_excess, self._settings.mass_deficit
+        yield self._worst(excess, "mass_excess", ids=ids, differences=low - share, share=share, error=error)
+        yield self._worst(deficit, "mass_deficit", ids=ids, differences=share - high, share=share, error=error)
+
+    @staticmethod
+    def _worst(
+        rule: Mass,
+        name: str,
+        *,
+        ids: NDArray[np.int32],
+        differences: NDArray[np.float64],
+        share: NDArray[np.float64],
+        error: NDArray[np.float64],
+    ) -> Reading:
+        limits = np.maximum(np.maximum(rule.threshold, rule.errors * error), rule.share * share)
+        place = int((differences - limits).argmax())
+        value, limit, token = float(differences[place]), float(limits[place]), int(ids[place])
+        sign = 1.0 if name == "mass_excess" else -1.0
+        given = float(share[place]) + sign * value
+        evidence = f"{{token}} is {share[place]:.1%} of the targets and gets {max(given, 0.0):.1%} of the probability"
+        return Reading(
+            name=name, value=value, limit=limit, is_beyond=value > limit, reference=float(share[place]), token=token,
+            evidence=evidence,
+        )  # fmt: skip
+
+    def _judge_copying(self, chosen: list[_Pooled]) -> Iterator[Reading]:
+        pairs = sum(each.pairs for each in chosen)
+        rule = self._settings.copying
+        if pairs < rule.min_rows:
+            return
+        copies, repeats = (sum(getattr(each, name) for each in chosen) / pairs for name in ("copies", "repeats"))
+        value = copies - repeats
+        evidence = f"{copies:.1%} of the predictions are the token before, {repeats:.1%} of the targets are"
+        yield Reading(
+            name="copying", value=value, limit=rule.threshold, is_beyond=value > rule.threshold, reference=repeats,
+            evidence=evidence,
+        )  # fmt: skip
+
+    def forget(self) -> None:
+        """Begin a new window."""
+        self._window = []
+
+    def state(self) -> Json:
+        """Return the window."""
+        return [
+            [
+                each.rows, each.cluster, each.rest, each.pairs, each.copies, each.repeats,
+                *(values.tobytes() for values in (each.ids, each.low, each.high, each.share)),
+            ]
+            for each in self._window
+        ]  # fmt: skip
+
+    def restore(self, state: Any) -> None:
+        """Take over a state."""
+        self._window = [_unpacked(row) for row in state]
+
+
+def _unpacked(row: Sequence[Any]) -> _Pooled:
+    rows, cluster, rest, pairs, copies, repeats, ids, low, high, share = row
+    return _Pooled(
+        float(rows), float(cluster), float(rest), np.frombuffer(ids, "<i4"), np.frombuffer(low, "<f4"),
+        np.frombuffer(high, "<f4"), np.frombuffer(share, "<f4"), float(pairs), float(copies), float(repeats),
+    )  # fmt: skip
+
+
+def _pool(view: StepView) -> _Pooled | None:
+    """Return what the window keeps of a step; None without a row."""
+    record = view.record
+    if not view.num_rows:
+        return None
+    cluster = min(max(view.num_rows / max(view.starts.size, 1), 1.0), MAX_CLUSTER)
+    pairs, copies, repeats = _pairs(view)
+    ids, low, share = record.mean_ids, record.mean_probabilities, record.mean_shares
+    high = low + np.float32(record.mean_slack)
+    rest = record.mean_rest if math.isfinite(record.mean_rest) else 1.0
+    if ids.size:  # frequent targets that the mean prediction does not name
+        targets, counts = np.unique(record.targets, return_counts=True)
+        frequent = np.argsort(-counts, kind="stable")[:MAX_TARGETS]
+        unnamed = frequent[~np.isin(targets[frequent], ids)]
+        ids = np.concatenate([ids, targets[unnamed]])
+        low = np.concatenate([low, np.zeros(unnamed.size, np.float32)])
+        high = np.concatenate([high, np.full(unnamed.size, rest, np.float32)])
+        share = np.concatenate([share, (counts[unnamed] / view.num_rows).astype(np.float32)])
+    rows = float(record.seen_rows or view.num_rows)
+    return _Pooled(rows, cluster, rest, ids, low, high, share, pairs, copies, repeats)
+
+
+def _pairs(view: StepView) -> tuple[float, float, float]:
+    """Count rows with one of the same answer before them, predictions that are its target, targets that are."""
+    predictions = view.predictions
+    if predictions is None:
+        return 0.0, 0.0, 0.0
+    targets = view.record.targets
+    follows = view.answers[1:] == view.answers[:-1]
+    copies = predictions[1:][follows] == targets[:-1][follows]
+    repeats = targets[1:][follows] == targets[:-1][follows]
+    return float(follows.sum()), float(copies.sum()), float(repeats.sum())

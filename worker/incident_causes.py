@@ -1,0 +1,264 @@
+"""The table of likely causes: from the set of detectors that spoke, and facts of the first step, to a cause.
+
+The order is the order of trust: an exact check before the data, the data before a module, a module before the
+optimisation. The first row whose conditions hold is the cause.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cause:
+    """One row of the table."""
+
+    name: str
+    any_of: frozenset[str]
+    """One of these detectors must have spoken ..."""
+    facts: frozenset[str]
+    """... with all of these facts."""
+    text: str
+    advice: str
+
+
+def _cause(name: str, detectors: str, text: str, advice: str, facts: str = "") -> Cause:
+    return Cause(
+        name=name, any_of=frozenset(detectors.split()), facts=frozenset(facts.split()), text=text, advice=advice
+    )
+
+
+CAUSES: Final[tuple[Cause, ...]] = (
+    _cause(
+        "batch_without_labels",
+        "no_labels",
+        "the chat template, the truncation or ignore_index leaves a batch without a label",
+        "look at the collator's output for the named batch; drop or fill samples whose answer was cut away",
+    ),
+    _cause(
+        "padding_labelled",
+        "label_masked_pos pad_labelled",
+        "labels are not masked at padding",
+        "set labels to ignore_index where attention_mask is 0 (mind pad == eos: mask by position, not by id)",
+    ),
+    _cause(
+        "image_tokens_labelled",
+        "image_tokens_labelled",
+        "labels are not masked at image placeholders",
+        "set labels to ignore_index where the input id is the image token",
+    ),
+    _cause(
+        "label_leak",
+        "label_leak",
+        "labels are not shifted: each position predicts its own input",
+        "shift labels by one, once: in the data or in the model's loss",
+    ),
+    _cause(
+        "label_shift",
+        "label_alignment",
+        "labels are shifted twice, or cut apart from their inputs",
+        "compare input_ids[i + 1] with labels[i]; tell the hooks with shifted= which convention holds",
+    ),
+    _cause(
+        "stop_token_missing",
+        "no_stop_token",
+        "EOS is not among the labels: another tokenizer's EOS, or masked as padding (pad == eos), or cut off",
+        "decode a few labels; append EOS after the answer and keep it out of the padding mask",
+    ),
+    _cause(
+        "answers_cut",
+        "answers_truncated",
+        "longer samples are truncated before their answer ends",
+        "raise the maximum length, or drop what does not fit",
+    ),
+    _cause(
+        "loader_stuck",
+        "dup_batch",
+        "the loader hands out the same batch again: an iterator made anew at each step, or a stuck worker",
+        "make the iterator once an epoch; look at the sampler's state after a resume",
+    ),
+    _cause(
+        "ranks_share_data",
+        "dup_ranks",
+        "the data are not split over ranks (or the split is undone by a skip)",
+        "pass rank and world size to the sampler; look at .shard()/.skip() of a streaming data set",
+    ),
+    _cause(
+        "data_repeats",
+        "dup_in_batch data_repeats",
+        "the sampler draws the same few samples",
+        "look at the sampler, the shuffling buffer and the shards that are read",
+    ),
+    _cause(
+        "images_alike",
+        "image_constant",
+        "images are lost or overwritten before the model: a failed download's stand-in, a wrong index, a blank frame",
+        "look at the pixel values of the named batch, as the model gets them",
+    ),
+    _cause(
+        "replicas_apart",
+        "rank_desync",
+        "replicas are not synchronised: a rank skipped a reduction, or a device computes wrongly",
+        "restart from the last checkpoint; test the named rank's device",
+    ),
+    _cause(
+        "rate_is_zero",
+        "lr_zero",
+        "the schedule gives 0: its length is in other units than the steps, or it was not restored",
+        "print the schedule's rate over the steps to come",
+    ),
+    _cause(
+        "steps_skipped",
+        "updates_skipped",
+        "the gradient overflows at every scale, or its scale is lost",
+        "train in bfloat16, or lower the rate; look at the GradScaler's scale",
+    ),
+    _cause(
+        "projector_silent",
+        "image_embed_zero image_embed_constant",
+        "the projector's output tells nothing of the image: zero or dead weights, or its input is constant",
+        "look at the projector's weights and at what the vision encoder gives it",
+    ),
+    _cause(
+        "module_detached",
+        "module_dead no_gradient",
+        "a module is cut off from the loss: detach(), no_grad(), or a flag that freezes it",
+        "look for what lies between the named module and the loss; call mark_stage() when it is frozen on purpose",
+    ),
+    _cause(
+        "weights_stand",
+        "no_update",
+        "the optimizer does not hold these weights, or its steps are lost",
+        "compare the optimizer's parameters with the model's",
+    ),
+    _cause(
+        "bad_start",
+        "init_loss",
+        "weights are not initialised, or new rows of the embedding are far too large",
+        "look at what from_pretrained reports as newly initialised",
+    ),
+    _cause(
+        "diverged",
+        "nonfinite",
+        "the learning rate is too high: it was raised before",
+        "go back to a checkpoint before the first step named; lower the rate or lengthen the warm-up",
+        facts="rate_raised",
+    ),
+    _cause(
+        "diverged",
+        "nonfinite",
+        "the training diverged: the gradient rose first",
+        "go back to a checkpoint before the first step named; lower the rate, clip the gradient, skip the "
+        "named batches",
+        facts="gradient_up",
+    ),
+    _cause(
+        "numbers_lost",
+        "nonfinite",
+        "an operation gave NaN or infinity: a division by 0, a log of 0, an overflow in half precision",
+        "run the named batch again in float32 with anomaly detection",
+    ),
+    _cause(
+        "data_collapsed",
+        "target_single",
+        "the training data have become one answer: all targets are the same token",
+        "look at the data from the first step named on: a filter, a mapping of answers, a sort by answer",
+    ),
+    _cause(
+        "rank_broken",
+        "rank_outlier",
+        "one rank has other data, or computes wrongly",
+        "compare the named rank's samples; move it to another device",
+    ),
+    _cause(
+        "rate_too_high",
+        "grad_spike module_spike cal_up loss_cusum loss_regress loss_spike confidence_gap mass_excess "
+        "back_to_prior worse_than_prior worse_than_uniform uniform_predictions single_answer mass_deficit "
+        "copying",
+        "the learning rate is too high: it was raised before",
+        "go back to a checkpoint before the first step named; lower the rate or lengthen the warm-up",
+        facts="rate_raised",
+    ),
+    _cause(
+        "leak",
+        "cal_down",
+        "the answer has come into the prompt, or the task has become trivial",
+        "decode the prompts of the named batch: the answer must not stand in them",
+    ),
+    _cause(
+        "data_changed",
+        "target_shift length_shift batch_shrunk",
+        "the data are others from the first step named on",
+        "nothing, if this was planned: announce it with mark_stage(name)",
+    ),
+    _cause(
+        "images_lost",
+        "image_lost image_unused",
+        "the model does not use the images: shuffled against their questions, or cut off",
+        "check that each image still belongs to its question; look at the projector's gradient",
+    ),
+    _cause(
+        "labels_or_inputs_wrong",
+        "cal_up loss_cusum loss_spike confidence_gap",
+        "targets or inputs are wrong from the first step named on: the model was as sure as before (noisy "
+        "or shuffled labels, images of other samples)",
+        "decode the named batch: do question, image and answer belong together?",
+        facts="outputs_unchanged",
+    ),
+    _cause(
+        "module_broken",
+        "module_spike",
+        "one module's gradient explodes",
+        "look at the named module: its inputs, its scale, its rate",
+    ),
+    _cause(
+        "weights_damaged",
+        "cal_up loss_cusum loss_spike worse_than_uniform worse_than_prior",
+        "the model itself changed: an update that was too large, an optimizer state that was lost, weights "
+        "that were overwritten",
+        "go back to a checkpoint before the first step named; lower the rate; look at what was loaded or changed there",
+        facts="outputs_changed",
+    ),
+    _cause(
+        "optimisation",
+        "mass_excess single_answer copying mass_deficit back_to_prior uniform_predictions gen_repetition "
+        "user_rules confidence_gap cal_up loss_cusum loss_regress worse_than_prior worse_than_uniform "
+        "grad_spike loss_spike",
+        "the optimisation went wrong: the rate, the batch size or the mix of data does not hold",
+        "go back to a checkpoint before the first step named; lower the rate; look at what the data have in"
+        " common there",
+    ),
+    _cause(
+        "not_learning",
+        "never_beyond_prior grad_vanish",
+        "nothing is learned: a rate that is far too low, frozen or cut-off weights",
+        "overfit one batch first; look at the rate and at which weights are trained",
+    ),
+    _cause(
+        "generation",
+        "gen_vs_target gen_length",
+        "generated answers are unlike the targets, though the training loss is not: the prompt or its template differs",
+        "compare the prompt that is generated from with the one that is trained on",
+    ),
+)
+"""The table, in the order of trust."""
+
+UNKNOWN: Final = Cause(
+    name="unknown",
+    any_of=frozenset(),
+    facts=frozenset(),
+    text="not known",
+    advice="look at the samples and at what changed before the first step named",
+)
+
+
+def likely_cause(detectors: AbstractSet[str], facts: AbstractSet[str]) -> Cause:
+    """Return the first row that one of these detectors and all of its facts speak for."""
+    return next((each for each in CAUSES if each.any_of & detectors and each.facts <= facts), UNKNOWN)
+
+
+def cause_named(name: str) -> Cause:
+    """Return a cause by its name; the first of several rows."""
+    return next((each for each in CAUSES if each.name == name), UNKNOWN)

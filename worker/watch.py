@@ -1,0 +1,411 @@
+"""The watch over a run: steps in; incidents, what people are told of them, and requests to the trainer out.
+
+Pure and deterministic, as all that a projection is made of: the same steps give the same bytes, and ``state()`` is all
+that a restart needs (docs/delivery.md, section 3). It is the one door to the detectors: the projection calls
+``observe`` once a step and ``begin`` at a new attempt's first one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from sidestep.protocol.messages import Json, Notice
+from sidestep.worker.detectors.base import Finding
+from sidestep.worker.detectors.catalogue import KINDS, DetectorKind, Severity, kind_of
+from sidestep.worker.detectors.facts import FACTS, OnsetFacts
+from sidestep.worker.detectors.families import make_families
+from sidestep.worker.detectors.persistence import Firing, Persistence
+from sidestep.worker.detectors.plugins import OwnDetector, OwnDetectors
+from sidestep.worker.detectors.reading import Reading
+from sidestep.worker.detectors.repeats import RepeatedData
+from sidestep.worker.detectors.rules import Rule
+from sidestep.worker.detectors.settings import DetectorSettings
+from sidestep.worker.detectors.updates import Updates
+from sidestep.worker.detectors.view import StepView
+from sidestep.worker.incident_text import console_block, heading
+from sidestep.worker.incidents import Change, Incident, IncidentLog
+from sidestep.worker.metrics.measurement import Table, Value, notice_once
+from sidestep.worker.metrics.sequences import GeneratedSamples
+from sidestep.worker.record_building import build_record
+from sidestep.worker.record_weights import module_names
+from sidestep.worker.records import AssembledStep, RunContext
+from sidestep.worker.step_record import StepRecord
+from sidestep.worker.text.incident_table import incident_table, worst_samples
+
+STATE_VERSION: Final = 1
+GRACE_STEPS: Final = 100
+"""Steps of an announced stage in which what compares with the past does not speak (docs/detection.md)."""
+ROLLBACK_STEPS: Final = 50
+"""Steps that an attempt may go back with references kept; further back they are learned anew."""
+USER_RULES: Final = "user_rules"
+SUMS: Final = frozenset({"cal_up", "loss_cusum", "confidence_gap"})
+"""Detectors whose value at half of its limit is a suspicion."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """What the trainer is asked to do; whether it does is its own choice (``on_incident``)."""
+
+    sample_when_suspicious: bool = True
+    """Ask for samples when a cheap signal is suspicious: the ordinary interval may be long."""
+    sample_every_steps: int = 200
+    """Steps between two such requests."""
+    on_critical: str = ""
+    """``checkpoint`` or ``stop`` when a critical incident opens; empty: nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """Something that the trainer is asked to do (``protocol.messages.Command``)."""
+
+    action: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Announcement:
+    """What people are told of an incident."""
+
+    code: str
+    title: str
+    level: str
+    """``info``, ``warning`` or ``critical``."""
+    line: str
+    """What both consoles show, exactly, on a line of its own."""
+    block: tuple[str, ...] = ()
+    """The lines under it."""
+    is_alert: bool = True
+    """Whether it is also sent as an alert, with line and block as its text."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WatchVerdict:
+    """What a step makes the watch say."""
+
+    values: Mapping[str, Value] = field(default_factory=dict)
+    """For the step's row, which is written for them: only what changed."""
+    companions: Mapping[str, Value] = field(default_factory=dict)
+    """For a row that is written anyway."""
+    announcements: tuple[Announcement, ...] = ()
+    tables: tuple[Table, ...] = ()
+    requests: tuple[Request, ...] = ()
+    notices: tuple[Notice, ...] = ()
+    readings: Mapping[str, float] = field(default_factory=dict)
+    """Every detector's value at this step."""
+
+
+class Watch:
+    """All detectors and the incidents of one run, over all its attempts.
+
+    Args:
+        settings: thresholds.
+        policy: requests to the trainer.
+        detectors: those from elsewhere (``plugins.load_detectors``).
+
+    Raises:
+        ValueError: detectors from elsewhere share a name.
+    """
+
+    name = "watch"
+
+    def __init__(
+        self,
+        settings: DetectorSettings | None = None,
+        policy: Policy | None = None,
+        detectors: Sequence[OwnDetector] = (),
+    ) -> None:
+        self._settings = settings or DetectorSettings()
+        self._policy = policy or Policy()
+        self._families = make_families(self._settings)
+        self._own = OwnDetectors(detectors)
+        self._persistence: dict[str, Persistence] = {}
+        self._facts = OnsetFacts()
+        self._incidents = IncidentLog()
+        self._newest = -1
+        self._grace_until = -1
+        self._asked_at = -1
+        self._withdrawn: list[str] = []  # names of incidents that an attempt's begin took back, to be shown as 0
+        self._num_open = 0  # as last written
+
+    def observe(
+        self,
+        step: AssembledStep,
+        context: RunContext,
+        *,
+        generated: GeneratedSamples | None = None,
+        verdict: Mapping[str, Value] | None = None,
+        findings: Sequence[Finding] = (),
+    ) -> WatchVerdict:
+        """Judge a closed step.
+
+        Args:
+            step: as it was assembled; the tail of an attempt is not judged.
+            context: what the run's tables say.
+            generated: what was generated at the step.
+            verdict: values of the user's rules (``collapse/*``) where they were judged at the step.
+            findings: what the user's rules say aloud at the step: told here, with the incident that it belongs to.
+        """
+        if step.reason == "tail":
+            return WatchVerdict()
+        record = build_record(step, context)
+        return self.observe_record(record, context, generated=generated, verdict=verdict, findings=findings)
+
+    def observe_record(
+        self,
+        record: StepRecord,
+        context: RunContext,
+        *,
+        generated: GeneratedSamples | None = None,
+        verdict: Mapping[str, Value] | None = None,
+        findings: Sequence[Finding] = (),
+    ) -> WatchVerdict:
+        """Judge a step by its record: ``observe`` without the building of it, for replays of records."""
+        if record.stage:
+            self._enter_stage(record.step)
+        self._newest = record.step
+        view = StepView(record, context, generated)
+        readings = [reading for family in self._families for reading in family.read(view)]
+        own, failures = self._own.read(record)
+        self._facts.take(record)
+        readings += own
+        spoken = self._judge(record.step, readings, context)
+        spoken += self._judge_user_rules(record.step, verdict, findings)
+        spoken.sort(key=lambda pair: _ORDER.get(pair[1].name, len(_ORDER)))
+        changes = self._incidents.take(
+            record,
+            spoken,
+            facts=self._facts.around(min(firing.first_step for firing, _ in spoken)) if spoken else frozenset(),
+            suspicious=self._suspicious(readings),
+            active={name for name, each in self._persistence.items() if each.is_active},
+        )
+        return WatchVerdict(
+            values=self._values(changes),
+            companions={"incidents/open": self._num_open},
+            announcements=self._announcements(changes, findings),
+            tables=self._tables(changes, view, context),
+            requests=self._requests(record, changes, readings, has_samples=generated is not None),
+            notices=tuple(notice_once(f"detector_failed:{text[:64]}", text, record.step) for text in failures),
+            readings={reading.name: reading.value for reading in readings},
+        )
+
+    def _enter_stage(self, step: int) -> None:
+        """Other data or another objective, on purpose: what was usual is so no more."""
+        self._grace_until = step + GRACE_STEPS
+        for family in self._families:
+            family.forget()
+        for name, persistence in self._persistence.items():
+            if not kind_of(name).is_exact:
+                persistence.forget()
+
+    def _judge(self, step: int, readings: Sequence[Reading], context: RunContext) -> list[tuple[Firing, DetectorKind]]:
+        spoken: list[tuple[Firing, DetectorKind]] = []
+        seen: set[str] = set()
+        for reading in readings:
+            kind = self._own.kind(reading.name) or kind_of(reading.name)
+            rule = self._rule(reading.name)
+            is_graced = step < self._grace_until and not kind.is_exact
+            if not rule.enabled or is_graced or reading.name in seen:
+                continue
+            seen.add(reading.name)
+            firing = self._kept(reading.name).take(step, reading)
+            if firing is not None:
+                told = replace(reading, evidence=_in_words(reading, context))
+                spoken.append((replace(firing, reading=told), kind))
+        return spoken
+
+    def _judge_user_rules(
+        self, step: int, verdict: Mapping[str, Value] | None, findings: Sequence[Finding]
+    ) -> list[tuple[Firing, DetectorKind]]:
+        """The user's rules have their own arming and episodes: what they say aloud speaks here at once."""
+        collapsed = (verdict or {}).get("collapse/is_collapsed")
+        if collapsed is None or not self._settings.user_rules.enabled:
+            return []
+        detail = "; ".join(
+            filter(None, (str((verdict or {}).get("collapse/collapse_reason", "")), *_details(findings)))
+        )
+        kept = self._kept(USER_RULES)
+        is_beyond = bool(findings) or (kept.is_active and bool(collapsed))
+        reading = Reading(
+            name=USER_RULES, value=float(bool(collapsed)), limit=0.0, is_beyond=is_beyond, evidence=detail
+        )
+        firing = kept.take(step, reading)
+        return [(firing, KINDS[USER_RULES])] if firing is not None else []
+
+    def _rule(self, name: str) -> Rule:
+        return self._own.rule(name) or self._settings.rule(name) or Rule()
+
+    def _kept(self, name: str) -> Persistence:
+        if name not in self._persistence:
+            self._persistence[name] = Persistence(self._rule(name))
+        return self._persistence[name]
+
+    def _suspicious(self, readings: Sequence[Reading]) -> frozenset[str]:
+        return frozenset(
+            reading.name
+            for reading in readings
+            if reading.is_beyond or (reading.name in SUMS and reading.value > reading.limit / 2)
+        )
+
+    def _values(self, changes: Sequence[Change]) -> dict[str, Value]:
+        values: dict[str, Value] = {f"incidents/{name}": 0 for name in self._withdrawn}
+        self._withdrawn = []
+        for change in changes:
+            if change.former_name and change.former_name != change.incident.name:
+                values[f"incidents/{change.former_name}"] = 0
+            if change.kind in {"opened", "worse", "closed"}:
+                values[f"incidents/{change.incident.name}"] = int(change.kind != "closed")
+        for incident in self._incidents.open:  # two of one name, of which one closed
+            if f"incidents/{incident.name}" in values:
+                values[f"incidents/{incident.name}"] = 1
+        num_open = len(self._incidents.open)
+        if values or num_open != self._num_open:
+            values["incidents/open"] = num_open
+        self._num_open = num_open
+        return values
+
+    def _announcements(self, changes: Sequence[Change], findings: Sequence[Finding]) -> tuple[Announcement, ...]:
+        told: list[Announcement] = []
+        for change in changes:
+            if change.kind in {"opened", "worse"}:
+                told.append(self._announcement(change, findings))
+            elif change.kind == "cause":
+                line = f"incident {change.incident.number} ({change.incident.name}): the likely cause is now: "
+                told.append(
+                    Announcement(
+                        code=f"incident_cause:{change.incident.number}:{change.cause.name}",
+                        title=change.incident.title,
+                        level="info",
+                        line=line + change.cause.text,
+                        block=(f"  what to do next: {change.cause.advice}",),
+                        is_alert=False,
+                    )
+                )
+        lines = {each.line for each in told}
+        told += [
+            Announcement(
+                code=each.code, title=each.title, level="critical", line=each.line, block=(f"  {each.detail}",)
+            )
+            for each in findings
+            if each.line not in lines
+        ]
+        return tuple(told)
+
+    def _announcement(self, change: Change, findings: Sequence[Finding]) -> Announcement:
+        incident = change.incident
+        line = heading(incident.name, incident.severity, is_collapse=incident.is_collapse)
+        if incident.name == USER_RULES and findings:
+            line = findings[0].line
+        return Announcement(
+            code=f"incident:{incident.number}:{incident.name}",
+            title=f"{incident.name}: {incident.title}",
+            level=incident.severity.level,
+            line=line,
+            block=console_block(
+                number=incident.number,
+                title=incident.title,
+                first_step=incident.first_step,
+                step=self._newest,
+                evidence=[f"{each.detector}: {each.text}" for each in incident.evidence],
+                cause=change.cause,
+                facts=[FACTS[fact] for fact in incident.facts],
+            ),
+        )
+
+    def _tables(self, changes: Sequence[Change], view: StepView, context: RunContext) -> tuple[Table, ...]:
+        """The row of an incident that opened, got worse, has another cause or closed; of several the first."""
+        told = [change for change in changes if change.kind != "evidence"][:1]
+        tables = [incident_table(change.incident, change.cause) for change in told]
+        for change in told:
+            samples = worst_samples(change.incident, view, context.text) if change.kind in {"opened", "worse"} else None
+            tables += [samples] if samples is not None else []
+        return tuple(tables)
+
+    def _requests(
+        self, record: StepRecord, changes: Sequence[Change], readings: Sequence[Reading], *, has_samples: bool
+    ) -> tuple[Request, ...]:
+        asked: list[Request] = []
+        critical = [c.incident for c in changes if c.kind in {"opened", "worse"} and _is_critical(c.incident)]
+        if critical and self._policy.on_critical:
+            asked.append(Request(action=self._policy.on_critical, reason=f"incident {critical[0].name}"))
+        suspicious = sorted(self._suspicious(readings) & _SAMPLED_ON)
+        is_quiet = self._asked_at >= 0 and record.step < self._asked_at + self._policy.sample_every_steps
+        if self._policy.sample_when_suspicious and suspicious and not has_samples and not is_quiet:
+            self._asked_at = record.step
+            asked.append(Request(action="sample", reason=f"{', '.join(suspicious)} is suspicious"))
+        return tuple(asked)
+
+    def begin(self, attempt: int, step: int) -> None:  # noqa: ARG002  (the step says it all)
+        """Go on at ``step``, the first one of a new attempt: what was said at it or after it is taken back.
+
+        References are kept, so that a resumed run needs no warm-up, unless it goes back by more than
+        ``ROLLBACK_STEPS``: then they are learned anew.
+        """
+        for family in self._families:
+            if isinstance(family, RepeatedData | Updates):
+                family.resume()
+            if step + ROLLBACK_STEPS < self._newest:
+                family.forget()
+        if step <= self._newest:
+            for persistence in self._persistence.values():
+                persistence.withdraw(step)
+            self._withdrawn += [incident.name for incident in self._incidents.withdraw(step)]
+            self._asked_at = -1
+            self._grace_until = -1
+
+    def state(self) -> Json:
+        """Return all that ``restore`` needs; equal states are equal bytes."""
+        return {
+            "version": STATE_VERSION,
+            "families": {family.name: family.state() for family in self._families},
+            "persistence": {name: each.state() for name, each in sorted(self._persistence.items())},
+            "own": self._own.state(),
+            "facts": self._facts.state(),
+            "incidents": self._incidents.state(),
+            "steps": [self._newest, self._grace_until, self._asked_at, self._num_open],
+            "withdrawn": self._withdrawn,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over a state; raises KeyError, TypeError or ValueError where it is none of this version."""
+        if state["version"] != STATE_VERSION:
+            raise ValueError(f"a state of the detectors of version {state['version']}")
+        for family in self._families:
+            if family.name in state["families"]:
+                family.restore(state["families"][family.name])
+        self._persistence = {}
+        for name, saved in state["persistence"].items():
+            self._kept(name).restore(saved)
+        self._own.restore(state["own"])
+        self._facts.restore(state["facts"])
+        self._incidents.restore(state["incidents"])
+        self._newest, self._grace_until, self._asked_at, self._num_open = map(int, state["steps"])
+        self._withdrawn = [str(name) for name in state["withdrawn"]]
+
+
+_ORDER: Final = {name: place for place, name in enumerate(KINDS)}
+_SAMPLED_ON: Final = frozenset(
+    name for name, kind in KINDS.items() if kind.severity is Severity.CRITICAL and kind.nature == "self"
+)
+
+
+def _is_critical(incident: Incident) -> bool:
+    return incident.severity is Severity.CRITICAL
+
+
+def _details(findings: Sequence[Finding]) -> list[str]:
+    return [finding.detail for finding in findings if finding.detail]
+
+
+def _in_words(reading: Reading, context: RunContext) -> str:
+    """Put the texts of token and module where the evidence names them."""
+    text = reading.evidence
+    if "{token}" in text:
+        shown = repr(context.text.token(reading.token)) if reading.token >= 0 else "a token"
+        text = text.replace("{token}", shown)
+    if "{module}" in text:
+        names = module_names(context)
+        is_known = 0 <= reading.module < len(names)
+        text = text.replace("{module}", repr(names[reading.module]) if is_known else f"module {reading.module}")
+    return text
