@@ -212,10 +212,8 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
-def train_in_turns(mode: str, window_bytes: int, core: int | None, pipe: Any) -> None:
+def train_in_turns(mode: str, window_bytes: int, pipe: Any) -> None:
     """Train when told to; runs in a process of its own."""
-    if core is not None:
-        os.sched_setaffinity(0, {core})
     trainer = Trainer(mode, window_bytes)
     pipe.send("ready")
     while (num_steps := pipe.recv()) > 0:
@@ -230,11 +228,11 @@ class Turns:
     processes: dict[str, Any] = field(default_factory=dict)
     pipes: dict[str, Any] = field(default_factory=dict)
 
-    def start(self, mode: str, window_bytes: int, core: int | None) -> None:
+    def start(self, mode: str, window_bytes: int) -> None:
         """Start a trainer, and stop it once it is ready."""
         context = multiprocessing.get_context("spawn")
         self.pipes[mode], theirs = context.Pipe()
-        self.processes[mode] = context.Process(target=train_in_turns, args=(mode, window_bytes, core, theirs))
+        self.processes[mode] = context.Process(target=train_in_turns, args=(mode, window_bytes, theirs))
         self.processes[mode].start()
         self.pipes[mode].recv()
         os.kill(self.processes[mode].pid, signal.SIGSTOP)
@@ -275,7 +273,7 @@ def measure(stall_seconds: float, around_seconds: float, window_bytes: int) -> d
     from benchmarks.turns import worker_beside  # noqa: PLC0415  # found once the path is set
 
     cores = sorted(os.sched_getaffinity(0))
-    worker_core, trainer_core = (cores[-1], cores[0]) if len(cores) > 1 else (None, None)
+    worker_core = cores[-1] if len(cores) > 1 else None
     turns = Turns()
     with (
         tempfile.TemporaryDirectory(prefix="sidestep-bench-") as folder,
@@ -283,7 +281,7 @@ def measure(stall_seconds: float, around_seconds: float, window_bytes: int) -> d
     ):
         try:
             for mode in MODES:
-                turns.start(mode, window_bytes, trainer_core)
+                turns.start(mode, window_bytes)
             for mode in MODES:
                 for _ in range(WARMUP_TURNS):
                     turns.take(mode, TURN_STEPS)
