@@ -6,7 +6,8 @@
 awake, and the caches are not the caller's. Each way has a process of its own; they take turns of a few calls, and who
 waits is stopped (SIGSTOP), so that all see the same machine and none another's threads. Sidestep hands over a tensor
 [440, 4] and a ``StepEnd`` to its real publisher beside a real worker; the raw send is one float32 frame to a process
-that reads; the others get a dict of Python floats that is made before the clock starts, in their offline or local mode. Trackio and TensorBoard are measured where they are installed (``pip install trackio tensorboard``).
+that reads; the others get a dict of Python floats that is made before the clock starts, in their offline or local mode.
+Trackio and TensorBoard are measured where they are installed (``pip install trackio tensorboard``).
 
 Then, with nothing else running, how many small messages a second the worker takes in (``worker_throughput.py``):
 decode, commit and ack, on one core, its memory read along the way.

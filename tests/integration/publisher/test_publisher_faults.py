@@ -472,3 +472,25 @@ def test_a_tick_sends_no_more_than_its_share(
     statistics = trainer.publisher.statistics()
     assert statistics.num_frames_sent <= 8 * statistics.num_ticks
     assert statistics.num_ticks >= 200 // 8
+
+
+def test_repeats_share_the_tick_and_later_messages_say_how_many_there_were(
+    make_trainer: Callable[..., Trainer], make_worker: MakeWorker, eventually: Eventually
+) -> None:
+    first = make_worker()
+    first.commit_at_most = 0  # all that it gets dies with it
+    first.start()
+    trainer = make_trainer()
+    for step in range(150):
+        trainer.publisher.submit(losses(step))
+    eventually(lambda: len(first.arrivals) == 150)
+    first.stop()
+    second = make_worker().start()
+    eventually(lambda: trainer.accepted() == 150)
+    statistics = trainer.publisher.statistics()
+    assert statistics.num_frames_sent <= 8 * statistics.num_ticks
+    assert 150 <= statistics.num_resends <= len(second.arrivals)
+    trainer.publisher.submit(losses(150))
+    eventually(lambda: 151 in second.stored)
+    assert second.envelopes[-1].resent == trainer.publisher.statistics().num_resends
+    trainer.assert_exact()
