@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from sidestep.protocol.messages import Json
+from sidestep.trainer_hooks.plain import without_secrets
 
 _MAX_ARGUMENTS = 256
 _MAX_ARGUMENT_CHARACTERS = 1_024
@@ -28,7 +29,7 @@ def command_line(arguments: list[str]) -> list[str]:
     shown: list[str] = []
     hide_next = False
     for argument in arguments[:_MAX_ARGUMENTS]:
-        hidden = "***" if hide_next and not argument.startswith("-") else argument
+        hidden = "***" if hide_next and not argument.startswith("-") else without_secrets(argument)
         hidden = _URL_USER.sub(r"\1***@", _SECRET_VALUE.sub(r"\1=***", hidden))
         shown.append(hidden[:_MAX_ARGUMENT_CHARACTERS])
         hide_next = argument.startswith("-") and _SECRET_NAME.search(argument) is not None

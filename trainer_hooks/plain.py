@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from enum import Enum
@@ -15,6 +17,16 @@ _MAX_TEXT_CHARACTERS = 16_384
 _MAX_ENTRIES = 2_048
 _INT64 = 1 << 63
 _SECRETS = ("api_key", "apikey", "password", "passwd", "secret", "access_token", "auth_token", "hf_token", "credential")
+_SECRET_VARIABLE = re.compile(r"(?i)(key|token|secret|passw(or)?d|credentials?)\Z")
+_SHORTEST_SECRET_CHARACTERS = 16
+
+
+def without_secrets(text: str) -> str:
+    """``text`` with ``***`` for what stands in environment variables named like secrets (``WANDB_API_KEY``)."""
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST_SECRET_CHARACTERS and value in text and _SECRET_VARIABLE.search(name):
+            text = text.replace(value, "***")
+    return text
 
 
 def plain(value: Any, level: int = 0) -> Json:
@@ -22,7 +34,7 @@ def plain(value: Any, level: int = 0) -> Json:
 
     Dataclasses, mappings, ``argparse`` namespaces and other objects with attributes become dicts at the outermost
     levels; paths, enums, dtypes and all else become text. What is named like a secret (``api_key``, ``password``) is
-    masked.
+    masked, and so is what the environment holds under such a name, wherever it stands.
     """
     if isinstance(value, Enum):
         value = value.value
@@ -47,7 +59,7 @@ def _scalar(value: float | str | None) -> Json:
         return value
     if isinstance(value, int):
         return int(value) if -_INT64 <= value < _INT64 else str(value)
-    return float(value) if isinstance(value, float) else str(value)[:_MAX_TEXT_CHARACTERS]
+    return float(value) if isinstance(value, float) else without_secrets(str(value))[:_MAX_TEXT_CHARACTERS]
 
 
 def plain_map(value: Any) -> dict[str, Json]:
@@ -90,4 +102,4 @@ def _text(value: Any) -> str:
     item = getattr(value, "item", None)
     if type(value).__module__ == "numpy" and callable(item) and getattr(value, "ndim", 1) == 0:
         return str(item())
-    return str(value)[:_MAX_TEXT_CHARACTERS]
+    return without_secrets(str(value))[:_MAX_TEXT_CHARACTERS]

@@ -13,6 +13,7 @@ from sidestep.protocol.frames import Envelope
 from sidestep.protocol.messages import Hello
 from sidestep.trainer_hooks import environment
 from sidestep.trainer_hooks.launcher import state_home, wandb_mode
+from sidestep.trainer_hooks.plain import plain_map
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -69,6 +70,19 @@ def test_an_odd_git_folder_is_no_reason_to_fail(tmp_path: Path) -> None:
 )
 def test_secrets_on_the_command_line_are_hidden(argument: list[str], shown: list[str]) -> None:
     assert environment.command_line(argument) == shown
+
+
+def test_what_the_environment_keeps_secret_travels_under_no_other_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "SECRET-FROM-THE-ENVIRONMENT")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "a-value-that-is-no-secret")
+    config = {"logger": {"login": "SECRET-FROM-THE-ENVIRONMENT"}, "note": "run by SECRET-FROM-THE-ENVIRONMENT now"}
+    config |= {"path": Path("/x/SECRET-FROM-THE-ENVIRONMENT"), "list": ["a-value-that-is-no-secret"]}  # type: ignore[dict-item]
+    made = plain_map(config)
+    assert made["logger"] == {"login": "***"}
+    assert (made["note"], made["path"]) == ("run by *** now", "/x/***")
+    assert made["list"] == ["a-value-that-is-no-secret"]
+    shown = environment.command_line(["train.py", "--wandb-login", "SECRET-FROM-THE-ENVIRONMENT"])
+    assert shown == ["train.py", "--wandb-login", "***"]
 
 
 def test_the_snapshot_travels_and_holds_no_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
