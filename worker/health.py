@@ -22,7 +22,6 @@ from urllib.parse import urlsplit
 
 from sidestep.worker.errors import WorkerError
 from sidestep.worker.home import WORKER_FILE
-from sidestep.worker.prometheus import exposition
 
 _LOG: Final = logging.getLogger(__name__)
 _ASK_TIMEOUT_SECONDS: Final = 5.0
@@ -50,6 +49,9 @@ class HealthServer:
                     body = json.dumps(said, default=str).encode()
                     self._answer(200 if said.get("healthy") else 503, "application/json", body)
                 elif page == "/metrics":
+                    # Loaded by the worker that is scraped alone, and not by each look of a container's health check.
+                    from sidestep.worker.prometheus import exposition  # noqa: PLC0415
+
                     body, content_type = exposition(report(), self.headers.get("Accept", ""))
                     self._answer(200, content_type, body)
                 else:

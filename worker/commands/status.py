@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sidestep.worker.health import ask_health
-from sidestep.worker.holdings import holdings
 from sidestep.worker.home import home_folder, journal_in, latest_journal
-from sidestep.worker.trainers import is_alive
 
 MAX_ENDED_RUNS: Final = 5
 """Runs that have ended are shown up to so many, the newest; ``--json`` has all."""
@@ -33,6 +31,9 @@ def execute(options: argparse.Namespace, say: Callable[[str], None]) -> int:
     answer = ask_health(journal)
     answers = "receiver" in answer
     if not answers:
+        # A container's health check asks every few seconds: it does not load what reads a journal.
+        from sidestep.worker.holdings import holdings  # noqa: PLC0415
+
         answer = {**answer, "journal": str(journal), "worker": _whereabouts(answer), "holds": holdings(journal)}
     if options.json:
         say(json.dumps(answer, indent=2, sort_keys=True))
@@ -44,6 +45,8 @@ def execute(options: argparse.Namespace, say: Callable[[str], None]) -> int:
 
 def _whereabouts(answer: Figures) -> str:
     """Return ``none``, ``ended`` (in order), ``gone`` (killed) or ``silent`` (its process is there)."""
+    from sidestep.worker.trainers import is_alive  # noqa: PLC0415  (as above)
+
     if "pid" not in answer:
         return "none"
     if "ended_at" in answer:
