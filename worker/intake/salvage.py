@@ -81,8 +81,8 @@ def salvage(broken: Path, target: SegmentFile, known: Mapping[Stream, Held] | No
 
 
 def _source(broken: Path) -> sqlite3.Connection | None:
-    if not broken.is_file():
-        return None
+    if not broken.is_file() or not broken.stat().st_size:
+        return None  # an empty file is not even opened: SQLite would delete the log beside it
     try:
         return connect(broken, read_only=True)
     except JournalError:

@@ -183,8 +183,12 @@ def _survey_one_by_one(segment: SegmentFile, connection: sqlite3.Connection) -> 
         held.last_arrival = arrival
 
 
-def header_damage(path: Path) -> str:
-    """Return what 100 bytes tell of a full segment's damage: that it is missing, no database, or cut; empty for none.
+def header_damage(path: Path, *, is_full: bool) -> str:
+    """Return what 100 bytes tell of a segment's damage: that it is missing, no database, or cut; empty for none.
+
+    Args:
+        path: the segment.
+        is_full: it was full and closed; else it may be new, or not there yet.
 
     Raises:
         JournalError: the file cannot be read.
@@ -194,13 +198,16 @@ def header_damage(path: Path) -> str:
             header = file.read(_HEADER_BYTES)
         size_bytes = path.stat().st_size
     except FileNotFoundError:
-        return f"{path.name} is missing"
+        return f"{path.name} is missing" if is_full else ""
     except OSError as error:
         raise JournalError(f"{path} cannot be read: {error.strerror}") from error
-    if log_of(path).exists():
-        return ""  # it was not closed in order: only SQLite can tell what it holds
+    has_log = log_of(path).exists()
+    if not size_bytes and not has_log and not is_full:
+        return ""  # it was being made
     if len(header) < _HEADER_BYTES or not header.startswith(_MAGIC):
         return f"{path.name} is no database"
+    if has_log:
+        return ""  # it was not closed in order: only SQLite can tell what it holds
     page_bytes = int.from_bytes(header[16:18], "big")
     page_bytes = 1 << 16 if page_bytes == 1 else page_bytes
     pages, counted, written_at = (int.from_bytes(header[at : at + 4], "big") for at in (28, 24, 92))

@@ -79,7 +79,7 @@ class Segments:
             path = segment_path(self._folder, number)
             self._segments.append(SegmentFile(number, path, first, last, table.streams(number)))
         for segment in list(self._segments):
-            if reason := header_damage(segment.path):
+            if reason := header_damage(segment.path, is_full=True):
                 self._break(segment, reason)
         self._open_active(table.newest_number() + 1)
         while self._segments and self._path_after_last().is_file():  # the index lost its end: it knew this one as full
@@ -119,6 +119,8 @@ class Segments:
             return
         is_new = not path.is_file()
         try:
+            if reason := header_damage(path, is_full=False):
+                raise JournalDamageError(reason)  # SQLite would take an empty file for a new one, and drop its log
             connection = open_for_writing(path, shared_log=self._shared_log)
             try:
                 survey(segment, connection)

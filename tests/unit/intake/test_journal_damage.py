@@ -176,6 +176,23 @@ def test_an_open_segment_that_is_broken_at_opening_keeps_what_steps_used_known(t
     journal.close()
 
 
+def test_an_empty_file_beside_a_log_is_no_new_segment(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = filled(tmp_path / "source", 4)
+    killed = tmp_path / "killed"
+    shutil.copytree(tmp_path / "source", killed)
+    source.close()
+    log = (killed / "segment-000001.sqlite-wal").read_bytes()
+    segment_path(killed, 1).write_bytes(b"")
+    journal = Journal(killed)
+    (found,) = journal.segments.damaged()
+    assert not found.is_complete
+    assert (killed / f"{found.file}-wal").read_bytes() == log
+    assert "segment-000001.sqlite is no database" in caplog.text
+    assert held(journal) == []
+    journal.segments.append([row(1, journal.segments.next_arrival)])
+    journal.close()
+
+
 def test_a_log_that_was_cut_is_told_by_the_steps_that_used_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = filled(tmp_path / "source", 6, closed_up_to=6)
     torn = tmp_path / "torn"
