@@ -1,0 +1,154 @@
+"""One rank of a trainer as a process of its own: the real publisher, told line by line what to hand over.
+
+    python -m tests.support.rank_process ADDRESS RUN_ID INCARNATION RANK WORLD_SIZE START_STEP
+
+Lines on its standard input: ``steps FIRST LAST`` hands over whole steps, ``flush`` waits until the worker has all of
+it, ``send`` until all is on its way, ``close`` says goodbye and ends. Each is answered by a line. ``RankProcess`` is
+the other end of these lines.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Self
+
+from tests.support.wire_trainer import CONTENTS, make_hello, step_messages
+
+from sidestep.protocol.frames import Envelope
+from sidestep.trainer_hooks.publisher import Publisher
+
+_CLOSE_SECONDS = 30.0
+_POLL_SECONDS = 0.01
+_ON_THE_WIRE_SECONDS = 0.3
+"""After which the socket has handed its messages to the kernel, where they outlive the process."""
+
+
+class RankProcess:
+    """The process, from the test's side."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        incarnation: str = "inc-1",
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+        run_id: str = "run-1",
+    ) -> None:
+        places = [address, run_id, incarnation, str(rank), str(world_size), str(start_step)]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.rank_process", *places],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+    def ask(self, line: str) -> str:
+        """Say a line and return the answer."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{line}\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer, f"the rank ended before it answered {line!r}"
+        return answer.strip()
+
+    def steps(self, first: int, last: int) -> None:
+        """Hand over steps ``first`` to ``last - 1``."""
+        self.ask(f"steps {first} {last}")
+
+    def flush(self) -> None:
+        """Return when the worker has acked all."""
+        self.ask("flush")
+
+    def send(self) -> None:
+        """Return when all is in the kernel's hands, whether or not the worker reads."""
+        self.ask("send")
+
+    def close(self) -> None:
+        """Say goodbye and end."""
+        self.ask("close")
+        assert self._process.wait(_CLOSE_SECONDS) == 0
+
+    def kill(self) -> None:
+        """SIGKILL it."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGKILL)
+        self._process.wait()
+
+
+class _Rank:
+    """The process, from its own side."""
+
+    def __init__(self, publisher: Publisher) -> None:
+        self._publisher = publisher
+        self._num_submitted = 0
+
+    def steps(self, first: int, last: int) -> None:
+        for step in range(first, last):
+            for message in step_messages(step):
+                self._publisher.submit(message)
+                self._num_submitted += 1
+
+    def flush(self) -> None:
+        while sum(each.accepted for each in self._publisher.accounts().values()) < self._num_submitted:
+            time.sleep(_POLL_SECONDS)
+
+    def send(self) -> None:
+        while self._num_taken() < self._num_submitted or self._publisher.statistics().num_unsent:
+            time.sleep(_POLL_SECONDS)
+        time.sleep(_ON_THE_WIRE_SECONDS)
+
+    def _num_taken(self) -> int:
+        return sum(each.produced for each in self._publisher.accounts().values())
+
+    def close(self) -> None:
+        self._publisher.close(_CLOSE_SECONDS)
+
+
+def main() -> None:
+    """Do as the lines say."""
+    address, run_id, incarnation, rank, world_size, start_step = sys.argv[1:]
+    identity = Envelope(run_id=run_id, incarnation=incarnation, rank=int(rank))
+    hello = make_hello(
+        world_size=int(world_size),
+        start_step=int(start_step),
+        topology={"host": socket.gethostname(), "pid": os.getpid()},
+    )
+    made = _Rank(Publisher(address, identity, hello, blobs=CONTENTS).start())
+    commands: Mapping[str, Callable[..., None]] = {
+        "steps": made.steps,
+        "flush": made.flush,
+        "send": made.send,
+        "close": made.close,
+    }
+    for line in sys.stdin:
+        command, *numbers = line.split()
+        commands[command](*map(int, numbers))
+        sys.stdout.write("done\n")
+        sys.stdout.flush()
+        if command == "close":
+            return
+
+
+if __name__ == "__main__":
+    main()
