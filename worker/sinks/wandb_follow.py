@@ -59,6 +59,10 @@ class TrackedRun(Protocol):
     def log_table(self, table: Mapping[str, Any], row_number: int) -> None:
         """Log one table as one row; raises RefusedValueError."""
 
+    @property
+    def is_online(self) -> bool:
+        """Whether a server takes rows and tables apart; offline a whole row has its table before it."""
+
     def take_uploaded_tables(self) -> set[int]:
         """Return, once, the rows whose tables have arrived with their files."""
 
@@ -150,7 +154,7 @@ class Follower:
         self._alerts_sent = self._alerts_suppressed = self._refused = 0
         self._alert_times: dict[str, float] = {}
         self._confirmed_rows, self._confirmed_position = run.next_row, self._last_row_position
-        self._undone = undone_tables(reader, marks, run.next_row)
+        self._undone = undone_tables(reader, marks, run.next_row) if run.is_online else ()
         self._reported_at, self._reported_position = 0.0, -1
         self._handled_stop = False
 
@@ -223,7 +227,8 @@ class Follower:
             if entry.kind == "row":
                 self._run.log_row(value)
             elif entry.kind == "table":
-                self._marks.begin_table(self._num_rows)
+                if self._run.is_online:
+                    self._marks.begin_table(self._num_rows)
                 self._run.log_table(value, self._num_rows)
             else:
                 raise RefusedValueError(f"rows of kind {entry.kind} are of a newer version")

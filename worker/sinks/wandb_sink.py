@@ -78,7 +78,7 @@ class WandbRun:
         self._wandb, self._scratch = wandb, scratch
         self._axes = wandb_axes.Axes()
         self._offline_rows = 0
-        self._is_online = mode == "online"
+        self.is_online = mode == "online"
         self._uploads = TableUploads()
         self._run = wandb.init(
             project=opening.get("project") or None,
@@ -98,7 +98,7 @@ class WandbRun:
 
         self._handed_rows = self.next_row
         self._server = ServerWatch(self._asked, self._answers, lambda: self._handed_rows)
-        if self._is_online:
+        if self.is_online:
             self._server.start()
 
     def resume_after(self, num_rows: int) -> None:
@@ -122,7 +122,7 @@ class WandbRun:
         self._scratch.clear()
 
     def take_uploaded_tables(self) -> set[int]:
-        """Return, once, the rows whose tables W&B has committed; offline those whose files are in its own folder."""
+        """Return, once, the rows whose tables W&B has committed."""
         return self._uploads.take()
 
     def _log_table(self, table: Mapping[str, Any], row_number: int) -> None:
@@ -135,9 +135,9 @@ class WandbRun:
         drawn = self._wandb.Table(columns=columns, data=cells, log_mode="IMMUTABLE", allow_mixed_types=True)
         self._log({**scalars, key: drawn})
         handle = getattr(getattr(getattr(drawn, "_artifact_target", None), "artifact", None), "_save_handle", None)
-        if handle is not None:  # none offline: the log's record of the row stands behind that of the table
+        if handle is not None:
             self._uploads.watch(row_number, handle)
-        elif not self._is_online:
+        else:  # offline, or a version of wandb that keeps it elsewhere
             self._uploads.done(row_number)
 
     def _log(self, values: dict[str, Any]) -> None:
@@ -185,7 +185,7 @@ class WandbRun:
 
     def ask_server(self) -> ServerRun | None:
         """Ask the server for the run, None offline; raises ``wandb.CommError``, or ConnectionError without a core."""
-        if not self._is_online:
+        if not self.is_online:
             return None
         try:
             return self._asked()

@@ -263,7 +263,10 @@ class WandbSupervisor:
             self._backoff_seconds = self._config.backoff_first_seconds
         else:
             self._never = code == EXIT_NEVER
-            if state is not SinkState.STOP_REQUESTED:
+            if state is SinkState.STOP_REQUESTED:
+                if self._progress.complaint:  # no page, but a refusal: the next child may meet it again
+                    self._postpone(now)
+            else:
                 self._counts["failures"] += 1
                 if code != EXIT_AGAIN and not self._detail:
                     self._detail = f"the W&B sink ended with {code}"
@@ -326,11 +329,12 @@ class WandbSupervisor:
             )
         if (report.position, report.num_rows, report.state) != (before.position, before.num_rows, before.state):
             self._idle_seconds = 0.0
-        elif report.state in _ENDED:
+        is_well = report.confirmed_position > before.confirmed_position or report.state in _ENDED
+        if report.state in _ENDED:
             report = replace(report, complaint="")  # the server has what it was to have
-        has_moved = report.num_rows > before.num_rows or report.confirmed_position > before.confirmed_position
-        if has_moved or report.state in _ENDED:
+        if is_well:
             self._backoff_seconds = self._config.backoff_first_seconds
+        if is_well or report.num_rows > before.num_rows:
             self._detail = ""
         self._detail = report.detail or self._detail
         self._unconfirmed |= set(report.tables_undone)

@@ -95,7 +95,7 @@ def test_a_post_of_a_killed_sink_that_lands_late_changes_nothing(
     run = backend.runs["run1"]
     until(supervisor, lambda: backend.operations["stored late"] == 1)
     assert_every_row_once(run, 9)
-    assert run.repeated_lines >= 6
+    assert run.repeated_lines >= 2, "rows 6 and 7 at least, and those before them where no post was sooner"
 
 
 @pytest.mark.slow
