@@ -1,4 +1,4 @@
-"""The worker's figures as Prometheus reads them: ``GET /metrics`` (docs/reliability.md).
+"""The worker's figures as Prometheus reads them: ``GET /metrics`` (docs/sidecar_metrics.md).
 
 Made anew for every scrape from the same report as ``/healthz``, in a registry of its own: no global state. Numbers, run
 ids and states alone; no text of a training is ever among them.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import http.client
 import json
 import logging
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -15,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sidestep.worker.errors import WorkerError
 from sidestep.worker.health import HealthServer, is_loopback
-from sidestep.worker.prometheus import MAX_ENDED_RUNS, exposition
+from sidestep.worker.prometheus import MAX_ENDED_RUNS, _Figures, exposition
 
 IDLE_RUN: dict[str, Any] = {
     "is_ended": True, "attempt": 0, "world_size": 1, "ranks_heard": 0, "lag_seconds": 0.0, "seconds_since_heard": None,
@@ -125,6 +127,24 @@ def test_of_runs_that_have_ended_the_newest_are_named() -> None:
     (ended,) = [each for each in text_string_to_metric_families(body.decode()) if each.name == "sidestep_run_ended"]
     shown = {sample.labels["run"] for sample in ended.samples}
     assert shown == {"living", *(f"run-{number}" for number in range(5, MAX_ENDED_RUNS + 5))}
+
+
+def test_the_page_has_the_figures_that_the_documentation_lists() -> None:
+    text = (Path(__file__).resolve().parents[3] / "docs" / "sidecar_metrics.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(sidestep_\w+)` \| (\w+) \| ([\w, ]*) \| ([^|]+) \|$", text, re.MULTILINE)
+    assert len(listed) > 30
+    families = [each for each in _Figures(report()).collect() if each.name.startswith("sidestep_")]
+    suffixes = {"counter": "_total", "info": "_info"}
+    made = [
+        (
+            each.name + suffixes.get(each.type, ""),
+            each.type,
+            ", ".join(getattr(each, "_labelnames", ())),
+            each.documentation,
+        )
+        for each in families
+    ]
+    assert made == listed
 
 
 def test_two_pages_share_no_state() -> None:
