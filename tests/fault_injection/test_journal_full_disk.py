@@ -20,11 +20,17 @@ from tests.support.small_disk import SmallDisk
 from tests.support.wire_trainer import CONTENTS, WireTrainer, make_hello
 from tests.support.worker_process import WorkerProcess, wait_until
 
-from sidestep.protocol.frames import Envelope
-from sidestep.protocol.messages import LearningRates, NoAck, Scalars, StepEnd
+from sidestep.protocol.frames import Envelope, encode
+from sidestep.protocol.messages import LearningRates, NoAck, Notice, Scalars, StepEnd
 from sidestep.trainer_hooks.publisher import Publisher
+from sidestep.worker.errors import JournalWriteError
 from sidestep.worker.health import ask_health
+from sidestep.worker.intake.decisions import Closure, Incarnation
+from sidestep.worker.intake.journal import Journal
 from sidestep.worker.intake.reserve import RESERVE_BYTES, RESERVE_FILE
+from sidestep.worker.intake.segments import Row
+from sidestep.worker.outbox import entry
+from sidestep.worker.records import StepClosing
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -156,6 +162,48 @@ def test_what_does_not_fit_into_the_window_meanwhile_is_counted_in_the_run(
     numbers = stored(worker)
     assert len(numbers) == len(set(numbers))
     assert made - dropped <= len(numbers) + 1  # the Goodbye, made after the accounts were looked at
+
+
+def test_old_segments_make_room_on_a_full_disk_and_no_more_than_are_needed(tmp_path: Path) -> None:
+    disk = SmallDisk(tmp_path / "disk", 12)
+    try:
+        journal = Journal(disk.folder / "journal", segment_bytes=1 << 20, reserve_bytes=2 << 20)
+        made = Incarnation(incarnation="inc", run_id="run", attempt=-1, first_seen=1.0, world_size=1, start_step=0)
+        journal.index.add_hello(made, 0, 1.0, b"hello")
+        body = encode(Envelope(run_id="run", incarnation="inc", rank=0, sequence=1), Notice(text="y" * 100_000))
+
+        def fill() -> None:
+            for at in range(1_000):
+                journal.segments.append([Row("inc", 0, at + 1, 13, -1, 1, 0, 1.5, at, body)])
+
+        with pytest.raises(JournalWriteError, match=r"is full; messages are stored again when 2 MiB are free"):
+            fill()
+        arrival = journal.segments.next_arrival
+        assert not (journal.folder / RESERVE_FILE).exists()
+        journal.tidy()
+        assert journal.statistics()["segments_deleted"] == 0  # their steps have not closed
+        step = StepClosing(run_id="run", attempt=0, step=0, reason="complete", incarnation="inc", parts=((0, 1),))
+        closure = Closure(closing=step, entries=(entry("run", {}),), pending_arrival=arrival, last_arrival=0)
+        journal.index.write("run", [closure], b"state")  # there is room for a state
+        again = Row("inc", 0, arrival + 1, 13, -1, 1, 0, 1.5, arrival, body)
+
+        def is_stored() -> bool:
+            journal.tidy()
+            try:
+                journal.segments.append([again])
+            except JournalWriteError:
+                return False
+            return True
+
+        wait_until(is_stored, "there is room again")
+        assert 1 <= journal.statistics()["segments_deleted"] <= 4
+        assert len(journal.segments.sealed()) >= 2
+        assert (journal.folder / RESERVE_FILE).stat().st_size == 2 << 20
+        assert journal.segments.committed("inc", 0).ranges().tolist() == [[1, arrival + 1]]
+        journal.close()
+        assert not (disk.folder / "journal" / RESERVE_FILE).exists()
+    finally:
+        disk.unmount()
 
 
 def send_step(publisher: Publisher, step: int) -> None:

@@ -71,11 +71,19 @@ class Reserve:
         """Why nothing more is stored now, for people; empty where that is not so."""
         if not self._is_full:
             return ""
-        needed = self.size_bytes + self.size_bytes // _LEFT_BESIDE
         return (
-            f"the disk of {self.path.parent} is full; messages are stored again when {max(1, needed >> 20)} MiB are "
+            f"the disk of {self.path.parent} is full; messages are stored again when {self._wanted >> 20} MiB are "
             f"free ({self.free_bytes >> 20} MiB are)"
         )
+
+    @property
+    def _wanted(self) -> int:
+        return self.size_bytes + self.size_bytes // _LEFT_BESIDE
+
+    @property
+    def lacking_bytes(self) -> int:
+        """What has to be freed before messages are stored again, while the disk is full; else 0."""
+        return max(0, self._wanted - self.free_bytes) if self._is_full else 0
 
     def give_up(self) -> bool:
         """A write has found the disk full: free the reserve; return whether there was one to free."""
@@ -103,7 +111,7 @@ class Reserve:
             if self._clock() - self._tried_at < _TRY_AGAIN_SECONDS:
                 return False
             self._tried_at = self._clock()
-            if self.free_bytes < self.size_bytes + self.size_bytes // _LEFT_BESIDE or not self._make():
+            if self.free_bytes < self._wanted or not self._make():
                 return False
             self._is_made, self._is_full = True, False
             _LOG.warning("the disk of %s has room again: what arrives is stored", self.path.parent)

@@ -8,6 +8,7 @@ tables stay; so does the knowledge of which messages were here, so that none is 
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +20,8 @@ from sidestep.worker.intake.segments import Segments
 _LOG: Final = logging.getLogger(__name__)
 LEAST_SEGMENT_BYTES: Final = 1 << 16
 _SEGMENTS_OF_BUDGET: Final = 8
+_FOLD_SECONDS: Final = 60.0
+"""Between two times that the index's log is folded in to save its room: it waits for who reads from it."""
 
 
 def segment_bytes_within(segment_bytes: int, max_bytes: int) -> int:
@@ -52,6 +55,7 @@ class Retention:
         self._max_bytes = max_bytes
         self._reserve = reserve
         self._was_told = False
+        self._folded_at = -_FOLD_SECONDS
 
     def enforce(self) -> int:
         """Delete what is too much and may go; return the number of segments.
@@ -60,35 +64,43 @@ class Retention:
             JournalError: what the journal holds cannot be read, or the deletion cannot be recorded now.
         """
         deleted = 0
-        if self._is_over_budget():
+        if self._is_over_budget() and time.monotonic() - self._folded_at >= _FOLD_SECONDS:
+            self._folded_at = time.monotonic()
             self._index.database.fold_log()
-        while self._is_too_much():
-            oldest = next(iter(self._segments.sealed()), None)
-            if oldest is None or not self.may_go(oldest):
-                self._tell(oldest)
+        while self._is_over_budget():
+            oldest = self._oldest_that_may_go()
+            if oldest is None:
+                self._tell()
                 break
-            size_bytes, messages = oldest.size_bytes(), sum(len(held.ranges) for held in oldest.streams.values())
-            self._segments.delete(oldest)
+            self._delete(oldest, f"the journal is over {self._max_bytes >> 20} MiB")
             deleted += 1
-            _LOG.warning(
-                "%s: segment %d with %d raw messages (%d MiB) is deleted, %s; its steps are in the runs, a replay of "
-                "them is not possible any more",
-                self._folder,
-                oldest.number,
-                messages,
-                size_bytes >> 20,
-                "the disk is full" if self._is_disk_full() else f"the journal is over {self._max_bytes >> 20} MiB",
-            )
+        while self._reserve is not None and not self._reserve.has_room() and self._reserve.lacking_bytes:
+            oldest = self._oldest_that_may_go()
+            if oldest is None:
+                break
+            self._delete(oldest, "the disk is full")
+            deleted += 1
         return deleted
 
-    def _is_disk_full(self) -> bool:
-        return self._reserve is not None and not self._reserve.has_room()
+    def _oldest_that_may_go(self) -> SegmentFile | None:
+        oldest = next(iter(self._segments.sealed()), None)
+        return oldest if oldest is not None and self.may_go(oldest) else None
+
+    def _delete(self, segment: SegmentFile, why: str) -> None:
+        size_bytes, messages = segment.size_bytes(), sum(len(held.ranges) for held in segment.streams.values())
+        self._segments.delete(segment)
+        _LOG.warning(
+            "%s: segment %d with %d raw messages (%d MiB) is deleted, %s; its steps are in the runs, a replay of them "
+            "is not possible any more",
+            self._folder,
+            segment.number,
+            messages,
+            size_bytes >> 20,
+            why,
+        )
 
     def _is_over_budget(self) -> bool:
         return self._max_bytes > 0 and folder_bytes(self._folder) > self._max_bytes
-
-    def _is_too_much(self) -> bool:
-        return self._is_disk_full() or self._is_over_budget()
 
     def may_go(self, segment: SegmentFile) -> bool:
         """Return whether every message of a full segment is accounted for."""
@@ -110,10 +122,11 @@ class Retention:
                 return False
         return True
 
-    def _tell(self, oldest: SegmentFile | None) -> None:
-        if self._was_told or self._is_disk_full():
+    def _tell(self) -> None:
+        if self._was_told:
             return
         self._was_told = True
+        oldest = next(iter(self._segments.sealed()), None)
         why = (
             "what else is in it is kept in any case: the index with the outbox and the tables, the newest segment, and "
             "files that were set aside"
