@@ -22,6 +22,8 @@ GROUP_STEPS: Final = 100
 FOLLOWING_STEPS: Final = 400
 """The same for detectors that compare with the past, while the incident is critical and open: a model that has failed
 goes on failing, in ways that show one after another."""
+CAUSAL_STEPS: Final = 30
+"""Steps after an incident's first one in which what speaks may tell its cause: later, it is a consequence."""
 STALE_STEPS: Final = 1_000
 """Steps without news after which an incident is closed: what judged it does not judge any more."""
 MAX_OPEN: Final = 8
@@ -140,7 +142,8 @@ class IncidentLog:
         former = (incident.name, incident.severity, incident.is_collapse, incident.cause)
         incident.newest_step = record.step
         incident.first_step = min(incident.first_step, *(firing.first_step for firing, _ in spoken))
-        incident.facts = sorted({*incident.facts, *facts})
+        if is_new:
+            incident.facts = sorted(facts)
         for firing, _ in spoken:
             _add_evidence(incident, firing)
         is_critical_collapse = naming.is_collapse and naming.severity is Severity.CRITICAL
@@ -148,7 +151,8 @@ class IncidentLog:
             incident.name, incident.title = naming.name, naming.title
         incident.severity = max(incident.severity, naming.severity)
         incident.is_collapse = incident.is_collapse or is_critical_collapse
-        cause = _cause_of(incident, suspicious)
+        is_early = record.step <= incident.first_step + CAUSAL_STEPS
+        cause = _cause_of(incident, suspicious if is_early else frozenset())
         incident.cause = cause.name
         if is_new:
             kind = "opened"
@@ -225,9 +229,12 @@ def _add_evidence(incident: Incident, firing: Firing) -> None:
 
 def _cause_of(incident: Incident, suspicious: AbstractSet[str]) -> Cause:
     """What has spoken says more than what is only suspicious: that is asked where the first does not know."""
-    cause = likely_cause(frozenset(incident.detectors), frozenset(incident.facts))
+    spoken = frozenset(
+        each.detector for each in incident.evidence if each.first_step <= incident.first_step + CAUSAL_STEPS
+    )
+    cause = likely_cause(spoken, frozenset(incident.facts))
     if cause.name in GENERAL_CAUSES and suspicious:
-        wider = likely_cause(frozenset(incident.detectors) | suspicious, frozenset(incident.facts))
+        wider = likely_cause(spoken | suspicious, frozenset(incident.facts))
         return wider if wider.name in TELLING_CAUSES else cause
     return cause
 

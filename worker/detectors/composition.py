@@ -36,7 +36,9 @@ class CompositionAdjusted:
         self._centre = RunningMoments(rate=rule.rate, floor=rule.floor)
         self._level = RunningMoments(rate=rule.token_rate, floor=rule.floor)  # of the loss itself, for unknown targets
         self._up = Cusum(allowance=rule.allowance, limit=rule.threshold, clip=rule.clip)
-        self._last = Window(self._down_rule.recent + self._down_rule.before)
+        down = self._down_rule
+        self._last = Window(down.recent + down.before)  # residuals ...
+        self._last_losses = Window(down.recent + down.before)  # ... and losses of the last steps
         self._freeze = Freeze(rule.freeze_steps)
         self._usual_rows = 0.0
 
@@ -53,7 +55,7 @@ class CompositionAdjusted:
         widen = math.sqrt(max(1.0, self._usual_rows / view.num_rows))
         found: list[Reading] = []
         if self._centre.count >= self._rule.warmup:
-            found = [self._risen(residual, widen), *self._fallen(residual)]
+            found = [self._risen(residual, widen), *self._fallen(residual, float(losses.mean()))]
         if not self._freeze.holds(is_suspicious=self._up.is_suspicious):
             self._centre.update(residual, widen)
             self._learn(losses, ids, which.reshape(-1), counts, expected)
@@ -72,14 +74,18 @@ class CompositionAdjusted:
             reference=self._centre.mean, evidence=said if self._up.is_beyond else "",
         )  # fmt: skip
 
-    def _fallen(self, residual: float) -> list[Reading]:
-        """The last few steps against those before them: a fall that is over in a few steps."""
+    def _fallen(self, residual: float, loss: float) -> list[Reading]:
+        """The last few steps against those before them: a fall of the loss itself that is over in a few steps."""
         rule = self._down_rule
         self._last.add(residual)
-        values = self._last.values
-        if len(values) < rule.recent + rule.before:
+        self._last_losses.add(loss)
+        if len(self._last.values) < rule.recent + rule.before:
             return []
-        fall = median(values[: -rule.recent]) - median(values[-rule.recent :])
+        falls = [
+            median(values[: -rule.recent]) - median(values[-rule.recent :])
+            for values in (self._last.values, self._last_losses.values)
+        ]
+        fall = min(falls)
         limit = max(rule.least, rule.threshold * self._level.mean)
         said = f"the same targets suddenly cost {fall:.3f} nats less, of {self._level.mean:.3f}"
         return [
@@ -115,7 +121,7 @@ class CompositionAdjusted:
             "centre": self._centre.state(),
             "level": self._level.state(),
             "sum": self._up.total,
-            "last": self._last.values,
+            "last": [self._last.values, self._last_losses.values],
             "frozen": self._freeze.steps,
             "rows": self._usual_rows,
         }
@@ -126,6 +132,6 @@ class CompositionAdjusted:
         self._centre.restore(state["centre"])
         self._level.restore(state["level"])
         self._up.total = float(state["sum"])
-        self._last.values = [float(value) for value in state["last"]]
+        self._last.values, self._last_losses.values = ([float(value) for value in each] for each in state["last"])
         self._freeze.steps = int(state["frozen"])
         self._usual_rows = float(state["rows"])

@@ -40,6 +40,7 @@ class PriorKnowledge:
         self._table = Places(max_ids=rule.max_ids, num_places=NUM_PLACES, rate=rule.rate)
         self._num_readings = 0
         self._usual = RunningMoments(rate=self._settings.back_to_prior.rate, floor=0.05)
+        self._usual_cost = RunningMoments(rate=self._settings.back_to_prior.rate, floor=0.05)
         self._recent = Window(RECENT)
         self._has_gained = False
 
@@ -54,8 +55,8 @@ class PriorKnowledge:
         found: list[Reading] = []
         if self._num_readings >= rule.warmup:
             costs = self._table.costs(ids, places, record.vocabulary, SMOOTHING)
-            gain = float((costs - view.losses).mean())
-            found = [*self._worse(gain), *self._fallen_back(gain)]
+            cost, loss = float(costs.mean()), float(view.losses.mean())
+            found = [*self._worse(cost - loss), *self._fallen_back(cost, loss, view)]
         self._table.learn(ids, places)
         self._num_readings += 1
         return found
@@ -65,19 +66,26 @@ class PriorKnowledge:
         evidence = f"counting the targets at each place costs {gain:+.3f} nats against the model's loss"
         yield Reading(name="worse_than_prior", value=-gain, limit=limit, is_beyond=-gain > limit, evidence=evidence)
 
-    def _fallen_back(self, gain: float) -> Iterator[Reading]:
+    def _fallen_back(self, cost: float, loss: float, view: StepView) -> Iterator[Reading]:
+        """What the model claims to know, by its entropy: wrong labels take from its loss, and not from that.
+
+        Where the targets themselves have become easy to count, there is nothing to know beyond it.
+        """
         rule, never = self._settings.back_to_prior, self._settings.never_beyond_prior
+        entropies = view.entropies
+        gain = cost - (min(float(entropies.mean()), loss) if entropies is not None else loss)
         self._recent.add(gain)
         mean = sum(self._recent.values) / len(self._recent.values)
         usual = self._usual.mean
         self._has_gained = self._has_gained or mean > never.threshold
-        if self._usual.count >= rule.warmup and usual >= rule.least_gain:
+        is_warm = self._usual.count >= rule.warmup
+        if is_warm and usual >= rule.least_gain:
             limit = rule.threshold * usual
+            is_beyond = mean < limit and cost > 0.5 * self._usual_cost.mean
             evidence = f"the model knows {mean:.3f} nats more than counting does; it usually knows {usual:.3f}"
             yield Reading(
-                name="back_to_prior", value=mean, limit=limit, is_beyond=mean < limit, reference=usual,
-                evidence=evidence,
-            )  # fmt: skip
+                name="back_to_prior", value=mean, limit=limit, is_beyond=is_beyond, reference=usual, evidence=evidence
+            )
         if self._num_readings >= never.warmup and not self._has_gained:
             evidence = (
                 f"after {self._num_readings} steps the model knows no more than how often each target stands where"
@@ -86,8 +94,9 @@ class PriorKnowledge:
                 name="never_beyond_prior", value=mean, limit=never.threshold, is_beyond=mean < never.threshold,
                 evidence=evidence,
             )  # fmt: skip
-        if not (self._usual.count >= rule.warmup and mean < rule.threshold * usual):
+        if not (is_warm and mean < rule.threshold * usual):
             self._usual.update(gain)
+            self._usual_cost.update(cost)
 
     def forget(self) -> None:
         """Count anew."""
@@ -98,7 +107,7 @@ class PriorKnowledge:
         return {
             "table": self._table.state(),
             "readings": self._num_readings,
-            "usual": self._usual.state(),
+            "usual": [self._usual.state(), self._usual_cost.state()],
             "recent": self._recent.values,
             "gained": self._has_gained,
         }
@@ -107,6 +116,8 @@ class PriorKnowledge:
         """Take over a state."""
         self._table.restore(state["table"])
         self._num_readings = int(state["readings"])
-        self._usual.restore(state["usual"])
+        usual, cost = state["usual"]
+        self._usual.restore(usual)
+        self._usual_cost.restore(cost)
         self._recent.values = [float(value) for value in state["recent"]]
         self._has_gained = bool(state["gained"])

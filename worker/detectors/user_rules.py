@@ -10,6 +10,7 @@ from typing import Any, Final
 from sidestep.protocol.messages import Json
 from sidestep.protocol.metric_names import COLLAPSE_LINE, COLLAPSE_RULES, NO_TOKENS_GENERATED
 from sidestep.worker.detectors.base import Finding, Observation, Verdict
+from sidestep.worker.detectors.binomial import is_clearly_below
 from sidestep.worker.metrics.measurement import Measurement, most_common
 from sidestep.worker.metrics.sequences import TokenSequence, target_sequences
 from sidestep.worker.records import TokenText
@@ -79,6 +80,37 @@ def rules_of(counts: SequenceCounts, settings: RunSettings) -> dict[str, bool]:
     }
 
 
+FEW_SEQUENCES: Final = 32
+"""Targets below which a share of them is held against chance before it tells output and targets apart."""
+
+
+def target_rules_of(
+    targets: Sequence[TokenSequence], outputs: Sequence[TokenSequence], settings: RunSettings
+) -> dict[str, bool]:
+    """Return each rule on the targets; where they are few, the doubt is on their side.
+
+    16 samples of data that are 85 % "A" may hold 10 of it, and a model that knows no better says 16: what the output
+    says over and over is excused where the targets could say it in over 70 % by chance, by the exact binomial bound.
+    Where they never say it, it is not. Targets of too few tokens for ``low_diversity`` excuse an output with no fewer
+    distinct tokens than theirs.
+    """
+    own, said = SequenceCounts.of(targets), SequenceCounts.of(outputs)
+    rules = rules_of(own, settings)
+    if not targets:
+        return rules
+    if own.num_content < settings.low_diversity_min_tokens:
+        rules["low_diversity"] = said.unique_tokens >= own.unique_tokens
+    if len(targets) >= FEW_SEQUENCES:
+        return rules
+    share = settings.single_token_dominance
+    token = said.common[0] if said.common is not None else None
+    hits = sum(sequence.content.count(token) for sequence in targets) if token is not None else 0
+    rules["single_token_dominance"] |= hits > 0 and not is_clearly_below(hits, own.num_content, share)
+    alike = sum(sequence.content == outputs[0].content for sequence in targets)
+    rules["identical_sequences"] |= alike > 0 and not is_clearly_below(alike, len(targets), share)
+    return rules
+
+
 def reason_of(rules: Mapping[str, bool], target_rules: Mapping[str, bool], verdict: str) -> str:
     """Return ``none``, or the rules behind the verdict joined by ``+`` in the user's order.
 
@@ -111,7 +143,7 @@ class UserRules:
         targets = target_sequences(context.samples, generated.samples, context.eos_id)
         counts = SequenceCounts.of(generated.sequences)
         rules = rules_of(counts, settings)
-        reason = reason_of(rules, rules_of(SequenceCounts.of(targets), settings), settings.collapse_verdict)
+        reason = reason_of(rules, target_rules_of(targets, generated.sequences, settings), settings.collapse_verdict)
         is_loud = self._advance(observation.step, is_collapsed=reason != "none", deadline=settings.collapse_deadline)
         values = _values(counts, rules, reason, context.text)
         if context.eos_id is None:

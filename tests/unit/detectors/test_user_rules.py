@@ -244,3 +244,28 @@ def test_the_alert_says_what_was_seen() -> None:
     (finding,) = rules.observe(observation([[A, EOS]] * 4)).findings
     assert finding.title == "Model collapse"
     assert finding.detail == "4 samples, 4 content tokens, 1 distinct; most common: 'A' with 100%"
+
+
+def test_few_targets_of_skewed_data_excuse_a_model_that_knows_no_better() -> None:
+    """Data that are 85 % "A": 11 of 16 targets are, which is under the rule's 70 %, by chance."""
+    skewed = context(targets=[[A, EOS]] * 11 + [[B, EOS] for B in (21, 22, 23, 24, 25)])
+    said = judge([[A, EOS]] * 16, where=skewed, collapse_verdict="target_relative")
+    assert said["collapse/is_collapsed"] == 0
+    assert said["collapse/rule/single_token_dominance"] == said["collapse/rule/identical_sequences"] == 1
+    even = context(targets=[[letter, EOS] for letter in (A, 21, 22, 23)] * 4)
+    said = judge([[A, EOS]] * 16, where=even, collapse_verdict="target_relative")
+    assert said["collapse/collapse_reason"] == "single_token_dominance+identical_sequences"
+
+
+def test_many_targets_are_taken_at_their_word() -> None:
+    skewed = context(targets=[[A, EOS]] * 21 + [[21, EOS]] * 11)  # 66 %
+    said = judge([[A, EOS]] * 32, where=skewed, collapse_verdict="target_relative")
+    assert said["collapse/collapse_reason"] == "single_token_dominance+identical_sequences"
+
+
+def test_targets_of_few_tokens_are_no_witness_of_diversity() -> None:
+    answers = [[YES, 21, EOS], [NO, 22, EOS]] * 12  # 48 tokens, 4 distinct
+    longer = [[YES, 21, 22, EOS], [NO, 22, 21, EOS]] * 12  # 72 tokens, 4 distinct
+    said = judge(longer, where=context(targets=answers), collapse_verdict="target_relative")
+    assert said["collapse/rule/low_diversity"] == 1
+    assert said["collapse/is_collapsed"] == 0
