@@ -95,23 +95,18 @@ class FaultyConnection:
 
     def receive(self) -> bytes | None:
         """Return one frame, or what the plan leaves of it."""
-        if self._in.is_stalled:
+        while not self._in.is_stalled and (frame := self._inner.receive()) is not None:
+            fault = self._ask(RECEIVE, _kind_name(frame))
+            if fault is not None:
+                self._in.suffer(fault, frame)
+            if fault is None or fault.action is Action.STALL:
+                if not (self._in.held or self._in.is_stalled):
+                    return frame
+                self._in.held.append((0.0, frame))
+        if self._in.is_stalled or (due := self._in.released()) is None:
             return None
-        if self._in.held:
-            due = self._in.released()
-            if due is not None:
-                self._in.held.popleft()
-            return due
-        frame = self._inner.receive()
-        if frame is None:
-            return None
-        fault = self._ask(RECEIVE, _kind_name(frame))
-        if fault is None:
-            return frame
-        self._in.suffer(fault, frame)
-        if fault.action is Action.STALL:
-            self._in.held.append((0.0, frame))
-        return None
+        self._in.held.popleft()
+        return due
 
     def handshakes(self) -> list[bool]:
         """Return what became of handshakes; a fault that fails is one that was refused."""

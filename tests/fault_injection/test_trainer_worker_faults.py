@@ -6,55 +6,32 @@ the worker is in trouble, and what the accounts say is what the journal holds.
 
 from __future__ import annotations
 
-import json
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import pytest
-from tests.support.faults_scene import FaultsTraining, closed_steps
+from tests.support.faults_scene import MakeTraining, a_worker, assert_all_arrived, closed_steps, trainings
 from tests.support.worker_process import WorkerProcess, wait_until
 
-from sidestep.protocol.faults import Faults, recorded_counts
-from sidestep.trainer_hooks.faults import RECEIVE, SEND, STAGE, TICK
-
-MakeTraining: TypeAlias = Callable[..., FaultsTraining]
-A_WHILE_STEPS = 25
+A_WHILE_STEPS = 15
 
 pytestmark = pytest.mark.timeout(90)
 
 
 @pytest.fixture
 def worker() -> Iterator[WorkerProcess]:
-    made = WorkerProcess("--trainer-silence-seconds", "1")
-    yield made
-    if made.process is not None:
-        made.process.send_signal(signal.SIGCONT)
-    made.remove()
+    with a_worker() as made:
+        yield made
 
 
 @pytest.fixture
 def make_training(tmp_path: Path) -> Iterator[MakeTraining]:
-    made: list[FaultsTraining] = []
-
-    def make(endpoint: str, *options: str, **settings: Any) -> FaultsTraining:
-        made.append(FaultsTraining(tmp_path, endpoint, *options, **settings))
-        return made[-1]
-
-    yield make
-    for training in made:
-        training.kill()
-
-
-def assert_all_arrived(worker: WorkerProcess, training: FaultsTraining) -> None:
-    """The worker has closed every step of the training, whole, once, in order."""
-    num_steps = len(training.steps())
-    wait_until(lambda: len(closed_steps(worker)) >= num_steps, "all steps closed")
-    assert closed_steps(worker) == dict.fromkeys(range(num_steps), "complete")
+    with trainings(tmp_path) as make:
+        yield make
 
 
 def test_a_worker_that_is_absent_at_the_start_and_comes_later_gets_everything(
@@ -119,36 +96,6 @@ def test_a_worker_that_is_stopped_and_goes_on_gets_everything(
     assert training.stop()["failures"] == {}
     training.assert_unharmed(num_steps=4 * A_WHILE_STEPS)
     assert_all_arrived(worker, training)
-
-
-@pytest.mark.parametrize(
-    "plan",
-    [
-        lambda: Faults().delay_at(RECEIVE, kind="ack", seconds=0.4, times=0),
-        lambda: Faults().stall_at(SEND, seconds=0.5, step=3, times=3),
-        lambda: Faults().fail_at(STAGE, step=4, kind="losses", times=2).fail_at(TICK, step=6, times=5),
-    ],
-    ids=["acks late", "no room", "our own failures"],
-)
-def test_a_slow_worker_and_failures_of_ours_are_counted_and_harmless(
-    worker: WorkerProcess, make_training: MakeTraining, tmp_path: Path, plan: Callable[[], Faults]
-) -> None:
-    record = tmp_path / "struck"
-    text = json.dumps({**json.loads(plan().to_json()), "record": str(record)})
-    worker.start()
-    training = make_training(worker.address, environment={"SIDESTEP_FAULTS": text})
-    num_steps = training.wait_for_steps(2 * A_WHILE_STEPS)
-    last = training.stop()
-    struck = recorded_counts(record)
-    wanted = {f"{fault.action} {fault.where}": fault.times or 1 for fault in plan()._plan}
-    assert struck.keys() == wanted.keys()
-    assert all(struck[name] >= times for name, times in wanted.items())
-    training.assert_unharmed(num_steps=num_steps)
-    num_failed = struck.get("fail trainer.stage", 0)
-    assert sum(last["failures"].values()) == num_failed, "each is counted where it was caught"
-    num_steps = len(training.steps())
-    wait_until(lambda: len(closed_steps(worker)) >= num_steps, "all steps closed")
-    assert closed_steps(worker) == dict.fromkeys(range(num_steps), "complete"), "no step waits for what never was"
 
 
 # ----------------------------------------------------------------------------------- another address, the same name

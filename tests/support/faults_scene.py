@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from tests.support.worker_process import WorkerProcess, wait_until
 
@@ -96,7 +98,7 @@ def _control(num_steps: int) -> list[str]:
 
 def control_losses(num_steps: int) -> list[str]:
     """Return the losses of the first ``num_steps`` steps without hooks."""
-    longest = -(-num_steps // 1_000) * 1_000  # one control serves many trainings
+    longest = -(-num_steps // 250) * 250  # one control serves many trainings
     return _control(longest)[:num_steps]
 
 
@@ -105,3 +107,42 @@ def closed_steps(worker: WorkerProcess) -> dict[int, str]:
     if not (worker.journal / "worker.json").exists():
         return {}
     return {step: reason for _, step, reason in worker.closed_steps()}
+
+
+def assert_all_arrived(worker: WorkerProcess, training: FaultsTraining) -> None:
+    """The worker has closed every step of the training, whole, once, in order."""
+    num_steps = len(training.steps())
+    wait_until(lambda: len(closed_steps(worker)) >= num_steps, "all steps closed")
+    assert closed_steps(worker) == dict.fromkeys(range(num_steps), "complete")
+
+
+@contextmanager
+def a_worker() -> Iterator[WorkerProcess]:
+    """A worker that is not started yet, gives a vanished trainer up soon, and ends with the block, stopped or not."""
+    made = WorkerProcess("--trainer-silence-seconds", "1")
+    try:
+        yield made
+    finally:
+        if made.process is not None:
+            made.process.send_signal(signal.SIGCONT)
+        made.remove()
+
+
+@contextmanager
+def trainings(folder: Path) -> Iterator[MakeTraining]:
+    """Make trainings that end with the block."""
+    made: list[FaultsTraining] = []
+
+    def make(endpoint: str, *options: str, **settings: Any) -> FaultsTraining:
+        made.append(FaultsTraining(folder, endpoint, *options, **settings))
+        return made[-1]
+
+    try:
+        yield make
+    finally:
+        for training in made:
+            training.kill()
+
+
+MakeTraining: TypeAlias = Callable[..., FaultsTraining]
+"""(endpoint, options of ``faults_training``, ``prefix`` and ``environment``) to a training that runs."""
