@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import faulthandler
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from tests.support.rank_processes import say_where_it_hangs
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -31,9 +30,8 @@ class Model(nn.Module):
 
 
 def main(rank: int, port: str, out: Path, *, hooked: bool) -> None:
-    faulthandler.dump_traceback_later(30, exit=True)  # a rank that hangs says where
+    say_where_it_hangs(30)
     torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # not whatever this machine's name leads to
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     torch.manual_seed(0)
     model = DistributedDataParallel(Model())

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tests.support.rank_processes import say_where_it_hangs
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -47,6 +48,7 @@ def main() -> None:
     )  # fmt: skip
     wrapped: Any = model
     if "RANK" in os.environ:
+        say_where_it_hangs(70)
         distributed.init_process_group("gloo")
         wrapped = DistributedDataParallel(model)
     train_cfg = SimpleNamespace(

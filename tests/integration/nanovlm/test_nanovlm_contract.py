@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,13 +11,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from tests.support import reference
+from tests.support.rank_processes import run_ranks
 from tests.support.wandb_offline import OfflineRun, read_fragments
 
 TRAINER = Path(__file__).with_name("demo_as_nanovlm.py")
 NUM_STEPS = 4
 MODULES = {"MP": "modality_projector", "vision_encoder": "vision_encoder", "decoder": "decoder"}
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(420)  # two hangs, and each tried again
 
 
 class Trained:
@@ -30,16 +29,17 @@ class Trained:
         trainer = [sys.executable, *(launcher if num_ranks > 1 else []), str(TRAINER)]
         (out / "off").mkdir()
         (out / "on").mkdir()
-        run([*trainer, str(out / "off"), "--unpatched"])
+        run_ranks(lambda _: [[*trainer, str(out / "off"), "--unpatched"]], timeout_seconds=100)
+        worker = [sys.executable, "-m", "sidestep.worker.cli", "run", "--out"]
         hooked = [*trainer, str(out / "on")]
-        self.console = run(
-            [sys.executable, "-m", "sidestep.worker.cli", "run", "--out", str(out / "run"), "--", *hooked]
+        self.console, attempt = run_ranks(
+            lambda attempt: [[*worker, str(out / f"run-{attempt}"), "--", *hooked]], timeout_seconds=100
         )
         self.off = [read(out / "off" / f"rank{rank}.npz") for rank in range(num_ranks)]
         self.on = [read(out / "on" / f"rank{rank}.npz") for rank in range(num_ranks)]
         size, eos, image = self.on[0]["vocabulary"].tolist()
         self.vocabulary = reference.Vocabulary(size=size, eos=eos, image=image)
-        self.run: OfflineRun = read_fragments(out / "run")
+        self.run: OfflineRun = read_fragments(out / f"run-{attempt}")
         self.by_step: dict[int, dict[str, Any]] = {}
         for row in self.run.rows:
             self.by_step.setdefault(int(row["train/step"]), {}).update(row)
@@ -57,13 +57,6 @@ class Trained:
             for arrays in self.on
             for microstep in range(2)
         ]
-
-
-def run(command: list[str]) -> str:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
-    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
-    return done.stdout + done.stderr
 
 
 def read(file: Path) -> dict[str, NDArray[Any]]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from tests.support.rank_processes import say_where_it_hangs
 
 import sidestep
 from sidestep.protocol.messages import Generation, Gradients, Losses, Scalars, StepEnd
@@ -48,6 +49,7 @@ class Recording(transformers.Trainer):  # type: ignore[misc]  # its types are no
 
 def main() -> None:
     torch.set_num_threads(1)
+    say_where_it_hangs(120)
     out, opened = Path(sys.argv[1]), list[InProcessTransport]()
 
     def way(*arguments: Any) -> InProcessTransport:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,18 @@ import pytest
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 
+from tests.support.rank_processes import run_ranks
+
 RANK = Path(__file__).with_name("smolvlm_ranks.py")
 STEPS = [1, 2, 3, 4]
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(640)]
 
 
 def trained(folder: Path, *options: str) -> list[dict[str, Any]]:
     folder.mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, str(RANK), str(folder), *options], capture_output=True, text=True, timeout=100, check=False
-    )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    run_ranks(lambda _: [[*command, str(RANK), str(folder), *options]], timeout_seconds=150)
     return [json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
 
 
