@@ -19,9 +19,16 @@ import resource
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+INSTRUMENTED: Final = [
+    "sidestep.protocol", *(f"sidestep.worker.intake.{name}" for name in ("admission", "feed", "peers", "reception")),
+]  # fmt: skip
+"""What the guide sees the ways of."""
+PROGRESS_FRAMES: Final = 50_000
+"""The report is also written so often, for a campaign that is ended early."""
 REOPEN_FRAMES: Final = 20_000
 """The journal is opened again so often, as by another worker; in an empty folder every fifth time."""
 
@@ -41,6 +48,7 @@ class Campaign:
         self.num_crashes = 0
         self._num_opened = 0
         self._reopen_at = REOPEN_FRAMES
+        self._progress_at = PROGRESS_FRAMES
 
     def take(self, frame: bytes) -> None:
         """Take one frame; what must not happen is counted and kept, and the campaign goes on with a new front."""
@@ -52,6 +60,9 @@ class Campaign:
                 self._front.reopen(afresh=self._num_opened % 5 == 0)
         except Exception as error:  # noqa: BLE001  (whatever it is, it is what the campaign looks for)
             self._crashed(frame, error)
+        if self._front.counts["frames"] >= self._progress_at:
+            self._progress_at += PROGRESS_FRAMES
+            self._write(self._report())
 
     def _crashed(self, frame: bytes, error: Exception) -> None:
         self.num_crashes += 1
@@ -70,16 +81,16 @@ class Campaign:
         """Whether there have been enough frames."""
         return self._front.counts["frames"] >= int(self._options.frames)
 
-    def finish(self, **more: Any) -> int:
-        """Write the report; return the exit code."""
+    def _report(self) -> dict[str, Any]:
         seconds = time.monotonic() - self._began
-        self._front.close()
         counts = self._front.counts
-        result = {
+        return {
             "command": " ".join(["python -m tests.fuzz.fuzz_frames", *sys.argv[1:]]),
             "engine": self._engine,
+            "seed": self._options.seed,
             "frames": counts["frames"],
             "seconds": round(seconds, 1),
+            "cpu_seconds": round(time.process_time(), 1),
             "frames_per_second": round(counts["frames"] / seconds),
             "crashes": self.num_crashes,
             "distinct_crashes": self.crashes,
@@ -87,13 +98,19 @@ class Campaign:
             "slowest_frame_seconds": round(self._front.slowest_seconds, 4),
             "peak_resident_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
             "counts": dict(sorted(counts.items())),
-            **more,
         }
-        text = json.dumps(result, indent=1)
-        sys.stdout.write(text + "\n")
+
+    def _write(self, report: Mapping[str, Any]) -> None:
         if self._options.json is not None:
-            self._options.json.write_text(text + "\n", encoding="utf-8")
-        return 1 if self.num_crashes or counts["hangs"] else 0
+            self._options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+    def finish(self, **more: Any) -> int:
+        """Write the report; return the exit code."""
+        self._front.close()
+        report = {**self._report(), **more}
+        self._write(report)
+        sys.stdout.write(json.dumps(report, indent=1) + "\n")
+        return 1 if self.num_crashes or self._front.counts["hangs"] else 0
 
 
 def limit_address_space(spare_mib: int) -> None:
@@ -112,12 +129,12 @@ def fuzz_by_loop(options: argparse.Namespace) -> int:
     campaign = Campaign(options, "loop")
     limit_address_space(options.spare_mib)
     loop.run(campaign.take, options.frames)
-    return campaign.finish(seed=options.seed, corpus=len(loop.corpus), ways=len(loop.ways))
+    return campaign.finish(corpus=len(loop.corpus), ways=len(loop.ways))
 
 
 def fuzz_by_atheris(options: argparse.Namespace, atheris: Any) -> None:
     """Run the campaign by libFuzzer; does not return."""
-    with atheris.instrument_imports(include=["sidestep.protocol", "sidestep.worker.intake"]):
+    with atheris.instrument_imports(include=INSTRUMENTED):
         from tests.fuzz.front import seeds  # noqa: PLC0415
     from tests.fuzz.mutations import Mutator  # noqa: PLC0415
 
@@ -131,7 +148,7 @@ def fuzz_by_atheris(options: argparse.Namespace, atheris: Any) -> None:
     def take(frame: bytes) -> None:
         campaign.take(frame)
         if campaign.is_over:
-            code = campaign.finish(seed=options.seed)
+            code = campaign.finish()
             sys.stdout.flush()
             os._exit(code)
 

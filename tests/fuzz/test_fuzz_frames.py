@@ -43,6 +43,12 @@ def test_chunks_of_a_campaign_are_joined(front: Front) -> None:
     assert len(chunked(IN_CHUNKS + b"\x84" + whole)) < len(chunked(IN_CHUNKS + b"\x04" + whole))
 
 
+@pytest.mark.parametrize("given", [b"", IN_CHUNKS, IN_CHUNKS + b"\xff", IN_CHUNKS + b"\x03SST"])
+def test_the_harness_takes_whatever_a_fuzzer_makes(front: Front, given: bytes) -> None:
+    front.take(given)
+    front.serve_the_good_one()
+
+
 def test_a_campaign_reports_and_ends_well(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.fuzz.fuzz_frames", "--engine", "loop", "--frames", "300"]
     command += ["--json", str(tmp_path / "report.json"), "--keep", str(tmp_path / "kept")]
