@@ -7,7 +7,7 @@ on these traces: real training does that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from sidestep.protocol.messages import Kind, Message, Probe, Scalars, Signals, StepEnd
 from sidestep.worker.records import AssembledStep, Part, RunContext
+from sidestep.worker.watch import Watch, WatchVerdict
 
 EOS, PAD, NEWLINE, IMAGE = 1, 0, 2, 3
 FIRST_OPTION = 10
@@ -39,8 +40,8 @@ def context(**changes: Any) -> RunContext:
         "modules": list(MODULES),
         "parameters": [{"name": f"{name}.w", "module": place, "param": "w"} for place, name in enumerate(MODULES)],
     }
-    told: dict[str, Any] = {"run_id": "run", "attempt": 0, "text": Numbers(), "tokenizer": table, **changes}
-    return RunContext(parameters=parameters, **told)
+    told: dict[str, Any] = {"run_id": "run", "attempt": 0, "text": Numbers(), "tokenizer": table}
+    return RunContext(**{**told, "parameters": parameters, **changes})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,3 +262,40 @@ def shuffled_targets(drawn: Drawn) -> None:
 
 def with_ranks(task: Task, ranks: int) -> Task:
     return replace(task, ranks=ranks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """What a watch said over a trace."""
+
+    verdicts: dict[int, WatchVerdict]
+    """Step to its verdict."""
+
+    @property
+    def lines(self) -> list[tuple[int, str]]:
+        """(step, line) of every announcement."""
+        return [(step, each.line) for step, verdict in self.verdicts.items() for each in verdict.announcements]
+
+    @property
+    def openings(self) -> list[tuple[int, str]]:
+        """(step, incident) of every row of an incident that opened or got worse."""
+        return [
+            (step, key.removeprefix("incidents/"))
+            for step, verdict in self.verdicts.items()
+            for key, value in verdict.values.items()
+            if key != "incidents/open" and value == 1
+        ]
+
+    @property
+    def blocks(self) -> str:
+        """All announcements' blocks, joined."""
+        return "\n".join(
+            line for verdict in self.verdicts.values() for each in verdict.announcements for line in each.block
+        )
+
+
+def watched(steps: Iterable[AssembledStep], watch: Watch | None = None, **changes: Any) -> Told:
+    """Let a watch look at every step."""
+    watch = watch or Watch()
+    told = context(**changes)
+    return Told(verdicts={step.step: watch.observe(step, told) for step in steps})

@@ -50,7 +50,7 @@ class DetectorSettings:
     dup_batch: Repeats = field(default_factory=lambda: Repeats(hits=3, window=3))
     dup_in_batch: Limit = field(default_factory=lambda: Limit(hits=3, window=4, threshold=0.6))
     dup_ranks: Rule = field(default_factory=lambda: Rule(hits=3, window=4))
-    image_constant: Limit = field(default_factory=lambda: Limit(hits=3, window=4, threshold=0.3))
+    image_constant: Limit = field(default_factory=lambda: Limit(hits=3, window=4, threshold=0.15))  # 6 questions each
     image_embed_zero: Limit = field(default_factory=lambda: Limit(hits=3, window=4, threshold=1e-6))
     image_embed_constant: Limit = field(default_factory=lambda: Limit(hits=3, window=3, threshold=1e-7))
     no_update: Stuck = field(default_factory=Stuck)
