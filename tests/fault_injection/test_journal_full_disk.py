@@ -21,7 +21,7 @@ from tests.support.wire_trainer import CONTENTS, WireTrainer, make_hello
 from tests.support.worker_process import WorkerProcess, wait_until
 
 from sidestep.protocol.frames import Envelope, encode
-from sidestep.protocol.messages import LearningRates, NoAck, Notice, Scalars, StepEnd
+from sidestep.protocol.messages import LearningRates, NoAck, Notice, Scalars, StepEnd, Welcome
 from sidestep.trainer_hooks.publisher import Publisher
 from sidestep.worker.errors import JournalWriteError
 from sidestep.worker.health import ask_health
@@ -125,6 +125,27 @@ def test_states_are_written_from_the_reserve_while_messages_wait(disk: SmallDisk
         disk.free()
         trainer.wait_for_acks(numbers)
         wait_until(lambda: len(closed_steps(worker)) >= 2, "the second step closes")
+
+
+def test_a_worker_that_is_started_on_a_full_disk_listens_and_takes_all_when_there_is_room(
+    disk: SmallDisk, worker: WorkerProcess
+) -> None:
+    worker.start()
+    with WireTrainer(worker.address) as trainer:
+        trainer.greet()
+        trainer.wait_for_acks(trainer.send_step(0))
+        worker.kill()
+        disk.fill()
+        worker.start()
+        assert is_full(worker)
+        trainer.say(make_hello())
+        assert trainer.wait_for(Welcome).committed.tolist() == [[1, 4]]
+        numbers = trainer.send_step(1)
+        assert "is full" in trainer.wait_for(NoAck).reason
+        disk.free()
+        trainer.wait_for_acks(numbers)
+        wait_until(lambda: list(closed_steps(worker)) == [0, 1], "both steps close")
+    assert worker.terminate() == 0
 
 
 def test_what_does_not_fit_into_the_window_meanwhile_is_counted_in_the_run(

@@ -24,6 +24,7 @@ from sidestep.worker.records import StepClosing
 
 _LOG: Final = logging.getLogger(__name__)
 LOCK_FILE: Final = "lock"
+_LEAST_FREE_BYTES: Final = 4 << 20
 
 
 class Journal:
@@ -74,6 +75,8 @@ class Journal:
         try:
             if reserve_bytes and not read_only:
                 self.reserve = Reserve(folder, reserve_bytes)
+                if self.reserve.free_bytes < min(_LEAST_FREE_BYTES, reserve_bytes):
+                    self.reserve.give_up()  # it was full already: what a start writes needs some room
             self._open(
                 segment_bytes=segment_bytes_within(segment_bytes, max_bytes), read_only=read_only, shared_log=shared_log
             )
@@ -160,11 +163,13 @@ class Journal:
         return self.index.database.damage or (self.reserve.reason if self.reserve is not None else "")
 
     def statistics(self) -> dict[str, Any]:
-        """Return how the journal stands; any thread may ask.
+        """Return how the journal stands, or why that cannot be told; any thread may ask."""
+        try:
+            return self._statistics()
+        except JournalError as error:
+            return {"bytes": folder_bytes(self.folder), "unreadable": str(error)}
 
-        Raises:
-            JournalError: the index cannot be read.
-        """
+    def _statistics(self) -> dict[str, Any]:
         deleted = self.index.segments.deleted()
         return {
             "bytes": folder_bytes(self.folder),

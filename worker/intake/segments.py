@@ -161,6 +161,10 @@ class Segments:
             raise JournalError("this journal is closed, or was opened for reading")
         if self._reserve is not None and not self._reserve.has_room():
             raise JournalWriteError(self._reserve.reason)
+        with self._lock:  # who reads may find this segment broken, and close its writer
+            self._append(rows)
+
+    def _append(self, rows: Sequence[Row]) -> None:
         try:
             if self._active_bytes() >= self._segment_bytes:
                 self._rotate()
@@ -170,16 +174,15 @@ class Segments:
                 self._reserve.give_up()
                 raise JournalWriteError(self._reserve.reason) from error
             raise JournalWriteError(str(error)) from error
-        with self._lock:
-            active = self._segments[-1]
-            self.next_arrival = rows[-1].arrival + 1
-            for row in rows:
-                active.add(row)
-                stream = (row.incarnation, row.rank)
-                committed = self._committed.get(stream)
-                if committed is None:
-                    committed = self._committed.setdefault(stream, RangeSet())
-                committed.add(row.sequence)
+        active = self._segments[-1]
+        self.next_arrival = rows[-1].arrival + 1
+        for row in rows:
+            active.add(row)
+            stream = (row.incarnation, row.rank)
+            committed = self._committed.get(stream)
+            if committed is None:
+                committed = self._committed.setdefault(stream, RangeSet())
+            committed.add(row.sequence)
 
     def _store(self, rows: Sequence[Row]) -> None:
         try:
