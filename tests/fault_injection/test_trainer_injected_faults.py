@@ -15,7 +15,7 @@ from sidestep.trainer_hooks.faults import RECEIVE, SEND, STAGE, TICK
 
 NUM_STEPS = 40
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = pytest.mark.timeout(150)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from tests.support.worker_process import WorkerProcess, wait_until
 
 A_WHILE_STEPS = 15
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = pytest.mark.timeout(150)
 
 
 @pytest.fixture
