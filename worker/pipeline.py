@@ -159,7 +159,7 @@ class RunPipeline:
         """Take one journaled message of this run in."""
         name = each.envelope.incarnation
         self._taken_arrival = max(self._taken_arrival, each.arrival)
-        if each.arrival < self._pending_arrival or (name, *each.key) in self._consumed:
+        if each.arrival < self._pending_arrival or (self._consumed and (name, *each.key) in self._consumed):
             return
         if name not in self._assemblers:
             self.refresh()

@@ -75,7 +75,10 @@ class Assembler:
 
     def pass_over(self, rank: int, sequence: int) -> None:
         """Count a sequence number as arrived that brings nothing: a refused message, or one of an unknown kind."""
-        self._seen.setdefault(rank, RangeSet()).add(sequence)
+        seen = self._seen.get(rank)
+        if seen is None:
+            seen = self._seen[rank] = RangeSet()
+        seen.add(sequence)
 
     def add(self, each: Journaled, now: float) -> None:
         """Take one journaled message in; ``now`` is when, in seconds of the clock that ``close_ready`` is asked by."""
@@ -212,9 +215,12 @@ class Assembler:
         )
         used = {**own, **late}
         self._used_goodbyes.update(goodbyes)
-        for (rank, _), each in used.items():
-            known = self._told.get(rank, (0, 0, 0))
-            self._told[rank] = tuple(map(max, known, _losses(each)))
+        newest: dict[int, Journaled] = {}
+        for (rank, sequence), each in used.items():
+            if rank not in newest or newest[rank].envelope.sequence < sequence:
+                newest[rank] = each  # what it tells is cumulative
+        for rank, each in newest.items():
+            self._told[rank] = tuple(map(max, self._told.get(rank, (0, 0, 0)), _losses(each)))
         for rank, end in held.ends.items():
             self._floors[rank] = max(self._floors.get(rank, 0), end.envelope.sequence)
         if reason != "tail":
