@@ -94,12 +94,15 @@ def runs(draw: st.DrawFn) -> list[AssembledStep]:
 def outputs(steps: Sequence[AssembledStep], *, restart_at_every_step: bool) -> tuple[list[bytes], bytes]:
     projection = RunProjection(context(0))
     payloads: list[bytes] = []
+    stored: dict[str, bytes] = {}
     for step in steps:
         if restart_at_every_step:
             saved = projection.state()
+            stored.update(projection.changed_pieces())  # all that is written at a step
             projection = RunProjection(context(step.attempt))
-            projection.restore(saved)
+            projection.restore_pieces(stored)
             assert projection.state() == saved
+            assert projection.changed_pieces() == {}
         elif step.attempt:
             projection.adopt(context(step.attempt))
         made = projection.project(step)

@@ -23,7 +23,7 @@ def check_balance(folder: Path, out: Path) -> None:
     journal = Journal(folder, read_only=True)
     try:
         for run_id in journal.index.runs():
-            _check_run(journal, run_id)
+            check_run(journal, run_id)
     finally:
         journal.close()
     _, compared = replay(folder, out, lambda _made: None)
@@ -32,7 +32,8 @@ def check_balance(folder: Path, out: Path) -> None:
         assert made.is_ended, made
 
 
-def _check_run(journal: Journal, run_id: str) -> None:
+def check_run(journal: Journal, run_id: str) -> None:
+    """Fail where a run lost or doubled anything."""
     closings = [each for each in journal.index.closings(run_id) if isinstance(each, StepClosing)]
     used = Counter((each.incarnation, *key) for each in closings for key in (*each.parts, *each.late_parts))
     names = {each.incarnation for each in journal.index.incarnations(run_id)}
