@@ -24,6 +24,7 @@ from sidestep.worker.detectors.rules import Rule
 from sidestep.worker.detectors.settings import DetectorSettings
 from sidestep.worker.detectors.updates import Updates
 from sidestep.worker.detectors.view import StepView
+from sidestep.worker.incident_causes import cause_named
 from sidestep.worker.incident_text import console_block, heading
 from sidestep.worker.incidents import Change, Incident, IncidentLog
 from sidestep.worker.metrics.measurement import Table, Value, notice_once
@@ -353,6 +354,10 @@ class Watch:
             self._withdrawn += [incident.name for incident in self._incidents.withdraw(step)]
             self._asked_at = -1
             self._grace_until = -1
+
+    def open_rows(self) -> tuple[Table, ...]:
+        """Return the row of each incident that is still open, as it stands: for the end of a run."""
+        return tuple(incident_table(each, cause_named(each.cause)) for each in self._incidents.open)
 
     def state(self) -> Json:
         """Return all that ``restore`` needs; equal states are equal bytes."""

@@ -100,7 +100,7 @@ def trace(
 def draw(task: Task, step: int, rng: np.random.Generator) -> Drawn:
     """Draw a step of a model that has learned for ``step`` steps."""
     skill = max(task.start_skill, 1.0 - np.exp(-step / task.learning_steps))
-    prior = np.array(task.prior or (1.0 / task.options,) * task.options)
+    prior = np.maximum(np.array(task.prior or (1.0 / task.options,) * task.options), 1e-9)
     sharp = skill * (6.0 - 2.0 * np.log(max(task.final_loss, 1e-3)))
     shape = (task.batch, task.length, task.options)
     # A noisy look at a hidden truth drawn from the prior: the posterior is calibrated by construction.

@@ -54,15 +54,17 @@ class DataShift:
         return [*self._histogram(view), *self._lengths(record), *self._ends(record), *self._sizes(record)]
 
     def _histogram(self, view: StepView) -> Iterator[Reading]:
-        """Jensen-Shannon divergence of the last steps' targets and the usual ones, in nats (at most 0.69)."""
+        """Jensen-Shannon divergence of the last steps' content and the usual one, in nats (at most 0.69)."""
         rule = self._settings.target_shift
-        if not view.num_rows:
+        content = view.content
+        num_rows = int(content.sum())
+        if not num_rows:
             return
-        ids, counts = np.unique(view.record.targets, return_counts=True)
+        ids, counts = np.unique(view.record.targets[content], return_counts=True)
         order = np.argsort(-counts, kind="stable")[:MAX_COUNTED]
-        step = (ids[order].astype(np.int64), counts[order] / view.num_rows)
+        step = (ids[order].astype(np.int64), counts[order] / num_rows)
         self._targets = [*self._targets, step][-rule.pooled :]
-        self._rows = [*self._rows, view.num_rows][-rule.pooled :]
+        self._rows = [*self._rows, num_rows][-rule.pooled :]
         if self._num_steps >= rule.warmup and sum(self._rows) >= rule.min_rows and len(self._rows) == rule.pooled:
             yield self._shift()
         self._usual.learn(*step)

@@ -29,6 +29,7 @@ class Images:
         self._settings = settings
         self._gains: list[float] = []
         self._num_probes = 0
+        self._unused = 0  # probes in a row in which images were worth nothing
         self._best = 0.0  # highest pooled gain so far
 
     def read(self, view: StepView) -> Sequence[Reading]:
@@ -78,9 +79,11 @@ class Images:
         pooled = self._gains[-unused.pooled :]
         mean = sum(pooled) / len(pooled)
         evidence = f"with the images of other samples the loss is only {mean:+.3f} nats higher ({len(pooled)} probes)"
-        if self._num_probes >= unused.warmup and record.step >= unused.first_step:
+        if self._num_probes >= unused.warmup:
+            self._unused = self._unused + 1 if max(mean, gain) < unused.threshold else 0
+            is_beyond = self._unused >= unused.lasting and record.step >= unused.first_step
             yield Reading(
-                name="image_unused", value=mean, limit=unused.threshold, is_beyond=mean < unused.threshold,
+                name="image_unused", value=mean, limit=unused.threshold, is_beyond=is_beyond,
                 reference=self._best, evidence=evidence,
             )  # fmt: skip
         recent = self._gains[-lost.pooled :]
@@ -97,13 +100,14 @@ class Images:
 
     def forget(self) -> None:
         """Let go of what images were worth."""
-        self._gains, self._best, self._num_probes = [], 0.0, 0
+        self._gains, self._best, self._num_probes, self._unused = [], 0.0, 0, 0
 
     def state(self) -> Json:
         """Return all that ``restore`` needs."""
-        return {"gains": self._gains, "probes": self._num_probes, "best": self._best}
+        return {"gains": self._gains, "probes": [self._num_probes, self._unused], "best": self._best}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over a state."""
         self._gains = [float(gain) for gain in state["gains"]]
-        self._num_probes, self._best = int(state["probes"]), float(state["best"])
+        self._num_probes, self._unused = map(int, state["probes"])
+        self._best = float(state["best"])

@@ -258,8 +258,6 @@ class RankSum(Cumulative):
 class Probes(Limit):
     """What images are worth, in nats (``Probe``)."""
 
-    hits: int = 3
-    window: int = 3
     rearm: int = 2
     threshold: float = 0.02
     """Measured: unused images stay within 0.03, used ones are over 0.05 by step 349."""
@@ -267,6 +265,8 @@ class Probes(Limit):
     """Probes whose mean is judged."""
     warmup: int = 6
     """Probes before it judges."""
+    lasting: int = 3
+    """Probes in a row, the newest one by itself included, that must show nothing."""
     first_step: int = 350
     """Step before which nothing is judged: from scratch, images come into use by step 349 (measured)."""
     had: float = 0.1
