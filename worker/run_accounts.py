@@ -53,11 +53,13 @@ class RunAccounts:
                 self._told_by_ends[known_kind(kind)] += min(count, MAX_COUNT)
 
     def _take_rank(self, known: dict[str, int], account: RankAccount) -> None:
-        said: Counter[str] = Counter({"resent": min(account.resent, MAX_COUNT)})
+        said = {"resent": min(account.resent, MAX_COUNT), "produced": 0}
         for kind, (produced, dropped, refused) in account.kinds.items():
             said["produced"] += min(produced, MAX_COUNT)
-            said[f"dropped/{known_kind(kind)}"] += min(dropped, MAX_COUNT)
-            said[f"refused/{known_kind(kind)}"] += min(refused, MAX_COUNT)
+            for what, count in (("dropped", dropped), ("refused", refused)):
+                if count:
+                    name = f"{what}/{known_kind(kind)}"
+                    said[name] = said.get(name, 0) + min(count, MAX_COUNT)
         for name, count in said.items():
             if count > known.get(name, 0):  # a late part's head is older than what is known
                 self._totals[name] += count - known.get(name, 0)
