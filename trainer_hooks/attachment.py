@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from sidestep.protocol.faults import Faults
+from sidestep.protocol.messages import Command
 from sidestep.trainer_hooks.agreement import Agreed, agree, new_incarnation
 from sidestep.trainer_hooks.capture import ForwardReader
 from sidestep.trainer_hooks.checks import check_samples, check_topology
@@ -185,7 +186,13 @@ def make_signals(training: Training, seen: Seen) -> SignalWatch | None:
 
 
 def make_session(
-    training: Training, seen: Seen, generator: Generator | None, introduction: Introduction, step: int
+    training: Training,
+    seen: Seen,
+    generator: Generator | None,
+    introduction: Introduction,
+    step: int,
+    *,
+    on_incident: Callable[[Command], object] | None = None,
 ) -> Session:
     """Put the hooks on the model and the optimizer."""
     topology = seen.topology
@@ -204,6 +211,7 @@ def make_session(
             takes_gradients=seen.capabilities["gradients"] == EXACT and (topology.rank == 0 or topology.sharded),
             introduction=introduction,
             signals=make_signals(training, seen),
+            on_incident=on_incident,
         ),
         step,
     )

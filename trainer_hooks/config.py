@@ -10,6 +10,7 @@ from sidestep.protocol import limits
 
 GRADIENT_DETAILS = ("param", "block", "module")
 COLLAPSE_VERDICTS = ("literal", "target_relative")
+ON_INCIDENT = ("warn", "stop", "checkpoint", "call")
 
 _USER_INTERVALS = ("generation_eval_interval", "gradient_log_interval", "collapse_detection_interval")
 _INTERVALS = (
@@ -60,6 +61,14 @@ class HooksConfig:
     """``param``, ``block`` or ``module``: how finely gradients are shown."""
     collapse_verdict: str = "literal"
     """``literal`` or ``target_relative`` (docs/metrics.md, ``collapse/``)."""
+    on_incident: str = "warn"
+    """What the worker asks for when a critical incident opens: ``warn``, ``stop``, ``checkpoint`` or ``call``.
+
+    ``warn`` is nothing. The trainer is free to ignore it; ``after_step`` returns it, on all ranks at the same step.
+    ``call``: a callable that was given to ``attach`` is told.
+    """
+    sample_when_suspicious: bool = True
+    """Whether the worker may ask for samples between two due generations when a cheap signal is suspicious."""
     collapse_deadline: int = 500
     """Step at which a verdict that has never been 0 is reported all the same."""
     single_token_dominance: float = 0.70
@@ -136,7 +145,12 @@ class HooksConfig:
         _require(
             0 < self.high_loss_sigmas < float("inf"), "high_loss_sigmas", "must be positive", self.high_loss_sigmas
         )
-        for name, known in (("gradient_detail", GRADIENT_DETAILS), ("collapse_verdict", COLLAPSE_VERDICTS)):
+        choices = {
+            "gradient_detail": GRADIENT_DETAILS,
+            "collapse_verdict": COLLAPSE_VERDICTS,
+            "on_incident": ON_INCIDENT,
+        }
+        for name, known in choices.items():
             _require(getattr(self, name) in known, name, f"must be one of {', '.join(known)}", getattr(self, name))
 
     @classmethod

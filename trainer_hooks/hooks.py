@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import atexit
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -220,6 +221,7 @@ def attach(
     endpoint: str | None = None,
     run_id: str | None = None,
     transport: OpenTransport | None = None,
+    on_incident: str | Callable[[Command], object] | None = None,
     faults: Faults | None = None,
 ) -> Hooks:
     """Look over a training's shoulder: ship its raw signals to a worker, which makes metrics and warnings of them.
@@ -245,6 +247,8 @@ def attach(
         endpoint: where the worker listens, ``ipc://PATH`` or ``tcp://HOST:PORT``.
         run_id: the run to go on in; else ``SIDESTEP_RUN_ID``, else that of ``load_state_dict``, else a new one.
         transport: another way for the messages than the publisher (``InProcessTransport``).
+        on_incident: ``HooksConfig.on_incident`` in another way; a callable is told of each command that is taken, on
+            the training thread, on all ranks at the same step.
         faults: what is to go wrong on purpose, for tests of a training under failures; else ``SIDESTEP_FAULTS``.
 
     Raises:
@@ -252,6 +256,8 @@ def attach(
         ValueError: an argument's value is wrong, or misses another argument; the text says what to do.
     """
     config = HooksConfig() if config is None else config
+    if on_incident is not None:
+        config = replace(config, on_incident="call" if callable(on_incident) else on_incident)
     texts = {"project": project, "entity": entity, "name": name, "endpoint": endpoint, "run_id": run_id}
     check_arguments(model, config, step=step, scaler=scaler, modules=modules, texts=texts, tags=tags)
     check_generation(samples, tokenizer, generate_fn)
@@ -276,4 +282,6 @@ def attach(
     )
     if introduction is None:
         return Hooks(None, None, keep_step=False)
-    return Hooks(make_session(training, seen, generator, introduction, step), introduction, keep_step=step > 0)
+    told = on_incident if callable(on_incident) else None
+    session = make_session(training, seen, generator, introduction, step, on_incident=told)
+    return Hooks(session, introduction, keep_step=step > 0)

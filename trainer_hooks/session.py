@@ -18,8 +18,8 @@ from torch import nn
 
 from sidestep.protocol.messages import Command, Kind, Notice, StepEnd
 from sidestep.trainer_hooks.capture import Batch, ForwardReader, Outputs
+from sidestep.trainer_hooks.commands import Commands
 from sidestep.trainer_hooks.config import HooksConfig
-from sidestep.trainer_hooks.control import Control
 from sidestep.trainer_hooks.generation import Generator
 from sidestep.trainer_hooks.gradient_scale import carried_scale, is_known_overflow, overflow_flag
 from sidestep.trainer_hooks.guard import Guard, guarded
@@ -66,6 +66,8 @@ class Parts:
     """Whether this rank ships gradients: of replicas, the first alone does."""
     signals: SignalWatch | None
     """What looks at every step for the detectors, where that is wanted."""
+    on_incident: Callable[[Command], object] | None = None
+    """Told of every command that is taken, at the boundary."""
     introduction: Introduction
 
 
@@ -78,7 +80,7 @@ class Session:
         self._schedule = Schedule(parts.config)
         self._missing = MissingCalls(self._schedule, takes_gradients=parts.takes_gradients)
         self._transport: Transport | None = None
-        self._control: Control | None = None
+        self._commands: Commands | None = None
         self._state: Mapping[str, Any] = {}
         self._table = parts.table
         self.last_step = step - 1
@@ -215,7 +217,14 @@ class Session:
             )
             return None
         self._end(step, applied=applied)
-        return self._control.at_boundary(step) if self._control is not None else None
+        return self._command_at(step)
+
+    def _command_at(self, step: int) -> Command | None:
+        try:
+            return None if self._commands is None else self._commands.at_boundary(step, self._parts.on_incident)
+        except Exception as error:  # noqa: BLE001  (a callable's failure is counted and said; the training goes on)
+            self.guard.failed("on_incident", error)
+            return None
 
     @guarded
     def mark_stage(self, name: str) -> None:
@@ -277,7 +286,8 @@ class Session:
         """The transport, opened at the first use: what ``load_state_dict`` says comes before."""
         if self._transport is None:
             self._transport = self._parts.introduction.open(self._state, self.last_step + 1)
-            self._control = Control(self._transport.take_command)
+            incarnation = self._parts.introduction.agreed.incarnation
+            self._commands = Commands(self._transport, self._parts.topology, incarnation)
         return self._transport
 
     def _now(self) -> OpenStep:
@@ -376,7 +386,10 @@ class Session:
         )
 
     def _generate(self, step: int, due: tuple[str, ...], counts: StepCounts) -> None:
-        if self._parts.generator is None or ("generation" not in due and "collapse" not in due):
+        if self._parts.generator is None:
+            return
+        wished = self._commands is not None and self._commands.take_sample(step)
+        if not wished and "generation" not in due and "collapse" not in due:
             return
         began = time.perf_counter()
         try:
