@@ -25,7 +25,7 @@ _FULL_CODES: Final = frozenset({
 })  # fmt: skip
 
 
-def is_damage(error: sqlite3.Error) -> bool:
+def is_damage(error: Exception) -> bool:
     """Return whether the file itself is broken: what it says is no database, or less than it once said."""
     code = getattr(error, "sqlite_errorcode", None)
     return code is not None and (code & 0xFF in _DAMAGE_CODES or code in _DAMAGE_EXTENDED_CODES)

@@ -17,6 +17,7 @@ from sidestep.worker.errors import JournalError
 from sidestep.worker.intake.database import connect, transaction
 from sidestep.worker.intake.segment_file import (
     COLUMNS,
+    UNREADABLE,
     Row,
     SegmentFile,
     all_files_of,
@@ -99,7 +100,7 @@ def _store(copy: sqlite3.Connection, target: SegmentFile, rows: list[Row]) -> No
 def _readable(source: sqlite3.Connection, known: Mapping[Stream, Held] | None) -> Iterator[Row]:
     try:
         has_checksums = source.execute("SELECT 1 FROM pragma_table_info('message') WHERE name = 'checksum'").fetchone()
-    except sqlite3.Error:
+    except UNREADABLE:
         return  # its list of tables is gone, and with it every way to the messages
     columns = f"{COLUMNS}, {'checksum' if has_checksums else 'NULL'}"
     queries = _walk(columns) if known is None else _by_keys(columns, known)
@@ -107,7 +108,7 @@ def _readable(source: sqlite3.Connection, known: Mapping[Stream, Held] | None) -
         try:
             found = source.execute(query, values).fetchall() if known is not None else source.execute(query)
             yield from _whole(found)
-        except sqlite3.Error:
+        except UNREADABLE:
             for key_query, key_values in each:  # one by one: only those on the broken page are lost
                 yield from _one(source, key_query, key_values)
 
@@ -136,7 +137,7 @@ def _by_keys(columns: str, known: Mapping[Stream, Held]) -> Iterator[tuple[str, 
 def _one(source: sqlite3.Connection, query: str, values: tuple[object, ...]) -> Iterator[Row]:
     try:
         yield from _whole(source.execute(query, values).fetchall())
-    except sqlite3.Error:
+    except UNREADABLE:
         return  # this one is lost: the caller compares what it held with what came
 
 

@@ -20,6 +20,17 @@ _MAGIC: Final = b"SQLite format 3\x00"
 _HEADER_BYTES: Final = 100
 
 
+UNREADABLE: Final = (sqlite3.Error, UnicodeDecodeError, TypeError, ValueError)
+"""What reading a broken file ends with: SQLite's own errors, or values that are not what the columns hold."""
+
+
+def unreadable(path: Path, error: Exception) -> JournalError:
+    """Return what to raise where reading ended so; a damage, unless SQLite says that the file is not at fault."""
+    is_fault_of_file = getattr(error, "sqlite_errorcode", None) is None or is_damage(error)
+    kind = JournalDamageError if is_fault_of_file else JournalError
+    return kind(f"{path} cannot be read: {error}")
+
+
 class Row(NamedTuple):
     """One message as it is stored."""
 
@@ -82,7 +93,8 @@ class SegmentFile:
         rows = []
         for *values_of_row, checksum in found:
             row = Row(*values_of_row)
-            if checksum is not None and crc32(row.body) != checksum:
+            body: object = row.body
+            if not isinstance(body, bytes) or (checksum is not None and crc32(body) != checksum):
                 raise JournalDamageError(
                     f"message {row.sequence} of rank {row.rank} of {row.incarnation} does not match its checksum"
                 )
@@ -93,9 +105,8 @@ class SegmentFile:
         """Return what a query finds; raises as ``rows`` does."""
         try:
             return self.connected().execute(query, tuple(values)).fetchall()
-        except sqlite3.Error as error:
-            kind = JournalDamageError if is_damage(error) else JournalError
-            raise kind(f"{self.path} cannot be read: {error}") from error
+        except UNREADABLE as error:
+            raise unreadable(self.path, error) from error
 
     def connected(self) -> sqlite3.Connection:
         """Return the connection that reads it; raises as ``rows`` does."""
@@ -117,6 +128,12 @@ class SegmentFile:
             held = self.streams.setdefault((row.incarnation, row.rank), Held())
         held.ranges.add(row.sequence)
         held.last_arrival = max(row.arrival, held.last_arrival)
+
+    def num_since(self, arrival: int) -> int:
+        """Return how many messages it has from an arrival number on; 0 where that is not known: some were lost."""
+        if sum(len(held.ranges) for held in self.streams.values()) != self.last_arrival - self.first_arrival + 1:
+            return 0
+        return max(0, self.last_arrival - max(arrival, self.first_arrival) + 1)
 
     def size_bytes(self) -> int:
         """Return what its files take on the disk."""
@@ -169,9 +186,8 @@ def survey(segment: SegmentFile, connection: sqlite3.Connection) -> None:
             segment.last_arrival = max(last, segment.last_arrival)
         if has_holes:
             _survey_one_by_one(segment, connection)
-    except sqlite3.Error as error:
-        kind = JournalDamageError if is_damage(error) else JournalError
-        raise kind(f"{segment.path} cannot be read: {error}") from error
+    except UNREADABLE as error:
+        raise unreadable(segment.path, error) from error
 
 
 def _survey_one_by_one(segment: SegmentFile, connection: sqlite3.Connection) -> None:

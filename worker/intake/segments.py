@@ -336,9 +336,13 @@ class Segments:
         with self._lock:
             return sum(len(ranges) for (name, _), ranges in self._known.items() if name in names)
 
-    def _rows(self, segment: SegmentFile, condition: str, values: Sequence[object]) -> list[Row]:
+    def _rows(self, segment: SegmentFile, condition: str, values: Sequence[object], expected: int) -> list[Row]:
+        """Return what is found; a tree that lost a branch without SQLite's noticing is known by what it lacks."""
         try:
-            return segment.rows(condition, values)
+            found = segment.rows(condition, values)
+            if len(found) < expected:
+                raise JournalDamageError(f"{segment.path} has {len(found)} of {expected} messages that it held")
+            return found
         except JournalDamageError as error:
             self._break(segment, str(error))
             return [] if self._read_only else segment.rows(condition, values)
@@ -354,7 +358,8 @@ class Segments:
             for segment in self._segments:
                 if segment.last_arrival >= arrival and len(found) < limit:
                     condition = "arrival >= ? ORDER BY arrival LIMIT ?"
-                    found += self._rows(segment, condition, (arrival, limit - len(found)))
+                    expected = min(segment.num_since(arrival), limit - len(found))
+                    found += self._rows(segment, condition, (arrival, limit - len(found)), expected)
         return found
 
     def first_since(self, incarnation: str, arrival: int) -> int | None:
@@ -403,7 +408,8 @@ class Segments:
                     places = ",".join(["(?,?,?)"] * len(some))
                     values = [value for rank, sequence in some for value in (incarnation, rank, sequence)]
                     condition = f"(incarnation, rank, sequence) IN (VALUES {places})"
-                    found.update({(row.rank, row.sequence): row for row in self._rows(segment, condition, values)})
+                    rows = self._rows(segment, condition, values, len(some))
+                    found.update({(row.rank, row.sequence): row for row in rows})
                 wanted.difference_update(here)
                 if not wanted:
                     break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import sqlite3
 from contextlib import closing as closed
@@ -116,6 +117,24 @@ def test_a_broken_page_costs_what_is_on_it_and_nothing_else(tmp_path: Path) -> N
     for number in used:  # its step is in the run: it must not be stored, and counted, a second time
         assert journal.segments.holds("inc", 0, number)
     assert f"{len(used)} of its raw messages are not kept" in journal.missing_messages("run")
+    journal.close()
+
+
+def test_an_index_of_arrivals_that_lost_entries_without_a_word_is_found_by_what_it_lacks(tmp_path: Path) -> None:
+    filled(tmp_path, 30).close()
+    path = segment_path(tmp_path, 1)
+    with closed(sqlite3.connect(path)) as connection, connection:
+        connection.execute("PRAGMA writable_schema=ON")
+        connection.execute("UPDATE sqlite_master SET sql = sql || ' WHERE arrival > 3' WHERE name = 'message_arrival'")
+    with closed(sqlite3.connect(path)) as connection, connection:
+        connection.execute("REINDEX")
+        connection.execute("PRAGMA writable_schema=ON")
+        connection.execute("UPDATE sqlite_master SET sql = replace(sql, ' WHERE arrival > 3', '') WHERE type = 'index'")
+    journal = Journal(tmp_path, segment_bytes=1 << 16)
+    assert held(journal) == list(range(1, 31))
+    (found,) = journal.segments.damaged()
+    assert "messages that it held" in found.reason
+    assert found.lost == found.used == {}
     journal.close()
 
 
@@ -354,3 +373,45 @@ def test_a_loss_is_a_decision_like_any_other(tmp_path: Path) -> None:
     assert journal.index.closings("run")[-1] == replace(loss, closed_number=1)
     assert journal.index.next_closed_number("run") == 2
     journal.close()
+
+
+def broken(content: bytes, rng: random.Random) -> bytes:
+    """Return a file with a bit flipped, a stretch of rubbish or of zeros, or without its end."""
+    made, at = bytearray(content), rng.randrange(max(1, len(content)))
+    match rng.choice(["bit", "rubbish", "zeros", "cut"]):
+        case "bit" if made:
+            made[at] ^= 1 << rng.randrange(8)
+        case "rubbish":
+            made[at : at + 5_000] = rng.randbytes(5_000)[: len(made) - at]
+        case "zeros":
+            made[at : at + 4_096] = bytes(4_096)[: len(made) - at]
+        case _:
+            del made[at:]
+    return bytes(made)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_breaks_what_is_not_read_is_named_and_what_steps_used_stays_known(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    source = filled(tmp_path / "killed", 20, closed_up_to=11)
+    shutil.copytree(tmp_path / "killed", tmp_path / "left")  # with its logs, as a kill leaves it
+    source.close()
+    for attempt in range(8):
+        folder = tmp_path / f"journal-{attempt}"
+        shutil.copytree(tmp_path / rng.choice(["killed", "left"]), folder)
+        path = rng.choice(sorted(folder.glob("segment-*.sqlite")))
+        path.write_bytes(broken(path.read_bytes(), rng))
+        journal = Journal(folder, segment_bytes=1 << 16)
+        numbers = held(journal)
+        assert set(journal.segments.select("inc", [(0, n) for n in range(1, 21)])) == {(0, n) for n in numbers}
+        found = journal.segments.damaged()
+        lost = {n for each in found for ranges in each.lost.values() for n in ranges}
+        used = {n for each in found for ranges in each.used.values() for n in ranges}
+        assert not (lost | used) & set(numbers)
+        if all(each.is_complete for each in found):
+            assert lost | used | set(numbers) == set(range(1, 21)), (path.name, found)
+        assert journal.segments.committed("inc", 0).covers(1, 11)
+        journal.segments.append([row(30, journal.segments.next_arrival)])
+        assert held(journal)[-1] == 30
+        journal.close()
+        shutil.rmtree(folder)
