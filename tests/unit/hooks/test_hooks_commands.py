@@ -58,7 +58,8 @@ class Training:
         return self.hooks.after_step(number)
 
     def notices(self) -> list[str]:
-        return [message.code for message in self.transports[0].messages if message.kind == Kind.NOTICE]
+        messages: list[Any] = self.transports[0].messages
+        return [message.code for message in messages if message.kind == Kind.NOTICE]
 
 
 def test_a_stop_is_returned_once_told_and_answered() -> None:
