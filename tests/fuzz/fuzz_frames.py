@@ -17,6 +17,7 @@ import json
 import os
 import resource
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Mapping
@@ -174,7 +175,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--engine", choices=("atheris", "loop"), help="default: atheris where it is installed")
     parser.add_argument("--seed", type=int, default=1, help="of all that is random (%(default)s)")
-    parser.add_argument("--keep", type=Path, default=Path("fuzz-findings"), metavar="DIR", help="(%(default)s)")
+    keep = Path(tempfile.gettempdir()) / "sidestep-fuzz"
+    parser.add_argument("--keep", type=Path, default=keep, metavar="DIR", help="for what is found (%(default)s)")
     parser.add_argument("--spare-mib", type=int, default=1_024, help="address space to grow by (%(default)s)")
     options = parser.parse_args()
     if options.engine != "loop":
