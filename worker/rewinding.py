@@ -9,6 +9,7 @@ the snapshot's, and what lies between is said. The decision is recorded, and a r
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Final, TypeAlias
@@ -21,6 +22,8 @@ from sidestep.worker.intake.index import Index
 from sidestep.worker.intake.state_history import snapshots
 from sidestep.worker.projection import RunProjection
 from sidestep.worker.records import StepClosing
+
+_LOG: Final = logging.getLogger(__name__)
 
 MAX_REDONE_STEPS: Final = 2_048
 """Steps that are projected again at most: some seconds. It is enough for a way back of some 16,000 steps."""
@@ -126,8 +129,8 @@ class EarlierState:
             step = assemble(decision, self._messages_of(decision))
             try:
                 projection.project(step)
-            except Exception:  # noqa: BLE001  (it raised when the step was closed too, and was told and counted then)
-                return
+            except Exception as error:  # noqa: BLE001  (it did so when the step was closed, and was told and counted)
+                _LOG.debug("step %d cannot be worked out again: %s", decision.step, error)
 
     def _count_late(self, projection: RunProjection, rewind: Rewind) -> None:
         """Answers of steps before the rewind may have come after its source; they count once, as before."""
