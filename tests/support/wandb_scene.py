@@ -74,10 +74,12 @@ class WandbScene:
         self.wait(lambda: len(self.run.history) >= num_rows, f"{num_rows} rows at the backend")
 
     def wait_for_complaint(self, code: str, *words: str) -> None:
-        """Wait until health and log tell of a trouble, and assert that training and receiving go on meanwhile."""
+        """Wait until health, log and the trainer's console tell of a trouble; receiving goes on meanwhile."""
         closed = self.num_closed
         self.wait(lambda: all(word in self.status.get("complaint", "") for word in words), f"a complaint with {words}")
         self.wait(lambda: f"({code})" in self.worker.text(), f"the log tells of {code}")
+        console = self.worker.folder / "publisher.log"
+        self.wait(lambda: f"({code})" in console.read_text(errors="replace"), f"the trainer's console tells of {code}")
         self.wait(lambda: self.num_closed > closed + STEPS_PER_SECOND, "steps are closed meanwhile")
         assert self.worker.health()["healthy"], "a sink that lags is no illness"
 
