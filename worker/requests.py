@@ -1,7 +1,8 @@
 """What the worker asks of trainers: which step it proposes, what became of it, and when it is proposed again.
 
 A wish for samples is for whichever rank generates, at its next boundary. Everything else is taken by all ranks at one
-step or by none (docs/trainer.md, section 7): it is proposed for a step ahead, and further ahead where that was too near.
+step or by none (docs/trainer.md, section 7): it is proposed for a step ahead, and further ahead where that was too
+near.
 """
 
 from __future__ import annotations
