@@ -42,16 +42,12 @@ class Machine(RuleBasedStateMachine):
         self.patch.setattr(state_history, "SNAPSHOT_CLOSINGS", 8)
         self.folder = Path(tempfile.mkdtemp(prefix="ss-"))
         self.line = Line(self.folder / "journal")
-        self._hurry()
         self.now = 0.0
         self.attempts: list[tuple[str, int]] = []  # incarnation, world size
         self.next_step: dict[tuple[str, int], int] = {}
         self.wire: list[tuple[str, int, bytes]] = []
         self.sent: list[tuple[str, int, bytes]] = []
         self.silent: set[tuple[str, int]] = set()
-
-    def _hurry(self) -> None:
-        self.line.journal.index.database.connection.execute("PRAGMA synchronous=OFF")
 
     # ------------------------------------------------------------------------------------------------ trainers
 
@@ -157,7 +153,6 @@ class Machine(RuleBasedStateMachine):
         self._advance()
         before = self._state()
         self.line.restart()
-        self._hurry()
         assert self._state() == before, "a restart knows what the worker before it knew"
 
     def _state(self) -> bytes:

@@ -30,6 +30,8 @@ class Line:
 
     def open(self) -> None:
         self.journal = Journal(self.folder)
+        for connection in (self.journal.index.database.connection, self.journal.segments._open_writer):
+            connection.execute("PRAGMA synchronous=OFF")  # no power is lost here
         self.pipelines: dict[str, RunPipeline] = {
             run_id: self._pipeline(run_id) for run_id in self.journal.index.runs()
         }
