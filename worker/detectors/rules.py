@@ -184,7 +184,8 @@ class Spike(Limit):
     """A single value far from the median of the last."""
 
     threshold: float = 8.0
-    """Robust standard deviations (measured: 11 of 252,117 real steps are over 8)."""
+    """Robust standard deviations. 351 of 184,576 real steps are over 8 and 0.3 nats, no two of them within three steps:
+    so a loss takes two of three."""
     rise: float = 0.3
     """Least rise: nats for a loss; for a gradient, the natural logarithm of the norm."""
     warmup: int = 60

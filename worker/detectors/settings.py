@@ -72,7 +72,7 @@ class DetectorSettings:
     cal_up: Composition = field(default_factory=Composition)
     loss_cusum: Cumulative = field(default_factory=Cumulative)
     loss_regress: Regress = field(default_factory=Regress)
-    loss_spike: Spike = field(default_factory=lambda: Spike(rearm=20))
+    loss_spike: Spike = field(default_factory=lambda: Spike(hits=2, window=3, rearm=20))
     confidence_gap: Gap = field(default_factory=Gap)
     grad_spike: Spike = field(default_factory=lambda: Spike(hits=2, window=3, threshold=6.0, rise=1.1))
     grad_vanish: Spike = field(default_factory=lambda: Spike(hits=3, window=3, threshold=8.0, rise=6.9))

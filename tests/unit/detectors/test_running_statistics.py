@@ -91,15 +91,16 @@ def test_a_step_a_ramp_and_a_spike_are_told_apart() -> None:
     assert 400 <= step["loss_cusum"][0] <= 405
     ramp = judged([value + max(0.0, place - 300) * 0.004 for place, value in enumerate(noisy(3.0, 600))])
     assert "loss_regress" in ramp or "loss_cusum" in ramp
-    spike = judged([*noisy(3.0, 300), 6.0, *noisy(3.0, 60, seed=2)])
-    assert spike == {"loss_spike": [300]}
+    spike = judged([*noisy(3.0, 300), 6.0, 5.0, *noisy(3.0, 60, seed=2)])
+    assert spike["loss_spike"] == [301]
+    assert judged([*noisy(3.0, 300), 6.0, *noisy(3.0, 60, seed=2)]) == {}, "one batch is one batch"
     assert judged(noisy(3.0, 500)) == {}
     assert judged((np.array(noisy(0.0, 500)) * 0.01 + 0.002).tolist()) == {}, "memorised"
 
 
 @pytest.mark.skipif(not REAL_LOSSES.exists(), reason="the real losses are not shipped with the project")
-def test_nothing_critical_is_said_of_real_runs() -> None:
+def test_nothing_is_said_of_real_runs() -> None:
     with np.load(REAL_LOSSES) as runs:
         for name in sorted(runs.files)[::6]:
             spoken = judged([float(value) for value in runs[name][:4_000]])
-            assert not spoken.keys() & {"loss_cusum", "loss_regress"}, (name, spoken)
+            assert spoken == {}, name
