@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 from sidestep.protocol import limits
@@ -59,8 +59,8 @@ class HooksConfig:
     """False: the hooks do nothing and no worker starts."""
     gradient_detail: str = "param"
     """``param``, ``block`` or ``module``: how finely gradients are shown."""
-    collapse_verdict: str = "literal"
-    """``literal`` or ``target_relative`` (docs/metrics.md, ``collapse/``)."""
+    collapse_verdict: str = "target_relative"
+    """``target_relative`` or ``literal`` (docs/metrics.md, ``collapse/``)."""
     on_incident: str = "warn"
     """What the worker asks for when a critical incident opens: ``warn``, ``stop``, ``checkpoint`` or ``call``.
 
@@ -69,6 +69,8 @@ class HooksConfig:
     """
     sample_when_suspicious: bool = True
     """Whether the worker may ask for samples between two due generations when a cheap signal is suspicious."""
+    detectors: Mapping[str, float] = field(default_factory=dict)
+    """``NAME.FIELD`` to a value that a detector's rule is to have in place of its default (docs/detection.md)."""
     collapse_deadline: int = 500
     """Step at which a verdict that has never been 0 is reported all the same."""
     single_token_dominance: float = 0.70
@@ -123,8 +125,8 @@ class HooksConfig:
     """Steps between two probes of what the images are worth, two forwards of one micro-batch each; 0: never."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            _check_type(field.name, str(field.type), getattr(self, field.name))
+        for each in fields(self):
+            _check_type(each.name, str(each.type), getattr(self, each.name))
         for name in (*_INTERVALS, "collapse_deadline"):
             _require(getattr(self, name) >= 0, name, "must be 0 (never) or more steps", getattr(self, name))
         for name in _AT_LEAST_ONE:
@@ -200,6 +202,12 @@ def _require(holds: object, name: str, rule: str, value: object) -> None:
 def _check_type(name: str, annotation: str, value: object) -> None:
     """Hold a value against its field's annotation: bool is no number, and an int is a float."""
     if value is None and annotation.endswith("| None"):
+        return
+    if annotation.startswith("Mapping"):
+        numbers = isinstance(value, Mapping) and all(
+            isinstance(key, str) and isinstance(number, (int, float)) for key, number in value.items()
+        )
+        _require(numbers, name, "must map names to numbers", value)
         return
     wanted = annotation.removesuffix(" | None")
     kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, Final, cast
 
 from sidestep.protocol.errors import DecodeError
-from sidestep.protocol.messages import Hello, Json, Kind, Notice
+from sidestep.protocol.messages import Command, Hello, Json, Kind, Notice
 from sidestep.protocol.tables import decode_table, encode_table
 from sidestep.worker.console_lines import REMEMBERED, generation_line, key_metrics_line
 from sidestep.worker.detectors.base import Detector, Finding, LargeState, Observation
@@ -35,6 +35,8 @@ from sidestep.worker.step_facts import changed, companion_facts, telling_facts
 from sidestep.worker.step_metrics import StepMetrics, measure_step
 from sidestep.worker.text.clipping import clip
 from sidestep.worker.text.tables import table_payload
+from sidestep.worker.watch import Announcement, Request, WatchVerdict
+from sidestep.worker.watch_making import judges_otherwise, make_watch
 
 STATE_VERSION: Final = 3
 READ_VERSIONS: Final = (1, 2, STATE_VERSION)
@@ -49,6 +51,8 @@ class Projection:
     entries: tuple[OutboxEntry, ...] = ()
     notices: tuple[Notice, ...] = ()
     """Lines for the trainer's console; the worker's own console finds them among the entries."""
+    requests: tuple[Command, ...] = ()
+    """What the trainer is asked for; a replay asks nobody."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -63,6 +67,7 @@ class _Draft:
     alerts: list[OutboxEntry] = field(default_factory=list)
     notices: list[OutboxEntry] = field(default_factory=list)
     answers: list[Notice] = field(default_factory=list)
+    requests: list[Command] = field(default_factory=list)
 
     def add_row(self, values: Mapping[str, Value], step: int | None = None) -> None:
         head = {"_timestamp": self.unix_time, "train/step": self.step if step is None else step}
@@ -76,7 +81,9 @@ class _Draft:
 
     def finished(self, opening: Sequence[OutboxEntry]) -> Projection:
         return Projection(
-            entries=(*opening, *self.rows, *self.tables, *self.alerts, *self.notices), notices=tuple(self.answers)
+            entries=(*opening, *self.rows, *self.tables, *self.alerts, *self.notices),
+            notices=tuple(self.answers),
+            requests=tuple(self.requests),
         )
 
 
@@ -92,20 +99,31 @@ class RunProjection:
     """One run's projection, over all its attempts. What ``changed_pieces`` gives is all that a restart needs."""
 
     def __init__(
-        self, context: RunContext, hello: Hello | None = None, *, detectors: Sequence[Detector] | None = None
+        self,
+        context: RunContext,
+        hello: Hello | None = None,
+        *,
+        detectors: Sequence[Detector] | None = None,
+        own_detectors: Sequence[str] = (),
     ) -> None:
         """Begin a run.
 
         Args:
             context: what the first attempt's Hellos and tables say; ``adopt`` takes later ones.
             hello: whose project, name, tags, configuration and environment the run's first entry carries.
-            detectors: fresh ones; the house's own where none are named.
+            detectors: fresh ones that judge before the watch does; the user's rules where none are named.
+            own_detectors: detectors from elsewhere, ``package.module:Class`` each.
+
+        Raises:
+            ValueError: a detector from elsewhere cannot be loaded; the text says which and why.
         """
         self._context = context
         self._hello = hello
         self._settings = RunSettings.from_map(context.settings)
         self._answers = AnswerCounts()
         self._detectors: tuple[Detector, ...] = (UserRules(),) if detectors is None else tuple(detectors)
+        self._own_detectors = tuple(own_detectors)
+        self._watch = make_watch(self._settings, self._own_detectors)
         self._changed = ChangedPieces()
         self._board = NoticeBoard()
         self._is_open = False
@@ -119,7 +137,11 @@ class RunProjection:
         """Go on with what a later attempt, or a later table, says of the run."""
         self._context = context
         self._hello = hello or self._hello
-        self._settings = RunSettings.from_map(context.settings)
+        settings, self._settings = self._settings, RunSettings.from_map(context.settings)
+        if judges_otherwise(settings, self._settings):
+            former, self._watch = self._watch, make_watch(self._settings, self._own_detectors)
+            self._watch.restore(former.state())
+            self._changed.forget()
 
     def project(self, step: AssembledStep) -> Projection:
         """Return the entries of one closed step, and the lines that go back to the trainer."""
@@ -161,7 +183,11 @@ class RunProjection:
     # ------------------------------------------------------------------------------------------------ state
 
     def _pieces(self) -> list[Piece]:
-        made = [Piece(name=SNAPSHOT_MARK, make=self._run_state), Piece(name="measured", make=self._measured_state)]
+        made = [
+            Piece(name=SNAPSHOT_MARK, make=self._run_state),
+            Piece(name="measured", make=self._measured_state),
+            Piece(name="watch", make=self._watch.state),
+        ]
         for detector in self._detectors:
             name = f"detector/{detector.name}"
             made.append(Piece(name=name, make=detector.state))
@@ -233,6 +259,8 @@ class RunProjection:
         self._board.restore(run["notices"])
         self._remembered = {key: (int(at), value) for key, (at, value) in measured["remembered"].items()}
         self._answers.restore(measured["answers"])
+        if "watch" in detectors:  # not in a state from before there was one
+            self._watch.restore(detectors["watch"])
         for detector in self._detectors:
             name = f"detector/{detector.name}"
             if name in detectors:
@@ -251,6 +279,8 @@ class RunProjection:
         """
         without_labels = self._answers.batches_without_labels
         self._answers, self._detectors = earlier._answers, earlier._detectors
+        earlier._watch.follow(self._watch)
+        self._watch = earlier._watch
         self._remembered = earlier._remembered
         self._answers.batches_without_labels = without_labels
         self._changed.forget()
@@ -278,6 +308,7 @@ class RunProjection:
         self._attempt = step.attempt
         for detector in self._detectors:
             detector.begin(step.attempt, step.step)
+        self._watch.begin(step.attempt, step.step)
         self._answers.begin(step.attempt, step.step)
 
     def _tell(self, notice: Notice, draft: _Draft) -> None:
@@ -292,9 +323,9 @@ class RunProjection:
     def _project_measured(self, step: AssembledStep, draft: _Draft) -> None:
         measured = measure_step(step, self._context, self._settings, self._answers)
         found = measured.found
-        findings = self._detect(step, measured)
+        seen = self._detect(step, measured)
         facts, lost = telling_facts(step), self._accounts.losses()
-        companions = {**companion_facts(step), **self._accounts.figures()}
+        companions = {**companion_facts(step), **self._accounts.figures(), **seen.companions}
         own = {**found.values, **facts}
         logged = scalar_rows(step.parts.get(Kind.SCALARS, ()), {**own, **companions, **lost})
         if logged.num_nonfinite:
@@ -314,15 +345,17 @@ class RunProjection:
             draft.tables.append(entry("table", payload))
         for notice in found.notices:
             self._tell(notice, draft)
-        for finding in findings:
-            self._raise_alert(finding, draft)
+        for announcement in seen.announcements:
+            self._announce(announcement, draft)
+        draft.requests += [self._command(request, draft) for request in seen.requests]
         if measured.generated is not None:
             self._show_evaluation({**companions, **found.values}, draft)
 
-    def _detect(self, step: AssembledStep, measured: StepMetrics) -> list[Finding]:
-        findings: list[Finding] = []
+    def _detect(self, step: AssembledStep, measured: StepMetrics) -> WatchVerdict:
+        """Let the user's rules judge, then everything else; what they find joins what was measured."""
         if step.attempt < self._attempt:
-            return findings  # what is left of an attempt that another one has followed
+            return WatchVerdict()  # what is left of an attempt that another one has followed
+        found, findings = measured.found, list[Finding]()
         for detector in self._detectors:
             verdict = detector.observe(
                 Observation(
@@ -330,13 +363,19 @@ class RunProjection:
                     step=step.step,
                     context=self._context,
                     settings=self._settings,
-                    values=measured.found.values,
+                    values=found.values,
                     generated=measured.generated,
                 )
             )
-            measured.found.values.update(verdict.values)
+            found.values.update(verdict.values)
             findings.extend(verdict.findings)
-        return findings
+        seen = self._watch.observe(
+            step, self._context, generated=measured.generated, verdict=found.values, findings=findings
+        )
+        found.values.update(seen.values)
+        found.tables.extend(seen.tables)
+        found.notices.extend(seen.notices)
+        return seen
 
     def _add_late_rows(self, step: AssembledStep, draft: _Draft) -> None:
         """What the trainer logged is shown however late it came: in a row of its own, under its own step."""
@@ -346,16 +385,25 @@ class RunProjection:
                 if row:
                     draft.add_row(row, step=getattr(part.message, "step", step.step))
 
-    def _raise_alert(self, finding: Finding, draft: _Draft) -> None:
-        alert: dict[str, Json] = {
-            "id": f"{self._context.run_id}-{draft.attempt}-{draft.step}-{finding.code}",
-            "title": finding.title,
-            "text": f"{finding.line} (step {draft.step}; {finding.detail})",
-            "level": "critical",
-            "step": draft.step,
-        }
-        draft.alerts.append(entry("alert", alert))
-        draft.show(Notice(text=finding.line, code=finding.code, level="critical", step=draft.step))
+    def _announce(self, told: Announcement, draft: _Draft) -> None:
+        text = "\n".join((told.line, *told.block))
+        if told.is_alert:
+            alert: dict[str, Json] = {
+                "id": f"{self._context.run_id}-{draft.attempt}-{draft.step}-{told.code}",
+                "title": told.title,
+                "text": f"{told.line} (step {draft.step})\n" + "\n".join(told.block),
+                "level": told.level,
+                "step": draft.step,
+            }
+            draft.alerts.append(entry("alert", alert))
+        draft.show(Notice(text=text, code=told.code, level=told.level, step=draft.step))
+
+    def _command(self, request: Request, draft: _Draft) -> Command:
+        return Command(
+            action=request.action,
+            command_id=f"{draft.attempt}-{draft.step}-{request.action}",
+            reason=request.reason,
+        )
 
     def _show_evaluation(self, values: Mapping[str, Value], draft: _Draft) -> None:
         length = generation_line(draft.step, values)

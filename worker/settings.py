@@ -7,7 +7,7 @@ so that an older or a newer trainer is still understood.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 
@@ -23,7 +23,7 @@ class RunSettings:
     """Steps between two rows of ``data/``; 0: never."""
     gradient_detail: str = "param"
     """``param``, ``block`` or ``module``."""
-    collapse_verdict: str = "literal"
+    collapse_verdict: str = "target_relative"
     """``literal`` or ``target_relative``."""
     collapse_deadline: int = 500
     """Step from which a verdict that was never 0 is reported all the same."""
@@ -39,15 +39,22 @@ class RunSettings:
     """Standard deviations above the mean from which a token's loss is high."""
     max_new_tokens: int = 64
     """Longest generation, in tokens."""
+    on_incident: str = "warn"
+    """``warn``, ``stop``, ``checkpoint`` or ``call``: what is asked of the trainer when a critical incident opens."""
+    sample_when_suspicious: bool = True
+    """Whether the trainer is asked for samples between two due generations when a cheap signal is suspicious."""
+    detectors: Mapping[str, Any] = field(default_factory=dict)
+    """``NAME.FIELD`` to the value that a detector's rule has in place of its default."""
 
     @classmethod
     def from_map(cls, settings: Mapping[str, Any]) -> Self:
         """Read ``Hello.settings``; unknown keys are left out, unusable values take the default."""
         taken: dict[str, Any] = {}
-        for field in fields(cls):
-            default = getattr(cls(), field.name)
-            value = settings.get(field.name, default)
-            taken[field.name] = value if _fits(value, default) else default
+        defaults = cls()
+        for each in fields(cls):
+            default = getattr(defaults, each.name)
+            value = settings.get(each.name, default)
+            taken[each.name] = value if _fits(value, default) else default
         return cls(**taken)
 
     def is_due(self, interval: int, step: int) -> bool:

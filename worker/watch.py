@@ -355,6 +355,13 @@ class Watch:
             self._asked_at = -1
             self._grace_until = -1
 
+    def follow(self, former: Watch) -> None:
+        """Take the place of ``former``, which knows later steps: what it was last seen to say is taken back."""
+        own = {incident.name for incident in self._incidents.open}
+        later = [incident.name for incident in former._incidents.open if incident.name not in own]
+        self._withdrawn = sorted({*self._withdrawn, *former._withdrawn, *later})
+        self._num_open = former._num_open
+
     def open_rows(self) -> tuple[Table, ...]:
         """Return the row of each incident that is still open, as it stands: for the end of a run."""
         return tuple(incident_table(each, cause_named(each.cause)) for each in self._incidents.open)

@@ -1,0 +1,58 @@
+"""A run's watch as its settings want it: thresholds, what is asked of the trainer, and detectors from elsewhere."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from typing import Final
+
+from sidestep.worker.detectors.plugins import GROUP, load_detectors
+from sidestep.worker.detectors.settings import PREFIX, DetectorSettings, apply_assignments
+from sidestep.worker.settings import RunSettings
+from sidestep.worker.watch import Policy, Watch
+
+_LOG: Final = logging.getLogger(__name__)
+_ASKS: Final = {"stop": "stop", "checkpoint": "checkpoint", "call": "incident"}
+"""``on_incident`` to the action that is asked for; ``warn`` asks for nothing."""
+
+
+def make_watch(settings: RunSettings, own_detectors: Sequence[str] = ()) -> Watch:
+    """Return a watch that knows nothing yet.
+
+    Args:
+        settings: of the run; a threshold that is none is left as it is, and said in the log.
+        own_detectors: ``package.module:Class`` each.
+
+    Raises:
+        ValueError: a detector from elsewhere cannot be loaded.
+    """
+    rules = DetectorSettings()
+    for name, value in sorted(settings.detectors.items()):
+        try:
+            rules = apply_assignments(rules, [f"{PREFIX}{name}={value}"])
+        except ValueError as error:
+            _LOG.warning("%s", error)
+    policy = Policy(
+        sample_when_suspicious=settings.sample_when_suspicious, on_critical=_ASKS.get(settings.on_incident, "")
+    )
+    return Watch(rules, policy, load_detectors(own_detectors))
+
+
+def judges_otherwise(before: RunSettings, after: RunSettings) -> bool:
+    """Return whether a watch of the one settings is not one of the other."""
+    names = ("detectors", "on_incident", "sample_when_suspicious")
+    return any(getattr(before, name) != getattr(after, name) for name in names)
+
+
+def installed() -> tuple[str, ...]:
+    """Return the references of detectors that are installed as entry points; a broken one is left out and said."""
+    found = []
+    for point in sorted(entry_points(group=GROUP), key=lambda each: (each.name, each.value)):
+        try:
+            load_detectors([point.value])
+        except ValueError as error:
+            _LOG.warning("the detector of the entry point %s is left out: %s", point.name, error)
+        else:
+            found.append(point.value)
+    return tuple(found)
