@@ -200,7 +200,7 @@ def test_nothing_is_said_of_what_is_healthy(kind: str) -> None:
     table = {"modules": ["vision_encoder", "modality_projector", "language_model"]}
     rows = [{"name": "a", "module": place, "param": "w", "trainable": place > 0} for place in range(3)]
     where = {"parameters": {**table, "parameters": rows}} if kind == "a frozen encoder" else {}
-    told = watched(trace(task, 40, failure=failure), **where)
+    told = watched(trace(task, 40, failure=failure), None, **where)
     assert told.openings == []
 
 

@@ -26,6 +26,7 @@ from sidestep.worker.detectors.settings import DetectorSettings
 from sidestep.worker.incident_causes import CAUSES, UNKNOWN, likely_cause
 from sidestep.worker.incident_text import heading
 from sidestep.worker.incidents import IncidentLog
+from sidestep.worker.metrics.measurement import Value
 from sidestep.worker.step_record import StepRecord
 from sidestep.worker.text.incident_table import COLUMNS
 from sidestep.worker.watch import Policy, Watch
@@ -196,11 +197,6 @@ def test_one_block_one_alert_one_row_with_samples() -> None:
     row = dict(zip(log.columns, log.rows[0], strict=True))
     told_row = (row["name"], row["severity"], row["first_step"], row["detectors"])
     assert told_row == ("nonfinite", "critical", 3, "nonfinite")
-        "nonfinite",
-        "critical",
-        3,
-        "nonfinite",
-    )
     assert len(row["batches"]) == 16
     assert samples.key == "incidents/samples"
     assert len(samples.rows) == 8
@@ -247,7 +243,7 @@ def test_going_far_back_learns_anew_instead_of_comparing_with_the_future() -> No
     assert "cal_up" not in told.verdicts[20].readings
 
 
-def finding() -> tuple[Finding, Mapping[str, Any]]:
+def finding() -> tuple[Finding, Mapping[str, Value]]:
     line = COLLAPSE_LINE.format(reason="single_token_dominance+identical_sequences")
     said = Finding(code="collapse", title="Model collapse", line=line, detail="16 samples, most common: 'A' with 100%")
     return said, {"collapse/is_collapsed": 1, "collapse/collapse_reason": "single_token_dominance+identical_sequences"}
@@ -263,7 +259,7 @@ def test_the_user_s_rules_open_an_incident_with_their_own_line_once() -> None:
     assert "likely cause" in "\n".join(first.announcements[0].block)
     again = watch.observe(steps[1], context(), verdict=verdict)
     assert again.announcements == ()
-    healthy = {"collapse/is_collapsed": 0, "collapse/collapse_reason": "none"}
+    healthy: dict[str, Value] = {"collapse/is_collapsed": 0, "collapse/collapse_reason": "none"}
     assert watch.observe(steps[2], context(), verdict=healthy).values["incidents/user_rules"] == 0
 
 

@@ -71,7 +71,8 @@ def test_a_robust_z_does_not_see_its_own_outliers() -> None:
 def judged(losses: list[float]) -> dict[str, list[int]]:
     """Steps at which each detector of the loss speaks."""
     settings = DetectorSettings()
-    family, kept = LossChanges(settings), {}
+    family = LossChanges(settings)
+    kept: dict[str, Persistence] = {}
     found: dict[str, list[int]] = {}
     for step, loss in enumerate(losses):
         for reading in family.read(StepView(StepRecord(step=step, loss=loss))):
@@ -83,7 +84,7 @@ def judged(losses: list[float]) -> dict[str, list[int]]:
 
 
 def noisy(level: float, steps: int, seed: int = 0) -> list[float]:
-    return (level + np.random.default_rng(seed).normal(0.0, 0.12, steps)).tolist()
+    return [float(value) for value in level + np.random.default_rng(seed).normal(0.0, 0.12, steps)]
 
 
 def test_a_step_a_ramp_and_a_spike_are_told_apart() -> None:

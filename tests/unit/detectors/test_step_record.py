@@ -125,7 +125,7 @@ def test_what_is_no_number_is_counted_and_left_out() -> None:
     ],
 )
 def test_rows_that_contradict_each_other_are_absent(changes: dict[str, object]) -> None:
-    record = build_record(step_of(signals(**changes)), context())
+    record = build_record(step_of(signals(4, **changes)), context())
     assert record.targets.size == 0
     assert record.loss is None
 
