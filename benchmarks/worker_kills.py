@@ -47,6 +47,7 @@ def main() -> int:
             seed=options.seed,
             steps_per_second=options.steps_per_second,
             tree_share=options.tree_share,
+            settle_seconds=1200.0,  # a replay of some 20,000 steps is within it
         )
         result = run_campaign(plan, lambda text: print(f"{time.strftime('%H:%M:%S')} {text}", flush=True))
     result["made_at"] = datetime.now(UTC).isoformat(timespec="seconds")
