@@ -148,7 +148,8 @@ def test_without_a_known_eos_its_ratio_is_absent() -> None:
 def test_healthy_yes_and_no_are_excused_by_their_targets() -> None:
     answers = [[YES, EOS]] * 13 + [[NO, EOS]] * 3
     asked = context(targets=answers)
-    assert judge(answers, where=asked)["collapse/collapse_reason"] == "single_token_dominance"
+    literal = judge(answers, where=asked, collapse_verdict="literal")
+    assert literal["collapse/collapse_reason"] == "single_token_dominance"
     relative = judge(answers, where=asked, collapse_verdict="target_relative")
     assert relative["collapse/collapse_reason"] == "none"
     assert relative["collapse/is_collapsed"] == 0
