@@ -148,6 +148,8 @@ sidecar/late_parts|count|messages|sum|messages of earlier steps that came since 
 sidecar/ranks_seen|count|ranks|worker|ranks that ended the step, where they are not all
 sidecar/lag_seconds|number|seconds|max|from the end of the step to the arrival of its last message
 sidecar/hook_ms|number|milliseconds|max|time of the training thread in hooks during the step, generation left out
+sidecar/overhead|ratio||max|share of the step's time that its signals took of the training thread, or of the device
+sidecar/signal_rows_share|ratio||min|share of the wanted rows that the signals looked at
 sidecar/tail_unknown|flag||worker|1: the trainer went without a goodbye, and what it had not sent is not known
 sidecar/malformed_parts|count|messages|sum|messages of the step that contradict themselves or the run's tables
 sidecar/unknown_ids|count|ids|sum|ids in the step's messages that are beyond the tokenizer's
@@ -162,6 +164,13 @@ train/attempt|count||worker|how often the run was resumed before
 train/epoch|count|epochs|max|the epoch that the step belongs to
 train/skipped|flag||worker|1: the optimizer did not take this step
 epoch|count|epochs|max|the axis of the values under data/ that have no epoch in their name
+"""
+
+_INCIDENT_ROWS = """
+incidents/open|count|incidents|worker|incidents that are open after the step
+incidents/{name}|flag||worker|1: an incident of this name is open; 0: it was, and has closed
+incidents/log|table||worker|each incident that opened, got worse, has another cause or closed
+incidents/samples|table||worker|answers of the step at which an incident opened, worst first
 """
 
 
@@ -179,10 +188,16 @@ SIDECAR_METRICS: tuple[MetricSpec, ...] = tuple(
 )
 """What Sidestep says of itself, in the order of docs/sidecar_metrics.md."""
 
+INCIDENT_FAMILY = "incidents"
+"""The family of what the detectors say; judged at every step, and in none of the six sections."""
+
+INCIDENT_METRICS: tuple[MetricSpec, ...] = tuple(map(_row, _INCIDENT_ROWS.strip().splitlines()))
+"""What the detectors say, in the order of docs/detection.md."""
+
 
 @lru_cache(maxsize=1)
 def _patterns() -> tuple[tuple[re.Pattern[str], MetricSpec], ...]:
-    literal_first = sorted((*METRICS, *SIDECAR_METRICS), key=lambda spec: spec.key.count("{"))
+    literal_first = sorted((*METRICS, *SIDECAR_METRICS, *INCIDENT_METRICS), key=lambda spec: spec.key.count("{"))
     return tuple((re.compile(re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(spec.key))), spec) for spec in literal_first)
 
 

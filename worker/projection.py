@@ -386,7 +386,6 @@ class RunProjection:
                     draft.add_row(row, step=getattr(part.message, "step", step.step))
 
     def _announce(self, told: Announcement, draft: _Draft) -> None:
-        text = "\n".join((told.line, *told.block))
         if told.is_alert:
             alert: dict[str, Json] = {
                 "id": f"{self._context.run_id}-{draft.attempt}-{draft.step}-{told.code}",
@@ -396,7 +395,11 @@ class RunProjection:
                 "step": draft.step,
             }
             draft.alerts.append(entry("alert", alert))
-        draft.show(Notice(text=text, code=told.code, level=told.level, step=draft.step))
+        # The line stands alone, exactly as it is promised; what is known of it follows.
+        draft.show(Notice(text=told.line, code=told.code, level=told.level, step=draft.step))
+        if told.block:
+            block = Notice(text="\n".join(told.block), code=f"{told.code}:why", level="info", step=draft.step)
+            draft.show(block)
 
     def _command(self, request: Request, draft: _Draft) -> Command:
         return Command(

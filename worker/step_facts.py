@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sidestep.protocol.messages import Kind
-from sidestep.worker.metrics.measurement import Measurement, Value
+from sidestep.protocol.messages import Kind, Signals
+from sidestep.worker.metrics.measurement import Measurement, Value, messages_of
 from sidestep.worker.records import AssembledStep
 
 
@@ -34,7 +34,19 @@ def companion_facts(step: AssembledStep) -> dict[str, Value]:
     if step.ends:
         found.put("train/epoch", max(end.epoch for end in step.ends.values()))
         found.put("sidecar/hook_ms", 1_000.0 * max(end.hook_seconds for end in step.ends.values()))
+    signals = [message for _, message in messages_of(step.parts.get(Kind.SIGNALS, ()), Signals)]
+    shares = [share for share in map(_overhead, signals) if share is not None]
+    if shares:
+        found.put("sidecar/overhead", max(shares))
+        found.put("sidecar/signal_rows_share", min(each.rows_share for each in signals))
     return found.values
+
+
+def _overhead(signals: Signals) -> float | None:
+    """Share of a rank's step, its waiting left out, that its signals took; None where it is not known."""
+    worked = signals.step_seconds - signals.wait_seconds
+    took = max(signals.signal_seconds, signals.device_seconds)
+    return min(1.0, took / worked) if signals.step_seconds > 0 and worked > 0 and took >= 0 else None
 
 
 def changed(facts: Mapping[str, Value], before: Mapping[str, Value]) -> bool:

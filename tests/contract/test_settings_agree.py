@@ -12,7 +12,8 @@ from sidestep.worker.settings import RunSettings
 
 def test_every_setting_of_the_worker_is_a_field_of_the_trainer_with_its_default() -> None:
     trainers = HooksConfig().as_settings()
-    assert {field.name: field.default for field in fields(RunSettings)} == {
+    defaults = RunSettings()
+    assert {field.name: getattr(defaults, field.name) for field in fields(RunSettings)} == {
         field.name: trainers[field.name] for field in fields(RunSettings)
     }
 

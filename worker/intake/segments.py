@@ -403,13 +403,14 @@ class Segments:
                     for rank, sequence in sorted(wanted)
                     if sequence in segment.streams.get((incarnation, rank), _NOTHING).ranges
                 ]
-                for at in range(0, len(here), _READ_ROWS):
-                    some = here[at : at + _READ_ROWS]
-                    places = ",".join(["(?,?,?)"] * len(some))
-                    values = [value for rank, sequence in some for value in (incarnation, rank, sequence)]
-                    condition = f"(incarnation, rank, sequence) IN (VALUES {places})"
-                    rows = self._rows(segment, condition, values, len(some))
-                    found.update({(row.rank, row.sequence): row for row in rows})
+                # One rank at a time: of a list of pairs SQLite would look through the whole incarnation.
+                for rank, pairs in groupby(here, key=lambda key: key[0]):
+                    sequences = [sequence for _, sequence in pairs]
+                    for at in range(0, len(sequences), _READ_ROWS):
+                        some = sequences[at : at + _READ_ROWS]
+                        condition = f"incarnation = ? AND rank = ? AND sequence IN ({','.join('?' * len(some))})"
+                        rows = self._rows(segment, condition, [incarnation, rank, *some], len(some))
+                        found.update({(row.rank, row.sequence): row for row in rows})
                 wanted.difference_update(here)
                 if not wanted:
                     break

@@ -171,6 +171,6 @@ def test_the_history_is_bounded(line: Line) -> None:
     assert newest == (700,)
     counted = line.journal.index._rows("SELECT name, COUNT(*) FROM state_piece GROUP BY name")
     limit = len(snapshots(700)) + 1
-    assert {name for name, _ in counted} == {"run", "measured", "detector/user_rules"}
+    assert {name for name, _ in counted} == {"run", "measured", "watch", "detector/user_rules"}
     assert all(count <= limit for _, count in counted)
     assert dict(counted)["run"] == limit

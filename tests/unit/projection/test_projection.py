@@ -276,7 +276,7 @@ def test_of_a_large_state_a_step_encodes_and_stores_only_what_it_touched() -> No
         projection.project(assembled(number))
         changed = projection.changed_pieces()
         assert ring.encoded == [str(number // 64)]
-        assert changed.keys() == {"run", "detector/ring", f"detector/ring/{number // 64}"}
+        assert changed.keys() == {"run", "watch", "detector/ring", f"detector/ring/{number // 64}"}
         stored.update(changed)
     again = Ring()
     continued = RunProjection(context(), detectors=[again])
@@ -387,14 +387,14 @@ LINE = "⚠️ MODEL COLLAPSE DETECTED: single_token_dominance+identical_sequenc
 
 
 def test_a_collapse_is_one_line_in_both_consoles_and_one_alert() -> None:
-    projection = RunProjection(context())
+    projection = RunProjection(context(collapse_verdict="literal"))
     projection.project(assembled(0, generation(0, collapsed=False)))
     found = projection.project(assembled(100, generation(100, collapsed=True)))
     assert row(found)["collapse/is_collapsed"] == 1
     assert lines(found).count(LINE) == 1
     assert [notice.text for notice in found.notices].count(LINE) == 1
     (alert,) = values(found, "alert")
-    assert (alert["id"], alert["title"], alert["level"]) == ("run-0-100-collapse", "Model collapse", "critical")
+    assert (alert["id"], alert["level"]) == ("run-0-100-incident:1:user_rules", "critical")
     assert alert["text"].startswith(LINE)
     again = projection.project(assembled(200, generation(200, collapsed=True)))
     assert row(again)["collapse/is_collapsed"] == 1
