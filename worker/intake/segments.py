@@ -10,6 +10,7 @@ import logging
 import sqlite3
 import threading
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Final
 
