@@ -47,10 +47,9 @@ class CompositionAdjusted:
         if view.num_rows < self._rule.min_rows:
             return ()
         losses = view.losses
-        ids, which = np.unique(view.record.targets.astype(np.int64), return_inverse=True)
-        counts = np.bincount(which.reshape(-1), minlength=ids.size)
+        ids, which, counts = view.distinct
         expected = self._costs.expected(ids, self._level.mean if self._level.count else float(losses.mean()))
-        view.residuals = losses - expected[which.reshape(-1)]
+        view.residuals = losses - expected[which]
         residual = float(view.residuals.mean())
         widen = math.sqrt(max(1.0, self._usual_rows / view.num_rows))
         found: list[Reading] = []
@@ -58,7 +57,7 @@ class CompositionAdjusted:
             found = [self._risen(residual, widen), *self._fallen(residual, float(losses.mean()))]
         if not self._freeze.holds(is_suspicious=self._up.is_suspicious):
             self._centre.update(residual, widen)
-            self._learn(losses, ids, which.reshape(-1), counts, expected)
+            self._learn(losses, ids, which, counts, expected)
         self._usual_rows += 0.05 * (view.num_rows - self._usual_rows)
         return found
 

@@ -175,10 +175,10 @@ def _pool(view: StepView) -> _Pooled | None:
     high = low + np.float32(record.mean_slack)
     rest = record.mean_rest if math.isfinite(record.mean_rest) else 1.0
     if ids.size:  # frequent targets that the mean prediction does not name
-        targets, counts = np.unique(record.targets, return_counts=True)
+        targets, _, counts = view.distinct
         frequent = np.argsort(-counts, kind="stable")[:MAX_TARGETS]
         unnamed = frequent[~np.isin(targets[frequent], ids)]
-        ids = np.concatenate([ids, targets[unnamed]])
+        ids = np.concatenate([ids, targets[unnamed].astype(np.int32)])
         low = np.concatenate([low, np.zeros(unnamed.size, np.float32)])
         high = np.concatenate([high, np.full(unnamed.size, rest, np.float32)])
         share = np.concatenate([share, (counts[unnamed] / view.num_rows).astype(np.float32)])

@@ -50,14 +50,14 @@ class PriorKnowledge:
         record = view.record
         if view.num_rows < rule.min_rows or record.vocabulary < 2:
             return ()
-        ids = record.targets.astype(np.int64)
+        ids, which, _ = view.distinct
         places = np.minimum(record.places, NUM_PLACES - 1).astype(np.int64)
         found: list[Reading] = []
         if self._num_readings >= rule.warmup:
-            costs = self._table.costs(ids, places, record.vocabulary, SMOOTHING)
+            costs = self._table.costs(ids, which, places, vocabulary=record.vocabulary, smoothing=SMOOTHING)
             cost, loss = float(costs.mean()), float(view.losses.mean())
             found = [*self._worse(cost - loss), *self._fallen_back(cost, loss, view)]
-        self._table.learn(ids, places)
+        self._table.learn(ids, which, places)
         self._num_readings += 1
         return found
 

@@ -86,7 +86,7 @@ class Costs:
         all_means = np.concatenate([self._means, means.astype(np.float32)])
         all_sightings = np.concatenate([self._sightings, counts.astype(np.float32)])
         if all_ids.size > self._max_ids:
-            kept = np.lexsort((all_ids, -all_sightings))[: self._max_ids]
+            kept = _largest(all_sightings, all_ids, self._max_ids)
             all_ids, all_means, all_sightings = all_ids[kept], all_means[kept], all_sightings[kept]
         order = np.argsort(all_ids, kind="stable")
         self._ids, self._means, self._sightings = all_ids[order], all_means[order], all_sightings[order]
@@ -123,50 +123,56 @@ class Places:
         self._others = np.zeros(num_places, np.float32)
 
     def costs(
-        self, ids: NDArray[np.int64], places: NDArray[np.int64], vocabulary: int, smoothing: float
+        self,
+        ids: NDArray[np.int64],
+        which: NDArray[np.int64],
+        places: NDArray[np.int64],
+        *,
+        vocabulary: int,
+        smoothing: float,
     ) -> NDArray[np.float64]:
-        """Return -log of the probability of each id [n] at its place [n], in nats.
+        """Return -log of the probability of the id of each row at its place [n], in nats.
 
         A place's own counts are mixed with those of all places, which weigh ``smoothing`` counts; ids without a column
         share what is left of the vocabulary evenly.
+
+        Args:
+            ids: distinct ids, ascending [k].
+            which: which of them each row has [n].
+            places: the place of each row, below ``num_places`` [n].
+            vocabulary: number of ids that there are.
+            smoothing: counts that the frequency at all places weighs.
         """
         columns, is_own = _found(self._ids, ids)
-        totals = self._counts.sum(axis=1, dtype=np.float64) + self._others
+        totals = self._counts.sum(axis=1) + self._others
         spread = 1.0 / max(vocabulary - self._ids.size, 1)
-        own = np.zeros(ids.size)
-        anywhere = np.full(ids.size, float(self._others.sum()) * spread)
-        own_others = self._others[places].astype(np.float64) * spread
+        own = np.repeat((self._others * spread)[:, None], ids.size, axis=1)
         if self._ids.size:
-            own = np.where(is_own, self._counts[places, columns], own_others)
-            anywhere = np.where(is_own, self._counts.sum(axis=0, dtype=np.float64)[columns], anywhere)
-        else:
-            own = own_others
-        background = (anywhere + 1.0 / max(vocabulary, 1)) / (totals.sum() + 1.0)
-        probability = (own + smoothing * background) / (totals[places] + smoothing)
-        return np.asarray(-np.log(np.maximum(probability, 1e-30)), np.float64)
+            own[:, is_own] = self._counts[:, columns[is_own]]
+        background = (own.sum(axis=0) + 1.0 / max(vocabulary, 1)) / (float(totals.sum()) + 1.0)
+        probability = (own + smoothing * background) / (totals[:, None] + smoothing)
+        costs: NDArray[np.float64] = -np.log(np.maximum(probability, 1e-30)).astype(np.float64)
+        return costs[places, which]
 
-    def learn(self, ids: NDArray[np.int64], places: NDArray[np.int64]) -> None:
-        """Take in the targets of a step."""
+    def learn(self, ids: NDArray[np.int64], which: NDArray[np.int64], places: NDArray[np.int64]) -> None:
+        """Take in the targets of a step, given as ``costs`` has them."""
         keep = np.float32(1.0 - self._rate)
         self._counts *= keep
         self._others *= keep
-        distinct, which = np.unique(ids, return_inverse=True)
-        num = np.bincount(
-            places * distinct.size + which.reshape(-1), minlength=self._num_places * distinct.size
-        ).reshape(self._num_places, -1)
-        columns, is_own = _found(self._ids, distinct)
+        num = np.bincount(places * ids.size + which, minlength=self._num_places * ids.size)
+        num = num.reshape(self._num_places, ids.size)
+        columns, is_own = _found(self._ids, ids)
         if is_own.any():
             self._counts[:, columns[is_own]] += num[:, is_own].astype(np.float32)
         if not is_own.all():
-            self._add(distinct[~is_own], num[:, ~is_own])
+            self._add(ids[~is_own], num[:, ~is_own])
 
     def _add(self, ids: NDArray[np.int64], num: NDArray[np.int64]) -> None:
         all_ids = np.concatenate([self._ids, ids.astype(np.int32)])
         counts = np.concatenate([self._counts, num.astype(np.float32)], axis=1)
         if all_ids.size > self._max_ids:
-            order = np.lexsort((all_ids, -counts.sum(axis=0)))
-            kept, gone = order[: self._max_ids], order[self._max_ids :]
-            self._others = self._others + counts[:, gone].sum(axis=1)
+            kept = _largest(counts.sum(axis=0), all_ids, self._max_ids)
+            self._others = np.maximum(self._others + counts.sum(axis=1) - counts[:, kept].sum(axis=1), 0.0)
             all_ids, counts = all_ids[kept], counts[:, kept]
         order = np.argsort(all_ids, kind="stable")
         self._ids, self._counts = all_ids[order], np.ascontiguousarray(counts[:, order])
@@ -237,6 +243,15 @@ def _found(known: NDArray[np.int32], ids: NDArray[np.int64]) -> tuple[NDArray[np
         return np.zeros(ids.size, np.int64), np.zeros(ids.size, np.bool_)
     places = np.minimum(np.searchsorted(known, ids), known.size - 1)
     return places, known[places] == ids
+
+
+def _largest(values: NDArray[np.float32], ids: NDArray[np.int32], number: int) -> NDArray[np.int64]:
+    """Return the places of the largest values, of equal ones those of the smallest ids: the same on every machine."""
+    least = np.partition(values, values.size - number)[values.size - number]
+    above = np.flatnonzero(values > least)
+    equal = np.flatnonzero(values == least)
+    chosen = equal[np.argsort(ids[equal], kind="stable")[: number - above.size]]
+    return np.concatenate([above, chosen])
 
 
 def _shared(ids: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -50,6 +50,13 @@ class StepView:
         """Entropy of each row in nats [n]; None where unknown."""
         return self.record.entropies.astype(np.float64) if self.record.entropies.size == self.num_rows > 0 else None
 
+    @cached_property
+    def distinct(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Distinct target ids, ascending [k]; which of them each row has [n]; how many rows have each [k]."""
+        ids, which = np.unique(self.record.targets, return_inverse=True)
+        which = which.reshape(-1)
+        return ids.astype(np.int64), which, np.bincount(which, minlength=ids.size)
+
     @property
     def predictions(self) -> NDArray[np.int32] | None:
         """Most probable id of each row [n]; None where unknown."""
