@@ -144,12 +144,11 @@ def mean_facts(signals: Sequence[Signals], rows: Sequence[RankRows]) -> dict[str
     values = np.concatenate([m.mean_probabilities.astype(np.float64) * w for m, w in zip(sound, weights, strict=True)])
     means = np.bincount(places.reshape(-1), weights=values, minlength=ids.size)
     order = np.lexsort((ids, -means))[:MAX_MEAN_IDS]
-    shares = np.zeros(order.size)
-    for message, weight in zip(sound, weights, strict=True):
-        found = np.searchsorted(ids, message.targets)
-        found[found == ids.size] = 0
-        hits = found[ids[found] == message.targets]
-        shares += (np.bincount(hits, minlength=ids.size)[order] / message.targets.size) * weight
+    targets = np.concatenate([m.targets for m in sound])
+    row_weights = np.repeat(weights / [m.targets.size for m in sound], [m.targets.size for m in sound])
+    found = np.minimum(np.searchsorted(ids, targets), ids.size - 1)
+    is_named = ids[found] == targets
+    shares = np.bincount(found[is_named], weights=row_weights[is_named], minlength=ids.size)[order]
     rests = [_rest(m) for m in sound]
     facts["mean_ids"] = ids[order].astype(np.int32)
     facts["mean_probabilities"] = means[order].astype(np.float32)
@@ -164,8 +163,9 @@ def _is_sound_mean(message: Signals) -> bool:
     ids, values = message.mean_ids, message.mean_probabilities
     if not ids.size or ids.shape != values.shape or ids.ndim != 1:
         return False
-    is_range = bool((ids >= 0).all() and (ids <= MAX_ID).all() and np.isfinite(values).all() and (values >= 0).all())
-    return is_range and float(values.sum(dtype=np.float64)) <= 1.01 and np.unique(ids).size == ids.size
+    if not (ids.min() >= 0 and ids.max() <= MAX_ID and values.min() >= 0):  # False for a NaN as well
+        return False
+    return float(values.sum(dtype=np.float64)) <= 1.01 and len(set(ids.tolist())) == ids.size
 
 
 def _rest(message: Signals) -> float:

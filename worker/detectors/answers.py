@@ -81,7 +81,8 @@ class AnswerContent:
             judged = int(content.sum())
             sure = content & (entropies < self._settings.single_answer.sure)
             surely = _most(predictions[sure])
-        targets = _most(view.record.targets[content])
+        ids, counts = view.content_targets
+        targets = dict(zip(ids[:MAX_COUNTED].tolist(), counts[:MAX_COUNTED].tolist(), strict=True))
         return _Content(int(view.starts.size), int(content.sum()), judged, targets, surely)
 
     def _chosen(self) -> list[_Content]:

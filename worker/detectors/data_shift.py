@@ -56,13 +56,11 @@ class DataShift:
     def _histogram(self, view: StepView) -> Iterator[Reading]:
         """Jensen-Shannon divergence of the last steps' content and the usual one, in nats (at most 0.69)."""
         rule = self._settings.target_shift
-        content = view.content
-        num_rows = int(content.sum())
+        num_rows = int(view.content.sum())
         if not num_rows:
             return
-        ids, counts = np.unique(view.record.targets[content], return_counts=True)
-        order = np.argsort(-counts, kind="stable")[:MAX_COUNTED]
-        step = (ids[order].astype(np.int64), counts[order] / num_rows)
+        ids, counts = view.content_targets
+        step = (ids[:MAX_COUNTED], counts[:MAX_COUNTED] / num_rows)
         self._targets = [*self._targets, step][-rule.pooled :]
         self._rows = [*self._rows, num_rows][-rule.pooled :]
         if self._num_steps >= rule.warmup and sum(self._rows) >= rule.min_rows and len(self._rows) == rule.pooled:

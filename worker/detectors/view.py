@@ -91,6 +91,14 @@ class StepView:
         return is_content
 
     @cached_property
+    def content_targets(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Distinct targets of the content rows, most frequent first, and how many rows have each [k]."""
+        ids, which, _ = self.distinct
+        counts = np.bincount(which[self.content], minlength=ids.size)
+        order = np.argsort(-counts, kind="stable")[: int((counts > 0).sum())]
+        return ids[order], counts[order]
+
+    @cached_property
     def _terminal(self) -> int:
         """EOS where answers hold it, else the id that ends nearly all of them, else none."""
         eos = self.record.eos_id
