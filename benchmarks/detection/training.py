@@ -29,25 +29,18 @@ _LAST_STEPS = 20
 
 
 @dataclass(slots=True, kw_only=True)
-class Timings:
-    """What the trainer spent."""
-
-    seconds: float = 0.0
-    """Wall time of all steps, hooks and generation included, the writing of the recording not."""
-    hook_seconds: float = 0.0
-    """Wall time of the calls of the hooks that the loop makes; those on the model's forward are in the recording."""
-
-
-@dataclass(slots=True, kw_only=True)
 class Trained:
     """What a run came to."""
 
     onset: int
     losses: list[float] = field(default_factory=list)
     """The trainer's loss of each step, mean over ranks."""
-    evaluation: Evaluation | None = None
+    gradient_norms: list[float] = field(default_factory=list)
+    """Before clipping, of the first rank."""
+    evaluation: Evaluation = field(default_factory=lambda: Evaluation(loss=math.nan, accuracy=0.0, image_gap=0.0))
     """On clean held-out samples, at the end."""
-    timings: Timings = field(default_factory=Timings)
+    seconds: float = 0.0
+    """Wall time of all steps, hooks and generation included, the drawing of samples and the recording not."""
     hook_failures: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -166,35 +159,26 @@ class Run:
         began = time.perf_counter()
         lab.skips_update = False
         losses = [
-            self._microbatch(replica, batch if twist is None else twist.batch(lab, replica.rank, batch), twist)
+            self._microbatch(replica, batch, twist)
             for replica, share in zip(lab.replicas, batches, strict=True)
             for batch in share
         ]
         average_gradients(lab)
-        if twist is not None:
-            twist.gradients(lab)
-        rate = lab.suite.learning_rate * lab.setup.rate_factor * rate_share(step, lab.num_steps)
-        if twist is not None:
-            rate = twist.rate(lab, rate)
-        for replica, hooks in zip(lab.replicas, self._hooks, strict=True):
-            self._update(replica, hooks, rate)
-        if twist is not None:
-            twist.after_step(lab)
-        for hooks in self._hooks:
-            self._timed_end(hooks, step)
-        self.trained.timings.seconds += time.perf_counter() - began
-        self.trained.losses.append(float(np.mean(losses)) if losses else math.nan)
+        self._update(twist)
+        self.trained.seconds += time.perf_counter() - began
+        self.trained.losses.append(float(np.mean(losses)))
         if self._recording is not None:
             for transport in self._recording.transports:
                 transport.drain()
 
     def _microbatch(self, replica: Replica, batch: Batch, twist: Twist | None) -> float:
+        if twist is not None:
+            batch = twist.batch(self.lab, replica.rank, batch)
         logits, loss = replica.model(
             batch["input_ids"], batch["images"], attention_mask=batch["attention_mask"], targets=batch["labels"]
         )
         if twist is not None:
             loss = twist.loss(self.lab, replica.rank, batch, logits, loss)
-        began = time.perf_counter()
         self._hooks[replica.rank].on_batch(
             input_ids=batch["input_ids"],
             labels=batch["labels"],
@@ -204,23 +188,31 @@ class Run:
             shifted=True,
             epoch=batch["epoch"],
         )
-        self.trained.timings.hook_seconds += time.perf_counter() - began
         (loss / self.lab.setup.accumulation_steps).backward()
         return float(loss.item())
 
-    def _update(self, replica: Replica, hooks: sidestep.Hooks, rate: float) -> None:
-        began = time.perf_counter()
+    def _update(self, twist: Twist | None) -> None:
+        lab = self.lab
+        rate = lab.suite.learning_rate * lab.setup.rate_factor * rate_share(lab.step, lab.num_steps)
+        if twist is not None:
+            twist.gradients(lab)
+            rate = twist.rate(lab, rate)
+        norms = [self._updated(replica, hooks, rate) for replica, hooks in zip(lab.replicas, self._hooks, strict=True)]
+        if twist is not None:
+            twist.after_step(lab)
+        for hooks, norm in zip(self._hooks, norms, strict=True):
+            hooks.after_step(lab.step, applied=not lab.skips_update, grad_norm=norm)
+        self.trained.gradient_norms.append(math.nan if norms[0] is None else float(norms[0]))
+
+    def _updated(self, replica: Replica, hooks: sidestep.Hooks, rate: float) -> torch.Tensor | None:
+        """Clip and step; return the norm, which the product gets as nanoVLM's loop has it."""
         hooks.before_clip()
-        self.trained.timings.hook_seconds += time.perf_counter() - began
+        norm = None
         if self.lab.setup.max_gradient_norm:
-            nn.utils.clip_grad_norm_(replica.model.parameters(), self.lab.setup.max_gradient_norm)
+            norm = nn.utils.clip_grad_norm_(replica.model.parameters(), self.lab.setup.max_gradient_norm)
         for group in replica.optimizer.param_groups:
             group["lr"] = rate * float(group.get("rate_share", 1.0))
         if not self.lab.skips_update:
             replica.optimizer.step()
         replica.optimizer.zero_grad(set_to_none=True)
-
-    def _timed_end(self, hooks: sidestep.Hooks, step: int) -> None:
-        began = time.perf_counter()
-        hooks.after_step(step, applied=not self.lab.skips_update)
-        self.trained.timings.hook_seconds += time.perf_counter() - began
+        return norm

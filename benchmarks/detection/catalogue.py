@@ -1,0 +1,71 @@
+"""All cases by name, their split, and the healthy twin of a failure.
+
+Cases of the held-out half stand in `held_out_failures.py` and `held_out_healthy.py`, which whoever tunes detectors does
+not read; where these files are absent, there are none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+from functools import lru_cache
+
+from benchmarks.detection import tuned_healthy, tuned_images, tuned_labels, tuned_optimisation, tuned_ranks
+from benchmarks.detection.case import Case, Family, Twist
+
+TUNED, HELD_OUT = "tuned", "held_out"
+_HELD_OUT_MODULES = ("held_out_failures", "held_out_healthy")
+_TWIN = "twin_"
+
+
+@lru_cache(maxsize=1)
+def all_cases() -> dict[str, tuple[Case, str]]:
+    """Return name to case and half.
+
+    Raises:
+        ValueError: two cases share a name.
+    """
+    tuned = (tuned_healthy, tuned_labels, tuned_images, tuned_optimisation, tuned_ranks)
+    found = [(case, TUNED) for module in tuned for case in module.CASES]
+    for name in _HELD_OUT_MODULES:
+        full = f"benchmarks.detection.{name}"
+        if importlib.util.find_spec(full) is not None:
+            found += [(case, HELD_OUT) for case in importlib.import_module(full).CASES]
+    by_name = {case.name: (case, half) for case, half in found}
+    if len(by_name) < len(found):
+        names = [case.name for case, _ in found]
+        raise ValueError(f"cases share a name: {sorted({name for name in names if names.count(name) > 1})}")
+    return by_name
+
+
+def twin_of(case: Case) -> Case:
+    """Return the healthy case with the same setup and nothing done to it: a listed one, else one made for it."""
+    for listed, _ in all_cases().values():
+        if not listed.is_failure and listed.twist is Twist and listed.setup == case.setup:
+            return listed
+    return Case(
+        name=_TWIN + hashlib.sha256(repr(case.setup).encode()).hexdigest()[:8],
+        family=Family.DATA,
+        what="the same setup without the mistake",
+        is_failure=False,
+        setup=case.setup,
+        legitimate="nothing is done to it",
+    )
+
+
+def find_case(name: str) -> tuple[Case, str]:
+    """Return a case and its half by name, twins of failures included.
+
+    Raises:
+        KeyError: there is none of that name.
+    """
+    known = all_cases()
+    if name in known:
+        return known[name]
+    for case, half in known.values():
+        if case.is_failure and name.startswith(_TWIN):
+            twin = twin_of(case)
+            if twin.name == name:
+                return twin, half
+    raise KeyError(f"no case is called {name!r}")

@@ -1,0 +1,89 @@
+"""Failures between ranks, of the half that detectors are tuned on."""
+
+from __future__ import annotations
+
+import torch
+from benchmarks.detection.case import LATE, Blame, Case, Family, Harm, Setup, Twist
+from benchmarks.detection.lab import Lab
+
+from sidestep.examples.digits_vqa.packing import IGNORE_INDEX, Batch
+
+_BROKEN_RANK = 2
+
+
+class SharedSamples(Twist):
+    """All ranks see the samples of the first one, as without a distributed sampler."""
+
+    def __init__(self) -> None:
+        """Nothing is kept yet."""
+        self._kept: list[Batch] = []
+        self._step = -1
+        self._taken: dict[int, int] = {}
+
+    def batch(self, lab: Lab, rank: int, batch: Batch) -> Batch:
+        """Return the first rank's micro-batch of the same number."""
+        if lab.step != self._step:
+            self._step, self._kept, self._taken = lab.step, [], {}
+        number = self._taken.get(rank, 0)
+        self._taken[rank] = number + 1
+        if rank == 0:
+            self._kept.append(batch)
+        return self._kept[number]
+
+
+class BrokenRank(Twist):
+    """One of four ranks trains on targets drawn by chance."""
+
+    def batch(self, lab: Lab, rank: int, batch: Batch) -> Batch:
+        """Draw that rank's targets anew."""
+        if rank != _BROKEN_RANK:
+            return batch
+        asked = batch["labels"] != IGNORE_INDEX
+        drawn = torch.from_numpy(lab.rng.integers(len(lab.suite.tokenizer), size=tuple(batch["labels"].shape)))
+        return Batch(**{**batch, "labels": torch.where(asked, drawn, batch["labels"])})
+
+
+class RankLeaves(Twist):
+    """One rank no longer takes part in the averaging of gradients."""
+
+    def begin(self, lab: Lab) -> None:
+        """Let it keep its own."""
+        lab.unsynced_ranks.add(1)
+
+
+CASES: tuple[Case, ...] = (
+    Case(
+        name="ranks_share_samples",
+        family=Family.RANKS,
+        what="both ranks train on the same samples",
+        is_failure=True,
+        twist=SharedSamples,
+        setup=Setup(num_ranks=2),
+        onset_share=LATE,
+        blame=frozenset({Blame.LOADER, Blame.RANKS}),
+        harm=Harm.INVARIANT,
+        invariant="no two ranks train on the same samples",
+    ),
+    Case(
+        name="rank_corrupted",
+        family=Family.RANKS,
+        what="one of four ranks has wrong targets",
+        is_failure=True,
+        twist=BrokenRank,
+        setup=Setup(num_ranks=4),
+        onset_share=LATE,
+        blame=frozenset({Blame.RANKS, Blame.LABELS, Blame.DATA}),
+    ),
+    Case(
+        name="rank_unsynced",
+        family=Family.RANKS,
+        what="one of two ranks skips the averaging of gradients",
+        is_failure=True,
+        twist=RankLeaves,
+        setup=Setup(num_ranks=2),
+        onset_share=LATE,
+        blame=frozenset({Blame.RANKS}),
+        harm=Harm.INVARIANT,
+        invariant="replicas hold the same weights",
+    ),
+)
