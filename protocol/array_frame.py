@@ -83,8 +83,8 @@ def _description(entry: object) -> tuple[str, np.dtype[Any], list[int]]:
     return name, WIRE_DTYPES[dtype], shape
 
 
-def unpack(descriptions: object, body: memoryview) -> dict[str, NDArray[Any]]:
-    """Return views of ``body`` as the described arrays.
+def unpack(descriptions: object, frame: bytes | bytearray | memoryview, body_at: int = 0) -> dict[str, NDArray[Any]]:
+    """Return views of what ``frame`` has from ``body_at`` on as the described arrays.
 
     Raises:
         LimitExceededError: more arrays, axes or bytes than ``limits.py`` allows.
@@ -95,22 +95,22 @@ def unpack(descriptions: object, body: memoryview) -> dict[str, NDArray[Any]]:
     if len(descriptions) > MAX_ARRAYS:
         raise LimitExceededError(f"{len(descriptions)} arrays in one message, more than {MAX_ARRAYS}")
     arrays: dict[str, NDArray[Any]] = {}
-    offset = 0
+    offset, end = body_at, len(frame)
     for entry in descriptions:
         name, dtype, shape = _description(entry)
-        count = math.prod(shape)
+        count = shape[0] if len(shape) == 1 else math.prod(shape)
         num_bytes = count * dtype.itemsize
         if num_bytes > MAX_MESSAGE_BYTES:
             raise LimitExceededError(f"array {name[:64]!r} declares {num_bytes} bytes, more than {MAX_MESSAGE_BYTES}")
-        if offset + num_bytes > len(body):
-            raise DecodeError(f"array {name[:64]!r} declares {num_bytes} bytes, {len(body) - offset} arrived")
+        if offset + num_bytes > end:
+            raise DecodeError(f"array {name[:64]!r} declares {num_bytes} bytes, {end - offset} arrived")
         if name in arrays:
             raise DecodeError(f"array {name[:64]!r} is described twice")
-        flat = np.frombuffer(body, dtype, count, offset)
+        flat = np.frombuffer(frame, dtype, count, offset)
         arrays[name] = flat if len(shape) == 1 else flat.reshape(shape)
         offset += num_bytes + -num_bytes % ALIGNMENT_BYTES
-    if offset != len(body):
-        raise DecodeError(f"{len(body) - offset} bytes behind the last array")
+    if offset != end:
+        raise DecodeError(f"{end - offset} bytes behind the last array")
     return arrays
 
 

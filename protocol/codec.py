@@ -21,6 +21,8 @@ from sidestep.protocol.limits import MAX_BLOB_BYTES, MAX_MAP_ENTRIES, MAX_NESTIN
 from sidestep.protocol.messages import ArraySpec, Kind, Message
 
 _INT64 = 1 << 63
+_SHORT = MAX_TEXT_BYTES // 4
+"""A text of so many characters is within the limit, whatever they are."""
 
 Check = Callable[[str, object], Any]
 
@@ -71,7 +73,7 @@ def _check_bool(name: str, value: object) -> bool:
 
 
 def _check_str(name: str, value: object) -> str:
-    if type(value) is str and len(value) * 4 <= MAX_TEXT_BYTES:
+    if type(value) is str and len(value) <= _SHORT:
         return value
     if not isinstance(value, str):
         raise _wrong(name, value, "a text")
@@ -121,15 +123,27 @@ def _mapping_of(check: Check) -> Check:
         if not value:
             return {}
         _check_entries(name, len(value))
+        if check is _check_int and _are_counts(value):
+            return dict(value)
         return {_check_str(name, key): check(name, item) for key, item in value.items()}
 
     return checked
+
+
+def _are_counts(value: Mapping[Any, Any]) -> bool:
+    """Return whether all keys are texts and all values integers, without a call for each of them."""
+    for key, item in value.items():
+        if type(key) is not str or type(item) is not int or len(key) > _SHORT or not -_INT64 <= item < _INT64:
+            return False
+    return True
 
 
 def _tuple_of(check: Check) -> Check:
     def checked(name: str, value: object) -> tuple[Any, ...]:
         if type(value) is not list and not isinstance(value, list | tuple):
             raise _wrong(name, value, "a list")
+        if not value:
+            return ()
         _check_entries(name, len(value))
         return tuple([check(name, item) for item in value])
 
@@ -211,22 +225,48 @@ def from_fields(message_type: type[Message], plain: Mapping[str, Any], arrays: M
         DecodeError: a required field is missing, or a value is not of its declared type.
         LimitExceededError: a value is over a limit.
     """
+    of_fields, of_arrays = _plan(message_type)
     values: dict[str, Any] = {}
-    for name, check, spec, raw_bytes, required, dtype, taken_as_it_is in schema(message_type):
-        if dtype is None:
-            if name in plain:
-                value = plain[name]
-                values[name] = value if type(value) is taken_as_it_is else check(name, value)
-                continue
-        elif name in arrays:
-            array, axes = arrays[name], spec.axes if spec else 1
+    for name, check, taken_as_it_is, required in of_fields:
+        if name in plain:
+            value = plain[name]
+            values[name] = value if type(value) is taken_as_it_is else check(name, value)
+        elif required:
+            raise DecodeError(f"{message_type.__name__} has no field {name!r}")
+    for name, check, raw_bytes, dtype, axes, required in of_arrays:
+        if name in arrays:
+            array = arrays[name]
             if array.dtype != dtype or array.ndim != axes:
                 raise DecodeError(f"field {name!r} is {array.dtype}[{array.ndim} axes], not {dtype}[{axes} axes]")
             values[name] = check(name, array.tobytes()) if raw_bytes else array
-            continue
-        if required:
+        elif required:
             raise DecodeError(f"{message_type.__name__} has no field {name!r}")
     return message_type(**values)
+
+
+class _Plan(NamedTuple):
+    """What ``from_fields`` asks of a schema, laid out for its two loops."""
+
+    of_fields: tuple[tuple[str, Check, type | None, bool], ...]
+    of_arrays: tuple[tuple[str, Check, bool, np.dtype[Any], int, bool], ...]
+
+
+_PLANS: dict[type[Message], _Plan] = {}
+
+
+def _plan(message_type: type[Message]) -> _Plan:
+    found = _PLANS.get(message_type)
+    if found is None:
+        fields = schema(message_type)
+        found = _PLANS[message_type] = _Plan(
+            tuple((f.name, f.check, f.taken_as_it_is, f.required) for f in fields if f.dtype is None),
+            tuple(
+                (f.name, f.check, f.raw_bytes, f.dtype, f.array.axes if f.array else 1, f.required)
+                for f in fields
+                if f.dtype is not None
+            ),
+        )
+    return found
 
 
 def kind_name(kind: Kind) -> str:

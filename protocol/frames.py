@@ -43,6 +43,8 @@ from sidestep.protocol.version import WIRE_MAJOR, WIRE_MINOR
 
 MAGIC = b"SST"
 _PREFIX = struct.Struct("<3sBBBHII")
+_PREFIX_BYTES: Final = _PREFIX.size
+_BEHIND_MAGIC: Final = struct.Struct("<BBBHII")
 NO_ACCOUNTS: Final[Mapping[str, tuple[int, int, int]]] = MappingProxyType({})
 _COUNT_END: Final = 1 << 62
 """Counts and numbers on the wire stay below it: sums of them fit 64 bits."""
@@ -93,12 +95,17 @@ def peek(frame: Frame) -> FramePrefix:
     Raises:
         DecodeError: these bytes do not begin like a frame of this protocol.
     """
-    if len(frame) < _PREFIX.size:
-        raise DecodeError(f"{len(frame)} bytes are too few for a frame")
-    magic, kind, major, minor, _, head_bytes, body_bytes = _PREFIX.unpack_from(frame)
-    if magic != MAGIC:
-        raise DecodeError("the frame does not begin with the protocol's magic bytes")
+    kind, major, minor, _, head_bytes, body_bytes = _prefix(frame)
     return FramePrefix(kind, major, minor, head_bytes, body_bytes)
+
+
+def _prefix(frame: Frame) -> tuple[int, int, int, int, int, int]:
+    """Return what ``_PREFIX`` says behind the magic bytes."""
+    if len(frame) < _PREFIX_BYTES:
+        raise DecodeError(f"{len(frame)} bytes are too few for a frame")
+    if frame[:3] != MAGIC:
+        raise DecodeError("the frame does not begin with the protocol's magic bytes")
+    return _BEHIND_MAGIC.unpack_from(frame, 3)
 
 
 def _assemble(kind: int, head: Mapping[str, Any], buffers: list[bytes]) -> bytes:
@@ -139,44 +146,42 @@ def _refuse_extension(code: int, _content: bytes) -> NoReturn:
     raise ValueError(f"an extension of type {code}")
 
 
-def _unpacker(max_entries: int) -> Callable[[memoryview], Any]:
-    return functools.partial(
-        msgpack.unpackb, raw=False, strict_map_key=True, ext_hook=_refuse_extension, max_ext_len=0,
-        max_str_len=MAX_TEXT_BYTES, max_bin_len=MAX_TEXT_BYTES, max_array_len=max_entries, max_map_len=max_entries,
-    )  # fmt: skip
+_unpack: Final[Callable[[Frame], Any]] = functools.partial(
+    msgpack.unpackb, raw=False, strict_map_key=True, ext_hook=_refuse_extension, max_ext_len=0,
+    max_str_len=MAX_TEXT_BYTES, max_bin_len=MAX_TEXT_BYTES, max_array_len=MAX_MAP_ENTRIES, max_map_len=MAX_MAP_ENTRIES,
+)  # fmt: skip
+_unpack_small: Final[Callable[[Frame], Any]] = functools.partial(
+    msgpack.unpackb, ext_hook=_refuse_extension, max_ext_len=0
+)
+"""For a short head: nothing in it is longer, or has more entries, than the head has bytes; that is msgpack's default,
+and so are texts for texts and no keys but texts and bytes."""
 
 
-_unpack: Final = _unpacker(MAX_MAP_ENTRIES)
-_unpack_small: Final = _unpacker(_WALK_HEAD_BYTES)
-"""No list in so short a head has more entries than the head has bytes."""
-
-
-def _parts(frame: Frame) -> tuple[int, dict[str, Any], memoryview]:
-    """Return kind, head and body."""
-    kind, major, minor, head_bytes, body_bytes = peek(frame)
+def _parts(frame: Frame) -> tuple[int, dict[str, Any], int]:
+    """Return kind, head, and where the body begins."""
+    kind, major, minor, _, head_bytes, body_bytes = _prefix(frame)
     if major != WIRE_MAJOR:
         raise IncompatibleWireError(major, minor)
     if head_bytes > MAX_HEAD_BYTES:
         raise LimitExceededError(f"a head of {head_bytes} bytes, more than {MAX_HEAD_BYTES}")
-    head_end = _PREFIX.size + head_bytes
+    head_end = _PREFIX_BYTES + head_bytes
     body_at = head_end + -head_bytes % array_frame.ALIGNMENT_BYTES
     if body_at + body_bytes != len(frame):
         raise DecodeError(f"the frame declares {body_at + body_bytes} bytes, {len(frame)} arrived")
     if len(frame) > MAX_MESSAGE_BYTES:
         raise LimitExceededError(f"a message of {len(frame)} bytes, more than {MAX_MESSAGE_BYTES}")
-    view = memoryview(frame)
-    packed = view[_PREFIX.size : head_end]
-    unpack = _unpack_small
-    if head_bytes > _WALK_HEAD_BYTES:
-        check_packed(packed, max_levels=_HEAD_LEVELS, max_entries=MAX_HEAD_ENTRIES)
-        unpack = _unpack
     try:
-        head = unpack(packed)
+        if head_bytes <= _WALK_HEAD_BYTES:
+            head = _unpack_small(frame[_PREFIX_BYTES:head_end])
+        else:
+            packed = memoryview(frame)[_PREFIX_BYTES:head_end]
+            check_packed(packed, max_levels=_HEAD_LEVELS, max_entries=MAX_HEAD_ENTRIES)
+            head = _unpack(packed)
     except (ValueError, msgpack.UnpackException, RecursionError) as error:
         raise DecodeError(f"the head is not msgpack within limits: {error}") from error
     if type(head) is not dict:
         raise DecodeError("the head is not a map")
-    return kind, head, view[body_at:]
+    return kind, head, body_at
 
 
 def _envelope(head: Mapping[str, Any]) -> Envelope:
@@ -234,9 +239,9 @@ def decode(frame: Frame) -> tuple[Envelope, Message | UnknownMessage]:
         DecodeError: not a message; ``LimitExceededError`` where a declared size is over its limit.
         IncompatibleWireError: another major version.
     """
-    kind, head, body = _parts(frame)
+    kind, head, body_at = _parts(frame)
     envelope = _envelope(head)
-    arrays = array_frame.unpack(head.get("r", []), body)
+    arrays = array_frame.unpack(head.get("r", []), frame, body_at)
     message_type = MESSAGE_TYPES.get(cast("Kind", kind))  # a number finds the kind that it is
     if message_type is None:
         if kind == Kind.CHUNK:
@@ -292,12 +297,12 @@ class ChunkJoiner:
         Raises:
             DecodeError: a chunk that is malformed, contradicts its siblings, or a joined message of another digest.
         """
-        kind, head, body = _parts(frame)
+        kind, head, body_at = _parts(frame)
         if kind != Kind.CHUNK:
             raise DecodeError("a whole message is no chunk")
         envelope = _envelope(head)
         digest, index, count, total = self._placement(head.get("c"))
-        piece = array_frame.unpack(head.get("r", []), body).get("piece")
+        piece = array_frame.unpack(head.get("r", []), frame, body_at).get("piece")
         if piece is None or piece.dtype != np.uint8:
             raise DecodeError("a chunk has no bytes")
         partial = self._partial(digest, count, total)
