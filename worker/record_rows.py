@@ -93,7 +93,7 @@ def _weighted(rows: Sequence[RankRows], name: str) -> float:
 
 
 def _answer_starts(places: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    starts = places == 0
+    starts: NDArray[np.bool_] = places == 0
     starts[0] = True
     return starts
 

@@ -122,8 +122,13 @@ class Cumulative(Rule):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gap(Cumulative):
-    """Mean loss minus mean entropy, which is 0 for any model that is as sure as it is right."""
+    """Mean loss minus mean entropy, which is 0 for any model that is as sure as it is right.
 
+    A pretrained model may be too sure of another format at first: armed as ``Mass`` is.
+    """
+
+    armed: int = 20
+    deadline: int = 500
     threshold: float = 10.0
     """Measured: healthy runs have medians of -0.11 to 0.00 nats, single steps of -0.35 to 0.22."""
     own: float = 0.05
@@ -196,10 +201,16 @@ class Spike(Limit):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mass(Limit):
-    """Mean prediction against the targets of the same rows."""
+    """Mean prediction against the targets of the same rows.
+
+    A pretrained model may favour another format for as long as its warm-up lasts: it speaks once the model has been
+    within the threshold, which one from scratch is at once (measured), or at the deadline.
+    """
 
     hits: int = 3
     window: int = 4
+    armed: int = 8
+    deadline: int = 500
     threshold: float = 0.08
     """Measured: healthy runs stay below 0.03 in all tasks and phases; 0.08 raised nothing outside stage switches."""
     min_rows: int = 256

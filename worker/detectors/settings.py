@@ -66,7 +66,7 @@ class DetectorSettings:
     # self-referenced
     mass_excess: Mass = field(default_factory=Mass)
     mass_deficit: Mass = field(
-        default_factory=lambda: Mass(hits=4, window=5, armed=20, threshold=0.04, errors=5.0, share=0.6)
+        default_factory=lambda: Mass(hits=4, window=5, armed=20, deadline=0, threshold=0.04, errors=5.0, share=0.6)
     )
     copying: Mass = field(default_factory=lambda: Mass(threshold=0.3))
     cal_up: Composition = field(default_factory=Composition)

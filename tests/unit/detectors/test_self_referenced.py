@@ -237,3 +237,12 @@ def test_without_logits_the_loss_alone_is_judged() -> None:
     told = watched(trace(CHOICE, 110, failure=fused))
     assert told.lines[0][0] in {100, 101}
     assert set(told.verdicts[90].readings) & {"loss_cusum", "cal_up", "mass_excess"} == {"loss_cusum"}
+
+
+def test_a_pretrained_model_that_favours_another_format_at_first_is_healthy() -> None:
+    """For the 90 steps of a warm-up it says the first option too often, and too surely."""
+
+    def habit(drawn: Drawn) -> None:
+        to_one_token(0.6 * max(0.0, 1.0 - drawn.step / 90.0))(drawn)
+
+    assert watched(trace(replace(CHOICE, start_skill=0.7), 200, failure=habit)).lines == []
