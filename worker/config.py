@@ -121,6 +121,8 @@ class WorkerConfig:
         default=False, convert=_flag, metavar="", meaning="end once every run has ended and all is delivered"
     )
     """At least one run must have come."""
+    detector: str = _option("", _text, "MODULE:CLASS", "judge by detectors of your own too; several by commas")
+    """``package.module:Class`` each, beside those that are installed as entry points ``sidestep.detectors``."""
     health_port: int = _option(0, _count(0), "PORT", "port of /healthz and /metrics (default: any)")
     """Recorded in ``worker.json``."""
     health_host: str = _option("127.0.0.1", _text, "HOST", "address of these two pages (default: 127.0.0.1)")

@@ -58,6 +58,11 @@ class HeardRuns:
         self._runs: dict[str, _Run] = {}
         self._lock = threading.Lock()  # a scrape between two attempts must not see a counter fall
 
+    def newest_step(self, run_id: str) -> int:
+        """Return the newest step that any rank of the run has ended, -1 for none."""
+        run = self._runs.get(run_id)
+        return -1 if run is None else max((rank.last_step for rank in run.ranks.values()), default=-1)
+
     def take(self, each: Journaled) -> None:
         """Note a message that has been journaled."""
         envelope = each.envelope

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from sidestep.protocol.messages import Goodbye, Notice, StepEnd
+from sidestep.protocol.messages import Command, Goodbye, Notice, StepEnd
 from sidestep.worker.contexts import is_whole, survey
 from sidestep.worker.errors import JournalError, JournalWriteError
 from sidestep.worker.intake.assembler import Assembler
@@ -39,12 +39,15 @@ class Outcome:
     """Lines for the trainer's console."""
     closings: int = 0
     """Decisions that were written with them."""
+    requests: tuple[Command, ...] = ()
+    """What the trainer is asked for."""
 
 
 @dataclass(slots=True)
 class _Batch:
     closures: list[Closure] = field(default_factory=list)
     notices: list[Notice] = field(default_factory=list)
+    requests: list[Command] = field(default_factory=list)
 
 
 class RunPipeline:
@@ -203,7 +206,12 @@ class RunPipeline:
             _LOG.warning("run %s: %s", self.run_id, error)
             return Outcome()
         done, self._batch = self._batch, _Batch()
-        return Outcome(entries=tuple(entries), notices=tuple(done.notices), closings=len(done.closures))
+        return Outcome(
+            entries=tuple(entries),
+            notices=tuple(done.notices),
+            closings=len(done.closures),
+            requests=tuple(done.requests),
+        )
 
     def _add_state(self) -> None:
         """The newest closing carries what of the state has changed; what a failed write has not stored it still has."""
@@ -216,6 +224,7 @@ class RunPipeline:
     ) -> None:
         number = self._journal.index.next_closed_number(self.run_id) + len(self._batch.closures)
         self._batch.notices += made.notices
+        self._batch.requests += made.requests
         self._batch.closures.append(
             Closure(
                 closing=decision,

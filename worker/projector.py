@@ -14,6 +14,7 @@ from sidestep.worker.contexts import build_context
 from sidestep.worker.intake.decisions import ContextRecord, Ending, Rewind
 from sidestep.worker.intake.index import Index
 from sidestep.worker.outbox import entry
+from sidestep.worker.own_detectors import recorded
 from sidestep.worker.projection import Projection, RunProjection
 from sidestep.worker.records import AssembledStep
 from sidestep.worker.rewinding import EarlierState, MessagesOf, rewind_notice
@@ -38,7 +39,7 @@ class RunProjector:
         context, hello = build_context(self._index, record)
         self._context = record
         if self._projection is None:
-            self._projection = RunProjection(context, hello)
+            self._projection = RunProjection(context, hello, own_detectors=recorded(self._index))
         else:
             self._projection.adopt(context, hello)
 

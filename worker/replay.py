@@ -19,6 +19,7 @@ from sidestep.worker.intake.journal import Journal
 from sidestep.worker.intake.run_copy import copy_run
 from sidestep.worker.intake.state_history import is_snapshot
 from sidestep.worker.outbox import StoredEntry, canonical
+from sidestep.worker.own_detectors import recorded, remember
 from sidestep.worker.projector import RunProjector
 from sidestep.worker.records import StepClosing
 
@@ -58,6 +59,7 @@ def replay_run(source: Journal, run_id: str, target: Index) -> Comparison:
         JournalError: a message or a table that the closings name is gone or cannot be read.
     """
     _copy_opening(source.index, run_id, target)
+    remember(target, recorded(source.index))
     projector = RunProjector(target, source.messages_of)
     batch: list[Closure] = []
     decisions = source.index.closings(run_id)

@@ -20,6 +20,7 @@ from sidestep.worker.intake.assembly import Journaled, Key, assemble, step_of
 from sidestep.worker.intake.decisions import ContextRecord, Decision, Rewind
 from sidestep.worker.intake.index import Index
 from sidestep.worker.intake.state_history import snapshots
+from sidestep.worker.own_detectors import recorded
 from sidestep.worker.projection import RunProjection
 from sidestep.worker.records import StepClosing
 
@@ -108,7 +109,8 @@ class EarlierState:
             ValueError: the snapshot is of another version.
         """
         before = [each for each in self._index.contexts(rewind.run_id) if each.closed_number <= rewind.snapshot_number]
-        projection = RunProjection(*build_context(self._index, before[-1] if before else otherwise))
+        context, hello = build_context(self._index, before[-1] if before else otherwise)
+        projection = RunProjection(context, hello, own_detectors=recorded(self._index))
         if rewind.snapshot_number >= 0:
             projection.restore_pieces(self._index.pieces(rewind.run_id, rewind.snapshot_number))
         if rewind.is_exact and rewind.source_number >= 0:

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, Final, TextIO
 
 from sidestep.protocol.endpoints import Endpoint, default_endpoint
-from sidestep.protocol.messages import Command
+from sidestep.protocol.messages import Command, Notice
 from sidestep.worker.advice import warnings
 from sidestep.worker.config import WorkerConfig
 from sidestep.worker.delivery import Deliveries, wandb_mode
+from sidestep.worker.detectors.plugins import load_detectors
 from sidestep.worker.errors import ConfigError, JournalError
 from sidestep.worker.health import HealthServer, write_end, write_worker_file
 from sidestep.worker.heard import HeardRuns
@@ -28,10 +29,13 @@ from sidestep.worker.intake.listening import EndpointLock
 from sidestep.worker.intake.receiver import Receiver
 from sidestep.worker.intake.reception import Reception
 from sidestep.worker.intake.reserve import RESERVE_BYTES
+from sidestep.worker.own_detectors import remember
 from sidestep.worker.pipeline import RunPipeline
+from sidestep.worker.requests import Requests
 from sidestep.worker.settled import KnownRun, SettledRun, open_runs
 from sidestep.worker.sinks.console_sink import ConsoleSink
 from sidestep.worker.trainers import Trainers, is_alive
+from sidestep.worker.watch_making import installed
 
 _LOG: Final = logging.getLogger(__name__)
 _TICK_SECONDS: Final = 0.05
@@ -77,6 +81,7 @@ class WorkerService:
         except JournalError:
             self._lock.release()
             raise
+        self._judge_by(config.detector)
         self._deliveries = Deliveries(config, journal=folder, out=out, console=ConsoleSink(console), mode=mode)
         self._pipelines = open_runs(self.journal, self._pipeline)
         starts = [each.recovery_start() for each in self._pipelines.values()]
@@ -97,6 +102,7 @@ class WorkerService:
         self._receiver = Receiver(endpoint, self._reception)
         self._trainers = Trainers(self.journal.index, config.trainer_silence_seconds)
         self._heard = HeardRuns()
+        self._requests = Requests(self._reception.send)
         self._health: HealthServer | None = None
         self._idle_since: float | None = None
         self._sinks_polled_at = 0.0
@@ -105,6 +111,18 @@ class WorkerService:
         """Why the journal cannot be read at the moment; empty while it can."""
         self._unread = ""
         self._tidied_at = 0.0
+
+    def _judge_by(self, named: str) -> None:
+        """Load detectors from elsewhere once, to know that they can be, and record them for replays."""
+        own = [name.strip() for name in named.split(",") if name.strip()]
+        references = tuple(dict.fromkeys((*own, *installed())))
+        try:
+            load_detectors(references)
+        except ValueError as error:
+            self.journal.close()
+            self._lock.release()
+            raise ConfigError(str(error)) from error
+        remember(self.journal.index, references)
 
     @property
     def address(self) -> str:
@@ -235,12 +253,16 @@ class WorkerService:
                 self._deliveries.show(outcome.entries)
                 for notice in outcome.notices:
                     self._reception.send(pipeline.run_id, notice)
+                for request in outcome.requests:
+                    self._ask(pipeline, request)
         if now - self._sinks_polled_at >= _SINK_POLL_SECONDS:
             self._sinks_polled_at = now
             news = self._deliveries.poll()
             for run_id in news.stopped:
                 reason = "the run was stopped on its W&B page"
-                self._reception.send(run_id, Command(action="stop", command_id=f"page-{self.instance}", reason=reason))
+                self._ask(
+                    self._pipelines[run_id], Command(action="stop", command_id=f"page-{self.instance}", reason=reason)
+                )
             for run_id, notice in news.notices:
                 self._reception.send(run_id, notice)
             for run_id, tables in news.unconfirmed_tables.items():
@@ -280,6 +302,8 @@ class WorkerService:
                 moved = moved or bool(messages)
                 for each in messages:
                     self._heard.take(each)
+                    if isinstance(each.message, Notice):
+                        self._requests.heard(each.envelope.run_id, each.message)
                     if not self._is_settled(each):
                         self._pipeline_of(each.envelope.run_id).add(each, now)
                 if not messages:
@@ -287,6 +311,15 @@ class WorkerService:
         except JournalError as error:
             self._unread = str(error)
         return moved
+
+    def _ask(self, pipeline: KnownRun, command: Command) -> None:
+        newest = pipeline.newest
+        self._requests.ask(
+            pipeline.run_id,
+            command,
+            world_size=newest.world_size,
+            newest_step=self._heard.newest_step(pipeline.run_id),
+        )
 
     def _is_settled(self, each: Journaled) -> bool:
         """Whether a message is read back for another run's sake: this one's was accounted for before the start."""

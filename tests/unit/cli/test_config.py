@@ -90,5 +90,5 @@ def test_the_options_are_these_and_no_others() -> None:
         "endpoint", "journal", "out", "project", "entity", "wandb_mode", "assembly_deadline_seconds",
         "commit_interval_seconds", "commit_messages", "segment_bytes", "journal_max_bytes", "journal_on_network_fs",
         "feed_bytes", "sink_drain_seconds", "trainer_silence_seconds", "idle_exit_seconds", "owner_pid", "until_idle",
-        "health_port", "health_host",
+        "detector", "health_port", "health_host",
     ]  # fmt: skip
