@@ -20,6 +20,8 @@ from benchmarks.detection import plan, real_logs
 from benchmarks.detection.campaign import SUITES, Campaign, Outcome
 from benchmarks.detection.report import as_json, as_text, scored_runs, whole_report
 
+from sidestep.worker.detectors.settings import PREFIX, DetectorSettings, apply_assignments
+
 LEAST_SMOKE_RECALL_WITHIN_10 = 0.85
 """Of eight failures one may be found later."""
 MOST_SMOKE_FALSE_INCIDENTS = 1
@@ -38,12 +40,23 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=2, help="of each case in each of its splits (%(default)s)")
     parser.add_argument("--steps", type=int, default=plan.FULL_STEPS, help="of a run (%(default)s)")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="one thread each (%(default)s)")
+    parser.add_argument(
+        "--set", type=_change, action="append", dest="changes_given", metavar="detectors.NAME.FIELD=VALUE", default=[]
+    )
     default = Path(tempfile.gettempdir()) / "sidestep-detection-lab"
     parser.add_argument("--traces", type=Path, default=default, help="recordings, kept (%(default)s)")
     parser.add_argument("--accept-older", action="store_true", help="take recordings that older code has made")
     parser.add_argument("--no-judging", action="store_true", help="train only, and say what became of it")
     parser.add_argument("--real-logs", type=Path, default=real_logs.DEFAULT_FILE, help="skipped where it is not there")
     return parser
+
+
+def _change(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.startswith(PREFIX):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {PREFIX}NAME.FIELD=VALUE")
+    apply_assignments(DetectorSettings(), [text])
+    return name.removeprefix(PREFIX), value
 
 
 def planned(options: argparse.Namespace) -> list[plan.Wanted]:
@@ -73,6 +86,7 @@ def run(options: argparse.Namespace, wanted: Sequence[plan.Wanted]) -> dict[str,
         accept_older=options.accept_older,
         is_judging=not options.no_judging,
         num_processes=options.processes,
+        changes=dict(options.changes_given),
     )
     began = time.monotonic()
     outcomes = []

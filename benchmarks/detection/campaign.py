@@ -14,8 +14,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -173,6 +173,8 @@ class Campaign:
     """Take recordings that older code has made as well."""
     is_judging: bool = True
     num_processes: int = 2
+    changes: Mapping[str, str] = field(default_factory=dict)
+    """Thresholds that are others than the product's."""
 
     def outcome(self, job: Job) -> Outcome:
         """Make one run and judge it, in this process."""
@@ -184,7 +186,7 @@ class Campaign:
         return Outcome(
             job=job,
             facts=facts,
-            judged=judge(path),
+            judged=judge(path, self.changes),
             baselines={**scalar_rules(facts.losses, facts.gradient_norms), **by_rule},
             num_checks=num_checks,
         )

@@ -1,14 +1,14 @@
 """A recording judged as a worker judges a run, by the worker's own code, so that thresholds change without training.
 
-`Worker` is the one door to it: frames become assembled steps, these go through the metrics, the user's rules and the
-watch, in the order of the projection.
+Frames become assembled steps, these go through the run's projection, and what is read is what leaves a worker: outbox
+entries, that is the rows of the incidents' table and what both consoles are told.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,22 +16,16 @@ from benchmarks.detection.recording import read_frames
 
 from sidestep.protocol.frames import Envelope, decode
 from sidestep.protocol.messages import Blob, Hello, StepEnd
+from sidestep.protocol.tables import decode_table
 from sidestep.worker.contexts import build_context
-from sidestep.worker.detectors.base import Observation
-from sidestep.worker.detectors.settings import DetectorSettings
-from sidestep.worker.detectors.user_rules import UserRules
 from sidestep.worker.incident_causes import CAUSES, UNKNOWN
 from sidestep.worker.intake.assembly import Journaled, assemble, step_of
 from sidestep.worker.intake.decisions import ContextRecord
 from sidestep.worker.intake.index import Index
-from sidestep.worker.metrics.answer_counts import AnswerCounts
+from sidestep.worker.outbox import OutboxEntry
+from sidestep.worker.projection import RunProjection
 from sidestep.worker.records import AssembledStep, RunContext, StepClosing
-from sidestep.worker.settings import RunSettings
-from sidestep.worker.step_metrics import measure_step
 from sidestep.worker.text.incident_table import INCIDENT_KEY
-from sidestep.worker.watch import Watch, WatchVerdict
-
-LEVELS = ("info", "warning", "critical")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -58,11 +52,11 @@ class Judged:
     incidents: list[JudgedIncident] = field(default_factory=list)
     num_steps: int = 0
     worker_seconds: float = 0.0
-    """CPU time of metrics, rules and watch; reading and decoding are not in it."""
+    """CPU time of the projection: metrics, rules, watch and outbox entries; reading and decoding are not in it."""
     intake_seconds: float = 0.0
     """CPU time of decoding and assembling."""
-    num_notices: int = 0
-    """Notices of the watch: a detector that failed says so in one."""
+    num_failures: int = 0
+    """Times that a detector of one's own failed."""
 
 
 class _Tables:
@@ -151,110 +145,91 @@ def assembled_steps(path: Path) -> Iterator[tuple[AssembledStep, RunContext]]:
             yield step, run.context
 
 
-class Worker:
-    """Metrics, the user's rules and the watch, as a run's projection asks them."""
+def judge(path: Path, changes: Mapping[str, str] | None = None) -> Judged:
+    """Judge a recording; raises as `read_frames` does.
 
-    def __init__(self, context: RunContext, settings: DetectorSettings | None) -> None:
-        """Begin a run; `settings` are the product's own where there are none."""
-        self._context = context
-        self._settings = RunSettings.from_map(context.settings)
-        self._answers = AnswerCounts()
-        self._rules = UserRules()
-        self.watch = Watch(settings)
-
-    def judge(self, step: AssembledStep) -> WatchVerdict:
-        """Return what the watch says of a step."""
-        measured = measure_step(step, self._context, self._settings, self._answers)
-        verdict = self._rules.observe(
-            Observation(
-                attempt=step.attempt,
-                step=step.step,
-                context=self._context,
-                settings=self._settings,
-                values=measured.found.values,
-                generated=measured.generated,
-            )
-        )
-        return self.watch.observe(
-            step, self._context, generated=measured.generated, verdict=verdict.values, findings=verdict.findings
-        )
-
-
-def judge(path: Path, settings: DetectorSettings | None = None) -> Judged:
-    """Judge a recording; raises as `read_frames` does."""
+    Args:
+        path: the file.
+        changes: thresholds that are others than the product's, `cal_up.threshold` to text.
+    """
     judged = Judged()
-    worker: Worker | None = None
+    projection: RunProjection | None = None
     before = time.thread_time()
     for step, context in assembled_steps(path):
-        worker = worker or Worker(context, settings)
+        if projection is None:
+            told = {**context.settings.get("detectors", {}), **(changes or {})}
+            projection = RunProjection(replace(context, settings={**context.settings, "detectors": told}))
         assembled = time.thread_time()
         judged.intake_seconds += assembled - before
-        verdict = worker.judge(step)
+        entries = projection.project(step).entries
         before = time.thread_time()
         judged.worker_seconds += before - assembled
         judged.num_steps += 1
-        judged.num_notices += len(verdict.notices)
-        _note(judged, step.step, verdict)
-    if worker is not None:
-        _note_evidence(judged, worker.watch.state())
+        _note(judged, step.step, entries)
+    if projection is not None:
+        _note_evidence(judged, projection.state())
     return judged
 
 
-def _note(judged: Judged, step: int, verdict: WatchVerdict) -> None:
-    """Keep what was told of incidents: rows of their table, and the level of what was said aloud."""
+def _note(judged: Judged, step: int, entries: Sequence[OutboxEntry]) -> None:
+    """Keep what people get of incidents: rows of their table, and the level of what was said aloud."""
     known = {incident.number: incident for incident in judged.incidents}
-    for table in verdict.tables:
-        if table.key != INCIDENT_KEY:
-            continue
-        for cells in table.rows:
-            row = dict(zip(table.columns, cells, strict=True))
-            incident = known.get(row["incident"])
-            if incident is None:
-                incident = _new_incident(row)
-                known[incident.number] = incident
-                judged.incidents.append(incident)
-            incident.name, incident.level = row["name"], row["severity"]
-            cause = _CAUSE_NAMES.get(row["likely_cause"], UNKNOWN.name)
-            if not incident.causes or incident.causes[-1][1] != cause:
-                incident.causes.append((step, cause))
-            _add_detectors(incident, str(row["values"]))
-    for each in verdict.announcements:
-        kind, _, rest = each.code.partition(":")
-        if kind != "incident":
-            continue
-        number, _, name = rest.partition(":")
-        incident = known.get(int(number))
-        if incident is None:  # of several incidents that change at a step the first alone has a row
-            incident = JudgedIncident(
-                number=int(number), name=name, level=each.level, opened_step=step, first_step=step
-            )
-            judged.incidents.append(incident)
-        incident.told.append((step, each.level))
+    for entry in entries:
+        if entry.kind == "table":
+            payload = entry.value()
+            if payload["key"] == INCIDENT_KEY:
+                for cells in payload["rows"]:
+                    _take_row(judged, known, step, dict(zip(payload["columns"], cells, strict=True)))
+    for entry in entries:
+        if entry.kind == "notice":
+            payload = entry.value()
+            _take_notice(judged, known, step, str(payload["code"]), str(payload["level"]))
 
 
-def _new_incident(row: Mapping[str, Any]) -> JudgedIncident:
-    return JudgedIncident(
-        number=row["incident"],
-        name=row["name"],
-        level=row["severity"],
-        opened_step=row["opened_step"],
-        first_step=row["first_step"],
-    )
-
-
-def _add_detectors(incident: JudgedIncident, values: str) -> None:
-    """Read `detector value (limit x) at step` of the table's cell."""
-    for part in values.split("; "):
+def _take_row(judged: Judged, known: dict[int, JudgedIncident], step: int, row: Mapping[str, Any]) -> None:
+    incident = known.get(row["incident"])
+    if incident is None:
+        incident = JudgedIncident(
+            number=row["incident"],
+            name=row["name"],
+            level=row["severity"],
+            opened_step=row["opened_step"],
+            first_step=row["first_step"],
+        )
+        known[incident.number] = incident
+        judged.incidents.append(incident)
+    incident.name, incident.level = row["name"], row["severity"]
+    cause = _CAUSE_NAMES.get(row["likely_cause"], UNKNOWN.name)
+    if not incident.causes or incident.causes[-1][1] != cause:
+        incident.causes.append((step, cause))
+    for part in str(row["values"]).split("; "):  # `detector value (limit x) at step`
         name, _, rest = part.partition(" ")
-        step = rest.rpartition(" at ")[2]
-        if step.isdecimal():
-            incident.detectors.setdefault(name, int(step))
+        spoken = rest.rpartition(" at ")[2]
+        if spoken.isdecimal():
+            incident.detectors.setdefault(name, int(spoken))
 
 
-def _note_evidence(judged: Judged, state: Any) -> None:
-    """Evidence that came after an incident was last told of."""
+def _take_notice(judged: Judged, known: dict[int, JudgedIncident], step: int, code: str, level: str) -> None:
+    kind, _, rest = code.partition(":")
+    number, _, name = rest.partition(":")
+    if kind == "detector_failed":
+        judged.num_failures += 1
+    if kind != "incident" or name.endswith(":why"):
+        return
+    incident = known.get(int(number))
+    if incident is None:  # of several incidents that change at a step the first alone has a row
+        incident = JudgedIncident(number=int(number), name=name, level=level, opened_step=step, first_step=step)
+        known[incident.number] = incident
+        judged.incidents.append(incident)
+    incident.told.append((step, level))
+
+
+def _note_evidence(judged: Judged, state: bytes) -> None:
+    """Take in evidence that came after an incident was last told of: the projection's state has it."""
     known = {incident.number: incident for incident in judged.incidents}
-    for saved in state["incidents"]["open"]:
+    pieces: Any = decode_table(state)
+    watch: Any = decode_table(pieces["pieces"]["watch"])
+    for saved in watch["incidents"]["open"]:
         for each in saved["evidence"]:
             if saved["number"] in known:
                 known[saved["number"]].detectors.setdefault(each["detector"], int(each["step"]))
