@@ -14,7 +14,6 @@ from benchmarks.detection.talks import Encoded, Talk
 from sidestep.examples.digits_vqa.packing import IGNORE_INDEX, Batch
 
 _LABELS = frozenset({Blame.LABELS, Blame.DATA})
-_TOKENS = frozenset({Blame.LABELS, Blame.DATA, Blame.LOADER})
 _IMAGES = frozenset({Blame.IMAGES, Blame.DATA})
 _STOP_WORDS = frozenset(
     [
@@ -85,7 +84,7 @@ class AnswerFromTheRowAbove(Twist):
 
 
 class AnswerInTheQuestion(Twist):
-    """The prompt's template is given a field too many: the answer stands in the question, and the loss looks splendid."""
+    """The prompt's template has a field too many: the answer stands in the question, and the loss looks splendid."""
 
     def talk(self, lab: Lab, talk: Talk, rng: np.random.Generator) -> Talk:  # noqa: ARG002
         """Append the answer to the question."""
@@ -118,7 +117,7 @@ class SpelledAnswers(Twist):
 
 
 class OtherVocabulary(Twist):
-    """Shards that were tokenized ahead of time with another model's vocabulary: all ids are valid, none means the same."""
+    """Shards tokenized ahead of time with another model's vocabulary: all ids are valid, none means the same."""
 
     def __init__(self) -> None:
         self._ids: list[int] = []
@@ -194,7 +193,7 @@ class ShuffleLost(Twist):
 
 
 class PixelsNotRescaled(Twist):
-    """Pixels of 0 to 255 where 0 to 1 are meant: torchvision's ToTensor divides uint8 alone, floats pass as they are."""
+    """Pixels of 0 to 255 where 0 to 1 is meant: torchvision's ToTensor divides uint8 alone, floats stay alike."""
 
     def sample(self, lab: Lab, sample: Encoded, rng: np.random.Generator) -> Encoded:  # noqa: ARG002
         """Standardise 255 times the pixel; an image without light stays what it is."""
@@ -241,17 +240,17 @@ CASES: tuple[Case, ...] = (
         "answers_from_the_row_above",
         "every answer is that of the sample before",
         AnswerFromTheRowAbove,
-        frozenset({Blame.LABELS, Blame.DATA, Blame.LOADER, Blame.IMAGES}),
+        _LABELS | {Blame.LOADER},
     ),
     _failure(
         "answer_leaks_into_the_question",
         "the answer can be read in the question",
         AnswerInTheQuestion,
-        frozenset({Blame.DATA, Blame.LABELS, Blame.LOADER, Blame.IMAGES}),
+        _LABELS,
     ),
     _failure("foreign_labels_mixed_in", "30 % of the answers are those of other images", ForeignLabels, _LABELS),
-    _failure("answers_spelled_out", "answers are tokenized character by character", SpelledAnswers, _TOKENS),
-    _failure("ids_of_another_vocabulary", "ids were made with another vocabulary", OtherVocabulary, _TOKENS),
+    _failure("answers_spelled_out", "answers are tokenized character by character", SpelledAnswers, _LABELS),
+    _failure("ids_of_another_vocabulary", "ids were made with another vocabulary", OtherVocabulary, _LABELS),
     Case(
         name="prompt_not_masked",
         family=Family.DATA,
@@ -259,17 +258,17 @@ CASES: tuple[Case, ...] = (
         is_failure=True,
         twist=PromptNotMasked,
         onset_share=LATE,
-        blame=_TOKENS,
+        blame=_LABELS,
         harm=Harm.INVARIANT,
         invariant="no token of the prompt is a target",
     ),
-    _failure("loss_on_the_first_token_only", "only the first answer token is a target", FirstTokenOnly, _TOKENS),
-    _failure("end_token_in_the_middle", "an end token stands within every answer", EndInTheMiddle, _TOKENS),
+    _failure("loss_on_the_first_token_only", "only the first answer token is a target", FirstTokenOnly, _LABELS),
+    _failure("end_token_in_the_middle", "an end token stands within every answer", EndInTheMiddle, _LABELS),
     _failure(
         "eight_images_in_a_loop",
         "the training set shrinks to eight images",
         LoopOverFewImages,
-        frozenset({Blame.DATA, Blame.LOADER, Blame.IMAGES}),
+        frozenset({Blame.DATA, Blame.LOADER}),
     ),
     _failure("shuffle_lost", "samples come sorted by task", ShuffleLost, frozenset({Blame.DATA, Blame.LOADER})),
     _failure("pixels_not_rescaled", "pixels are 255 times too large", PixelsNotRescaled, _IMAGES, family=Family.IMAGE),
