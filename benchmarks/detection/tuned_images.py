@@ -33,21 +33,13 @@ class BlackImages(Twist):
 
 
 class ZeroedProjector(Twist):
-    """The projector's weights are lost."""
-
-    is_frozen = False
+    """The projector's weights are lost, and nobody trains them: left trainable, they are learned anew."""
 
     def begin(self, lab: Lab) -> None:
-        """Zero them, as a checkpoint without them would."""
+        """Zero and freeze them, as a checkpoint without them would, loaded for a stage that trains the rest."""
         for replica in lab.replicas:
             nn.init.zeros_(replica.model.MP.proj.weight)
-            replica.model.MP.proj.weight.requires_grad_(not self.is_frozen)
-
-
-class FrozenZeroProjector(ZeroedProjector):
-    """The projector's weights are zero, and nobody trains them."""
-
-    is_frozen = True
+            replica.model.MP.proj.weight.requires_grad_(requires_grad=False)
 
 
 class DeadEncoder(Twist):
@@ -95,7 +87,7 @@ CASES: tuple[Case, ...] = (
     Case(
         name="projector_zeroed",
         family=Family.MODEL,
-        what="the projector's weights are lost",
+        what="the projector's weights are lost, and it is frozen",
         is_failure=True,
         twist=ZeroedProjector,
         onset_share=LATE,
@@ -106,7 +98,7 @@ CASES: tuple[Case, ...] = (
         family=Family.MODEL,
         what="the projector begins at zero and is frozen",
         is_failure=True,
-        twist=FrozenZeroProjector,
+        twist=ZeroedProjector,
         blame=_LOOK_AT_IMAGES | {Blame.WEIGHTS},
     ),
     Case(
