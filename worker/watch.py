@@ -8,13 +8,13 @@ that a restart needs (docs/delivery.md, section 3). It is the one door to the de
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Final
 
-from sidestep.protocol.messages import Json, Notice
+from sidestep.protocol.messages import Json
 from sidestep.worker.detectors.base import Finding
 from sidestep.worker.detectors.catalogue import KINDS, DetectorKind, Severity, kind_of
-from sidestep.worker.detectors.facts import FACTS, OnsetFacts
+from sidestep.worker.detectors.facts import OnsetFacts
 from sidestep.worker.detectors.families import make_families
 from sidestep.worker.detectors.persistence import Firing, Persistence
 from sidestep.worker.detectors.plugins import OwnDetector, OwnDetectors
@@ -25,76 +25,32 @@ from sidestep.worker.detectors.settings import DetectorSettings
 from sidestep.worker.detectors.updates import Updates
 from sidestep.worker.detectors.view import StepView
 from sidestep.worker.incident_causes import cause_named
-from sidestep.worker.incident_text import console_block, heading
 from sidestep.worker.incidents import Change, Incident, IncidentLog
 from sidestep.worker.metrics.measurement import Table, Value, notice_once
 from sidestep.worker.metrics.sequences import GeneratedSamples
 from sidestep.worker.record_building import build_record
-from sidestep.worker.record_weights import module_names
 from sidestep.worker.records import AssembledStep, RunContext
 from sidestep.worker.step_record import StepRecord
 from sidestep.worker.text.incident_table import incident_table, worst_samples
+from sidestep.worker.watch_verdict import (
+    USER_RULES,
+    Announcement,
+    Policy,
+    Request,
+    WatchVerdict,
+    announcements,
+    in_words,
+)
+
+__all__ = ["Announcement", "Policy", "Request", "Watch", "WatchVerdict"]
 
 STATE_VERSION: Final = 1
 GRACE_STEPS: Final = 100
 """Steps of an announced stage in which what compares with the past does not speak (docs/detection.md)."""
 ROLLBACK_STEPS: Final = 50
 """Steps that an attempt may go back with references kept; further back they are learned anew."""
-USER_RULES: Final = "user_rules"
 SUMS: Final = frozenset({"cal_up", "loss_cusum", "confidence_gap"})
 """Detectors whose value at half of its limit is a suspicion."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Policy:
-    """What the trainer is asked to do; whether it does is its own choice (``on_incident``)."""
-
-    sample_when_suspicious: bool = True
-    """Ask for samples when a cheap signal is suspicious: the ordinary interval may be long."""
-    sample_every_steps: int = 200
-    """Steps between two such requests."""
-    on_critical: str = ""
-    """``checkpoint`` or ``stop`` when a critical incident opens; empty: nothing."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """Something that the trainer is asked to do (``protocol.messages.Command``)."""
-
-    action: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Announcement:
-    """What people are told of an incident."""
-
-    code: str
-    title: str
-    level: str
-    """``info``, ``warning`` or ``critical``."""
-    line: str
-    """What both consoles show, exactly, on a line of its own."""
-    block: tuple[str, ...] = ()
-    """The lines under it."""
-    is_alert: bool = True
-    """Whether it is also sent as an alert, with line and block as its text."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WatchVerdict:
-    """What a step makes the watch say."""
-
-    values: Mapping[str, Value] = field(default_factory=dict)
-    """For the step's row, which is written for them: only what changed."""
-    companions: Mapping[str, Value] = field(default_factory=dict)
-    """For a row that is written anyway."""
-    announcements: tuple[Announcement, ...] = ()
-    tables: tuple[Table, ...] = ()
-    requests: tuple[Request, ...] = ()
-    notices: tuple[Notice, ...] = ()
-    readings: Mapping[str, float] = field(default_factory=dict)
-    """Every detector's value at this step."""
 
 
 class Watch:
@@ -184,7 +140,7 @@ class Watch:
         return WatchVerdict(
             values=self._values(changes),
             companions={"incidents/open": self._num_open},
-            announcements=self._announcements(changes, findings),
+            announcements=announcements(changes, findings, record.step),
             tables=self._tables(changes, view, context),
             requests=self._requests(record, changes, readings, has_samples=generated is not None),
             notices=tuple(notice_once(f"detector_failed:{text[:64]}", text, record.step) for text in failures),
@@ -212,7 +168,7 @@ class Watch:
             seen.add(reading.name)
             firing = self._kept(reading.name).take(step, reading)
             if firing is not None:
-                told = replace(reading, evidence=_in_words(reading, context))
+                told = replace(reading, evidence=in_words(reading, context))
                 spoken.append((replace(firing, reading=told), kind))
         return spoken
 
@@ -265,54 +221,6 @@ class Watch:
             values["incidents/open"] = num_open
         self._num_open = num_open
         return values
-
-    def _announcements(self, changes: Sequence[Change], findings: Sequence[Finding]) -> tuple[Announcement, ...]:
-        told: list[Announcement] = []
-        for change in changes:
-            if change.kind in {"opened", "worse"}:
-                told.append(self._announcement(change, findings))
-            elif change.kind == "cause":
-                line = f"incident {change.incident.number} ({change.incident.name}): the likely cause is now: "
-                told.append(
-                    Announcement(
-                        code=f"incident_cause:{change.incident.number}:{change.cause.name}",
-                        title=change.incident.title,
-                        level="info",
-                        line=line + change.cause.text,
-                        block=(f"  what to do next: {change.cause.advice}",),
-                        is_alert=False,
-                    )
-                )
-        lines = {each.line for each in told}
-        told += [
-            Announcement(
-                code=each.code, title=each.title, level="critical", line=each.line, block=(f"  {each.detail}",)
-            )
-            for each in findings
-            if each.line not in lines
-        ]
-        return tuple(told)
-
-    def _announcement(self, change: Change, findings: Sequence[Finding]) -> Announcement:
-        incident = change.incident
-        line = heading(incident.name, incident.severity, is_collapse=incident.is_collapse)
-        if incident.name == USER_RULES and findings:
-            line = findings[0].line
-        return Announcement(
-            code=f"incident:{incident.number}:{incident.name}",
-            title=f"{incident.name}: {incident.title}",
-            level=incident.severity.level,
-            line=line,
-            block=console_block(
-                number=incident.number,
-                title=incident.title,
-                first_step=incident.first_step,
-                step=self._newest,
-                evidence=[f"{each.detector}: {each.text}" for each in incident.evidence],
-                cause=change.cause,
-                facts=[FACTS[fact] for fact in incident.facts],
-            ),
-        )
 
     def _tables(self, changes: Sequence[Change], view: StepView, context: RunContext) -> tuple[Table, ...]:
         """The row of an incident that opened, got worse, has another cause or closed; of several the first."""
@@ -408,16 +316,3 @@ def _is_critical(incident: Incident) -> bool:
 
 def _details(findings: Sequence[Finding]) -> list[str]:
     return [finding.detail for finding in findings if finding.detail]
-
-
-def _in_words(reading: Reading, context: RunContext) -> str:
-    """Put the texts of token and module where the evidence names them."""
-    text = reading.evidence
-    if "{token}" in text:
-        shown = repr(context.text.token(reading.token)) if reading.token >= 0 else "a token"
-        text = text.replace("{token}", shown)
-    if "{module}" in text:
-        names = module_names(context)
-        is_known = 0 <= reading.module < len(names)
-        text = text.replace("{module}", repr(names[reading.module]) if is_known else f"module {reading.module}")
-    return text
