@@ -213,7 +213,7 @@ class Gradients(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answers(Message):
-    """Content lengths of all answers of one step, due or not: the epoch's distribution counts each once."""
+    """Content lengths of all answers of one step and epoch, due or not: the epoch's distribution counts each once."""
 
     kind = Kind.ANSWERS
     lane = Lane.STATISTICS
