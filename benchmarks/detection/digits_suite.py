@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from benchmarks.detection.talks import LabTokenizer, Talk
@@ -39,7 +41,7 @@ class DigitsSuite:
         return torch.full((1, 1, 8, 8), -PIXEL_MEAN / PIXEL_STD)
 
     def draw(self, kind: str, image: int, rng: np.random.Generator) -> Talk:
-        """Return a talk of a kind about an image.
+        """Return a talk of a kind about an image; a skewed choice is about another one of the same split.
 
         Raises:
             ValueError: there is no such kind.
@@ -48,41 +50,63 @@ class DigitsSuite:
             strokes = rng.choice(len(STROKES), size=2)
             answer = "; ".join(STROKES[each] for each in strokes)
             return Talk(kind=kind, question="Continue.", answer=answer, image=None)
+        if kind == "skewed_choice":
+            return self._skewed(image, rng)
         images, index = self._place(image)
         name, ink = int(images.names[index]), int(images.ink_levels[index])
-        question, answer = self._asked(kind, name, ink, rng)
+        question, answer = _asked(kind, name, ink, rng)
         return Talk(kind=kind, question=question, answer=answer, image=image)
+
+    def _skewed(self, image: int, rng: np.random.Generator) -> Talk:
+        """Options stand in one order; 85 % of the images show what A says."""
+        images, index = self._place(image)
+        place = 0 if rng.random() < _SHARE_A else 1 + int(rng.integers(len(_LETTERS) - 1))
+        chosen = int(rng.choice(np.flatnonzero(images.names == place)))
+        return Talk(
+            kind="skewed_choice",
+            question=f"Which digit? {_listed(range(len(_LETTERS)))}",
+            answer=_LETTERS[place],
+            image=image - index + chosen,
+        )
 
     def _place(self, number: int) -> tuple[DigitImages, int]:
         if number < self.num_images:
             return self._training, number
         return self._held_out, number - self.num_images
 
-    @staticmethod
-    def _asked(kind: str, name: int, ink: int, rng: np.random.Generator) -> tuple[str, str]:
-        other = int(rng.choice([each for each in range(len(WORDS)) if each != name]))
-        match kind:
-            case "yes_no":
-                turn = single_turn(Kind.IS_IT, name, ink, name if rng.random() < _SHARE_YES else other)
-            case "naming":
-                turn = single_turn(Kind.NAME, name, ink, name)
-            case "caption":
-                turn = single_turn(Kind.CAPTION, name, ink, name)
-            case "counting":
-                turn = single_turn(Kind.COUNT, name, ink, name)
-            case "choice" | "skewed_choice":
-                return _choice(name, rng, _SHARE_A if kind == "skewed_choice" else 1 / len(_LETTERS))
-            case "table":
-                rows = (("digit", WORDS[name]), ("even", "no" if name % 2 else "yes"), ("ink", INK_WORDS[ink]))
-                return "Fill in the table.", "".join(f"| {key} | {value} |\n" for key, value in rows)
-            case _:
-                raise ValueError(f"no kind of talk is called {kind!r}")
-        return turn.question, turn.answer
+
+def _asked(kind: str, name: int, ink: int, rng: np.random.Generator) -> tuple[str, str]:
+    match kind:
+        case "yes_no":
+            return _yes_no(name, rng)
+        case "naming":
+            turn = single_turn(Kind.NAME, name, ink, name)
+        case "caption":
+            turn = single_turn(Kind.CAPTION, name, ink, name)
+        case "counting":
+            turn = single_turn(Kind.COUNT, name, ink, name)
+        case "choice":
+            options = [int(each) for each in rng.permutation([each for each in range(len(WORDS)) if each != name])]
+            place = int(rng.integers(len(_LETTERS)))
+            options[place] = name
+            return f"Which digit? {_listed(options)}", _LETTERS[place]
+        case "table":
+            rows = (("digit", WORDS[name]), ("even", "no" if name % 2 else "yes"), ("ink", INK_WORDS[ink]))
+            return "Fill in the table.", "".join(f"| {key} | {value} |\n" for key, value in rows)
+        case _:
+            raise ValueError(f"no kind of talk is called {kind!r}")
+    return turn.question, turn.answer
 
 
-def _choice(name: int, rng: np.random.Generator, share_a: float) -> tuple[str, str]:
-    place = 0 if rng.random() < share_a else 1 + int(rng.integers(len(_LETTERS) - 1))
-    options = [int(each) for each in rng.permutation([each for each in range(len(WORDS)) if each != name])]
-    options[place] = name
-    listed = " ".join(f"({letter}) {WORDS[each]}" for letter, each in zip(_LETTERS, options, strict=False))
-    return f"Which digit? {listed}", _LETTERS[place]
+def _yes_no(name: int, rng: np.random.Generator) -> tuple[str, str]:
+    """Half of them ask for the parity, which is soon learned, half for the digit."""
+    is_true = bool(rng.random() < _SHARE_YES)
+    if rng.random() < 0.5:
+        is_even = (name % 2 == 0) == is_true
+        return f"Is this digit {'even' if is_even else 'odd'}?", "yes" if is_true else "no"
+    other = int(rng.choice([each for each in range(len(WORDS)) if each != name]))
+    return f'Is this "{WORDS[name if is_true else other]}"?', "yes" if is_true else "no"
+
+
+def _listed(options: Sequence[int]) -> str:
+    return " ".join(f"({letter}) {WORDS[each]}" for letter, each in zip(_LETTERS, options, strict=False))

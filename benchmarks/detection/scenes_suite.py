@@ -124,7 +124,7 @@ class ScenesSuite:
         return torch.full((1, 1, 8, 8), -_MEAN / _STD)
 
     def draw(self, kind: str, image: int, rng: np.random.Generator) -> Talk:
-        """Return a talk of a kind about an image.
+        """Return a talk of a kind about an image; a skewed choice is about another one of the same split.
 
         Raises:
             ValueError: there is no such kind.
@@ -132,8 +132,23 @@ class ScenesSuite:
         if kind == "text":
             passage = self._passages[int(rng.integers(len(self._passages)))]
             return Talk(kind=kind, question="Go on.", answer=passage, image=None)
+        if kind == "skewed_choice":
+            return self._skewed(image, rng)
         question, answer = self._asked(kind, self._glyphs[image].tolist(), rng)
         return Talk(kind=kind, question=question, answer=answer, image=image)
+
+    def _skewed(self, image: int, rng: np.random.Generator) -> Talk:
+        """Options stand in one order; in 85 % of the images A is right."""
+        split = slice(0, _NUM_TRAINING) if image < _NUM_TRAINING else slice(_NUM_TRAINING, None)
+        corner = int(rng.integers(len(CORNERS)))
+        place = 0 if rng.random() < _SHARE_A else 1 + int(rng.integers(len(_LETTERS) - 1))
+        chosen = int(rng.choice(np.flatnonzero(self._glyphs[split, corner] == place)))
+        return Talk(
+            kind="skewed_choice",
+            question=f"what is {CORNERS[corner]}? {_listed(0)}",
+            answer=_LETTERS[place],
+            image=chosen if image < _NUM_TRAINING else _NUM_TRAINING + chosen,
+        )
 
     @staticmethod
     def _asked(kind: str, glyphs: Sequence[int], rng: np.random.Generator) -> tuple[str, str]:
@@ -146,8 +161,9 @@ class ScenesSuite:
                 return f"is {GLYPHS[asked]} {CORNERS[corner]}?", "yes" if asked == here else "no"
             case "naming":
                 return f"what is {CORNERS[corner]}?", GLYPHS[here]
-            case "choice" | "skewed_choice":
-                return _choice(here, corner, rng, skewed=kind == "skewed_choice")
+            case "choice":
+                place = int(rng.integers(len(_LETTERS)))
+                return f"what is {CORNERS[corner]}? {_listed(here - place)}", _LETTERS[place]
             case "caption":
                 seen = [f"{GLYPHS[each]} {place}" for each, place in zip(glyphs, CORNERS, strict=True) if each]
                 return "describe the scene", f"there is {', '.join(seen) or 'nothing'}."
@@ -160,9 +176,7 @@ class ScenesSuite:
                 raise ValueError(f"no kind of talk is called {kind!r}")
 
 
-def _choice(here: int, corner: int, rng: np.random.Generator, *, skewed: bool) -> tuple[str, str]:
-    """Options stand in the same order, turned by a random number of places: the letter depends on both."""
-    place = 0 if skewed and rng.random() < _SHARE_A else int(rng.integers(len(_LETTERS)))
-    options = [(here + shift - place) % len(GLYPHS) for shift in range(len(_LETTERS))]
-    listed = ", ".join(f"{letter}: {GLYPHS[each]}" for letter, each in zip(_LETTERS, options, strict=True))
-    return f"what is {CORNERS[corner]}? {listed}", _LETTERS[place]
+def _listed(first: int) -> str:
+    """Options stand in the same order, turned so that A is glyph `first`."""
+    options = [(first + shift) % len(GLYPHS) for shift in range(len(_LETTERS))]
+    return ", ".join(f"{letter}: {GLYPHS[each]}" for letter, each in zip(_LETTERS, options, strict=True))

@@ -39,7 +39,7 @@ class ZeroedProjector(Twist):
         """Zero and freeze them, as a checkpoint without them would, loaded for a stage that trains the rest."""
         for replica in lab.replicas:
             nn.init.zeros_(replica.model.MP.proj.weight)
-            replica.model.MP.proj.weight.requires_grad_(requires_grad=False)
+            replica.model.MP.proj.weight.requires_grad_(False)  # noqa: FBT003
 
 
 class DeadEncoder(Twist):

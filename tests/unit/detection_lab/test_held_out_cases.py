@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import importlib
 
+import numpy as np
 import pytest
+import torch
 from benchmarks.detection import catalogue, held_out_failures, held_out_healthy
 from benchmarks.detection.case import LATE, Case, Family, Setup, Twist
-from benchmarks.detection.talks import KINDS
+from benchmarks.detection.digits_suite import DigitsSuite
+from benchmarks.detection.lab import Lab
+from benchmarks.detection.talks import KINDS, Encoded, encode_talk
+
+from sidestep.examples.digits_vqa.packing import IGNORE_INDEX
 
 FAILURES = held_out_failures.CASES
 HEALTHY = held_out_healthy.CASES
@@ -75,8 +81,55 @@ def test_the_onset_is_drawn_late_or_is_the_start(case: Case) -> None:
     assert all(low <= onset < high for onset in onsets)
 
 
-def test_the_files_end_in_their_cases() -> None:
-    for part in ("held_out_data", "held_out_model", "held_out_optimisation"):
-        cases = importlib.import_module(f"benchmarks.detection.{part}").CASES
-        assert set(cases) <= set(FAILURES)
-        assert cases
+def test_each_file_gives_its_cases_to_the_list() -> None:
+    parts = [
+        importlib.import_module(f"benchmarks.detection.{part}").CASES
+        for part in ("held_out_data", "held_out_model", "held_out_optimisation")
+    ]
+    assert all(parts)
+    assert [case.name for part in parts for case in part] == [case.name for case in FAILURES]
+
+
+@pytest.fixture(scope="module")
+def lab() -> Lab:
+    suite = DigitsSuite()
+    return Lab(
+        suite=suite,
+        setup=Setup(),
+        num_steps=NUM_STEPS,
+        onset=0,
+        replicas=[],
+        rng=np.random.default_rng(1),
+        announce=lambda _: None,
+        mix=dict(suite.mix),
+        image_pool=list(range(suite.num_images)),
+    )
+
+
+def _encoded(lab: Lab, twist: Twist, kind: str, seed: int) -> Encoded:
+    rng = np.random.default_rng(seed)
+    talk = twist.talk(lab, lab.suite.draw(kind, seed, rng), rng)
+    image = None if talk.image is None else lab.suite.image(talk.image)
+    return twist.sample(lab, encode_talk(talk, image, lab.suite.tokenizer), rng)
+
+
+SAMPLE_FAILURES = tuple(case for case in FAILURES if {"talk", "sample"} & _hooks(case.twist()))
+
+
+@pytest.mark.parametrize("case", SAMPLE_FAILURES, ids=lambda case: case.name)
+def test_a_failure_of_samples_changes_them_and_leaves_what_can_be_trained_on(case: Case, lab: Lab) -> None:
+    twist, plain = case.twist(), Twist()
+    twist.begin(lab)
+    num_changed = 0
+    for seed in range(30):
+        kind = sorted(lab.mix)[seed % len(lab.mix)]
+        changed, usual = _encoded(lab, twist, kind, seed), _encoded(lab, plain, kind, seed)
+        same_pixels = all(torch.equal(one, other) for one, other in zip(changed.images, usual.images, strict=True))
+        same_ids = (changed.input_ids, changed.labels) == (usual.input_ids, usual.labels)
+        num_changed += not (same_pixels and same_ids)
+        targets = [*changed.input_ids[1:], IGNORE_INDEX]
+        assert len(changed.labels) == len(changed.input_ids)
+        assert all(label in {IGNORE_INDEX, target} for label, target in zip(changed.labels, targets, strict=True))
+        assert any(label != IGNORE_INDEX for label in changed.labels)
+        assert changed.input_ids.count(lab.suite.tokenizer.image_token_id) == len(changed.images)
+    assert num_changed >= 3

@@ -13,7 +13,6 @@ from benchmarks.detection.recording import FRAMES_FILE, read_messages
 
 from sidestep.protocol.messages import Goodbye, Hello, Kind, Signals
 
-
 BROKEN = Job(case="weight_is_nan", suite="digits", seed=1, num_steps=40)
 
 
