@@ -25,7 +25,7 @@ from sidestep.worker.detectors.settings import PREFIX, DetectorSettings, apply_a
 LEAST_SMOKE_RECALL_WITHIN_10 = 0.85
 """Of eight failures one may be found later."""
 MOST_SMOKE_FALSE_INCIDENTS = 1
-"""In some 2,900 healthy steps."""
+"""In 1,600 healthy steps."""
 
 
 def arguments() -> argparse.ArgumentParser:

@@ -33,8 +33,17 @@ class Scored:
 
     @property
     def healthy_steps(self) -> int:
-        """Steps in which whatever is said is false: all of a healthy run, those before the onset of a failed one."""
-        return self.outcome.facts.onset if self.case.is_failure else self.outcome.facts.num_steps
+        """Steps in which whatever is said is false, each counted once: those of healthy runs.
+
+        Up to its onset a failed run is the copy of its twin, whose steps are counted.
+        """
+        return 0 if self.case.is_failure else self.outcome.facts.num_steps
+
+    @property
+    def early_incidents(self) -> list[JudgedIncident]:
+        """Failures: incidents that opened before the onset."""
+        onset = self.outcome.facts.onset if self.case.is_failure else 0
+        return [each for each in self.incidents if each.opened_step < onset and each.level in ALERTS]
 
     @property
     def incidents(self) -> list[JudgedIncident]:
@@ -132,6 +141,7 @@ def score(runs: Sequence[Scored]) -> dict[str, Any]:
             "steps": sum(run.healthy_steps for run in silent),
             "incidents": sum(len(run.false_incidents()) for run in silent),
         },
+        "incidents_before_onset": sum(len(run.early_incidents) for run in runs),
         "incidents_per_found_failure": round(float(np.mean(per_failure)), 3) if per_failure else None,
         **_causes(failures),
         **_costs(runs),

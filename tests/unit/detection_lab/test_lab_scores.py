@@ -73,10 +73,11 @@ def test_delays_count_from_the_onset_and_misses_count() -> None:
 
 def test_what_is_said_before_the_onset_is_false_and_hides_nothing() -> None:
     found = score([scored("labels_become_a", incident(1, 100), incident(2, 501)), scored("mix", incident(1, 5))])
-    assert (found["false_incidents"], found["healthy_steps"]) == (2, 500 + 900)
-    assert found["false_incidents_per_10k"] == pytest.approx(2e4 / 1400, abs=1e-3)
+    assert (found["false_incidents"], found["healthy_steps"]) == (1, 900)  # a failure's early steps are its twin's
+    assert found["false_incidents_per_10k"] == pytest.approx(1e4 / 900, abs=1e-3)
+    assert found["incidents_before_onset"] == 1
     assert found["recall_within_10"] == 1.0
-    assert found["baselines"]["olmo_6sd_loss"]["false_incidents"] == 1 + 2  # 502 is false in the healthy run
+    assert found["baselines"]["olmo_6sd_loss"]["false_incidents"] == 2  # at 100 and at 502
     assert found["baselines"]["user_literal"]["healthy_checks_flagged"] == pytest.approx(2 / 9, abs=1e-3)
 
 
