@@ -14,6 +14,7 @@ from typing import Any, Final
 import numpy as np
 
 from sidestep.protocol.messages import Json
+from sidestep.worker.detectors.binomial import is_clearly_below
 from sidestep.worker.detectors.reading import Reading
 from sidestep.worker.detectors.settings import DetectorSettings
 from sidestep.worker.detectors.token_table import Shares
@@ -22,6 +23,8 @@ from sidestep.worker.detectors.view import StepView
 MAX_COUNTED: Final = 24
 """Most frequent ids of a step that are remembered one by one."""
 MAX_USUAL: Final = 128
+CHANCE: Final = 1e-6
+"""Probability below which a window of one answer is not taken for chance: 10,000 steps hold many windows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +112,21 @@ class AnswerContent:
         entropy += (rows - sum(counts.values())) / rows * math.log(rows)
         token = max(counts, key=lambda each: (counts[each], -each))
         evidence = f"{counts[token]} of the last {rows} content tokens among the targets are {{token}}"
+        is_beyond = entropy < rule.threshold and self._is_unusual(token, rows - counts[token], rows)
         yield Reading(
-            name="target_single", value=entropy, limit=rule.threshold, is_beyond=entropy < rule.threshold, token=token,
+            name="target_single", value=entropy, limit=rule.threshold, is_beyond=is_beyond, token=token,
             evidence=evidence,
         )  # fmt: skip
+
+    def _is_unusual(self, token: int, others: int, rows: int) -> bool:
+        """Whether so few other targets are no chance: data that are 95 % "A" have windows of almost nothing else.
+
+        Before the usual share is known, it takes a window without any other, or one that is four times as large.
+        """
+        rule = self._settings.target_single
+        if self._num_steps < rule.warmup:
+            return others == 0 or rows >= 4 * rule.min_rows
+        return is_clearly_below(others, rows, 1.0 - self._usual.share(token), likely=CHANCE)
 
     def _predictions(self, chosen: list[_Content], *, is_single: bool) -> Iterator[Reading]:
         """One token is predicted surely nearly everywhere, and the data of old were not like that."""
@@ -124,7 +138,9 @@ class AnswerContent:
         token = max(counts, key=lambda each: (counts[each], -each), default=-1)
         share = counts.get(token, 0) / rows
         usual = self._usual.share(token)
-        is_beyond = share >= rule.threshold and (is_single or usual <= rule.usual)
+        meant = _joined(each.targets for each in chosen).get(token, 0) / max(sum(each.rows for each in chosen), 1)
+        is_wrong = usual <= rule.usual and meant <= share - rule.wrong
+        is_beyond = share >= rule.threshold and (is_single or is_wrong)
         evidence = f"{share:.0%} of the content tokens are surely predicted to be {{token}}; "
         evidence += (
             f"{usual:.0%} of the targets usually are" if self._num_steps else "so are the targets, from the start"

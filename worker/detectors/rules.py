@@ -338,3 +338,5 @@ class SingleAnswer(Shift):
     """Entropy in nats below which such a prediction is sure: an honest 85 %-"A" model has 0.42."""
     usual: float = 0.9
     """Share of that token among the targets of old up to which this is no description of the data."""
+    wrong: float = 0.1
+    """Share by which the token must be predicted more often than it is meant in the same rows."""

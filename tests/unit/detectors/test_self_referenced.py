@@ -162,13 +162,14 @@ def test_the_user_s_story_when_the_data_were_so_from_the_start() -> None:
     [
         SKEWED,
         replace(SKEWED, learning_steps=1_500.0),
+        Task(options=3, prior=(0.95, 0.03, 0.02)),
         Task(options=2, prior=(0.6, 0.4)),
         Task(final_loss=1e-3, learning_steps=30.0),
         Task(options=12, batch=8),
         Task(options=150, length=24, batch=8, images=False),
         Task(start_skill=0.8),
     ],
-    ids=["85 % A", "85 % A, learned late", "yes or no", "memorised", "eight answers", "text", "warm start"],
+    ids=["85 % A", "85 % A, learned late", "95 % A", "yes or no", "memorised", "eight answers", "text", "warm start"],
 )
 def test_nothing_is_said_of_data_that_are_so(task: Task) -> None:
     assert watched(trace(task, 300, seed=3)).lines == []
