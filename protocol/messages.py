@@ -282,6 +282,8 @@ class Scalars(Message):
     """Name of the trainer's own step axis, or empty for ``train/step``."""
     key_step: int = 0
     """Value on that axis."""
+    reduce: str = ""
+    """``mean``, ``sum``, ``min`` or ``max`` over the ranks that log these names; empty: the lowest rank's stand."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +52,20 @@ class RangeSet:
             return False
         self.add_range(number, number)
         return True
+
+    def follows(self, number: int) -> bool:
+        """Return whether ``number`` comes right behind the highest one."""
+        lasts = self._lasts
+        return bool(lasts) and lasts[-1] == number - 1
+
+    def add_all(self, numbers: Sequence[int]) -> None:
+        """Add numbers of which none is there twice, in whatever order; those in a row cost as one."""
+        first, last = min(numbers), max(numbers)
+        if last - first + 1 == len(numbers):
+            self.add_range(first, last)
+            return
+        for number in numbers:
+            self.add(number)
 
     def add_range(self, first: int, last: int) -> None:
         """Add every number from ``first`` to ``last``, both included.

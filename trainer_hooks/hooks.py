@@ -137,16 +137,24 @@ class Hooks:
         if self._session is not None:
             self._session.mark_stage(name)
 
-    def log(self, values: Mapping[str, Any], step: int | None = None, step_key: str | None = None) -> None:
+    def log(
+        self,
+        values: Mapping[str, Any],
+        step: int | None = None,
+        step_key: str | None = None,
+        reduce: str | None = None,
+    ) -> None:
         """Put the trainer's own values into the run, in place of ``wandb.run.log``.
 
         Args:
             values: names to numbers, bools, texts, or tensors of one element; a device's tensor is copied, not read.
             step: the optimizer step that they belong to; left out, the one that goes on.
             step_key: name of another step axis (an evaluation's counter, say), on which ``step`` is then the place.
+            reduce: ``mean``, ``sum``, ``min`` or ``max`` over the ranks that log these names, worked out by the worker
+                without a collective; left out, the lowest rank's values stand.
         """
         if self._session is not None:
-            self._session.log(values, step, step_key)
+            self._session.log(values, step, step_key, reduce)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, so that a resumed training goes on in the same run."""

@@ -13,7 +13,12 @@ from sidestep.trainer_hooks.open_step import LoggedValues
 _INT64 = 1 << 63
 
 
-def logged_values(values: Mapping[str, Any], step: int | None, step_key: str | None) -> tuple[LoggedValues, list[str]]:
+REDUCTIONS = ("mean", "sum", "min", "max")
+
+
+def logged_values(
+    values: Mapping[str, Any], step: int | None, step_key: str | None, reduce: str | None = None
+) -> tuple[LoggedValues, list[str]]:
     """Sort what ``log`` was given; nested maps are flattened with dots, as W&B does.
 
     Returns:
@@ -21,7 +26,10 @@ def logged_values(values: Mapping[str, Any], step: int | None, step_key: str | N
 
     Raises:
         TypeError: ``values`` is no mapping.
+        ValueError: ``reduce`` is none of ``REDUCTIONS``.
     """
+    if reduce is not None and reduce not in REDUCTIONS:
+        raise ValueError(f"log(reduce=...) takes {', '.join(REDUCTIONS)}, not {reduce!r}")
     if not isinstance(values, Mapping):
         raise TypeError(f"log() takes a mapping of names to values, not {type(values).__name__}")
     plain: dict[str, Any] = {}
@@ -37,7 +45,11 @@ def logged_values(values: Mapping[str, Any], step: int | None, step_key: str | N
         else:
             plain[name] = known
     made = LoggedValues(
-        values=plain, tensors=tensors, step_key=step_key or "", key_step=None if step is None else int(step)
+        values=plain,
+        tensors=tensors,
+        step_key=step_key or "",
+        key_step=None if step is None else int(step),
+        reduce=reduce or "",
     )
     return made, left_out
 

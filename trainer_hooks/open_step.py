@@ -67,6 +67,7 @@ class LoggedValues:
     tensors: Tensors
     step_key: str
     key_step: int | None
+    reduce: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -140,17 +141,18 @@ def _stage_small(opened: OpenStep, facts: StepFacts, staging: Staging, counts: S
         tensors |= {f"logged{place}/{name}": tensor for name, tensor in entry.tensors.items()}
     if not kinds:
         return
-    plain = [(entry.values, entry.step_key, entry.key_step) for entry in logged]
+    plain = [(entry.values, entry.step_key, entry.key_step, entry.reduce) for entry in logged]
     step, with_rates = facts.step, rates is not None
 
     def finish(arrays: Arrays) -> Sequence[Message]:
         made: list[Message] = [*late(_below("answers/", arrays))]
         if with_rates and not has_overflowed(rates_arrays := _below("rates/", arrays)):
             made.append(learning_rates_message(step=step, arrays=rates_arrays))
-        for place, (values, step_key, key_step) in enumerate(plain):
+        for place, (values, step_key, key_step, reduce) in enumerate(plain):
             arrived = {name: array.item() for name, array in _below(f"logged{place}/", arrays).items()}
             at = step if key_step is None else key_step
-            made.append(Scalars(step=step, values={**values, **arrived}, step_key=step_key, key_step=at))
+            told = {**values, **arrived}
+            made.append(Scalars(step=step, values=told, step_key=step_key, key_step=at, reduce=reduce))
         return made
 
     staged = staging.stage(tensors, finish, kinds=kinds, step=step, owned=True, held_bytes=late.size_bytes)

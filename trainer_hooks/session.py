@@ -232,10 +232,10 @@ class Session:
         self._stage = str(name)
 
     @guarded
-    def log(self, values: Mapping[str, Any], step: int | None, step_key: str | None) -> None:
+    def log(self, values: Mapping[str, Any], step: int | None, step_key: str | None, reduce: str | None = None) -> None:
         """Keep what the trainer logs for the end of the step."""
         self._look_for_wandb()
-        made, left_out = logged_values(values, step, step_key)
+        made, left_out = logged_values(values, step, step_key, reduce)
         if step is not None and not step_key and step <= self.last_step:
             self._send_late(step, [made])  # that step has ended: the worker shows it in a row of its own
         else:

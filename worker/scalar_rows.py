@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from sidestep.protocol.messages import Json, Scalars
-from sidestep.worker.metrics.measurement import Value, messages_of
+from sidestep.worker.metrics.measurement import Value
 from sidestep.worker.records import Part
+from sidestep.worker.scalar_reduction import spoken_scalars
 from sidestep.worker.text.clipping import clip
 
 AXES_KEY: Final = "_axes"
@@ -37,12 +38,12 @@ class ScalarRows:
 def scalar_rows(parts: Sequence[Part], taken: Mapping[str, Value]) -> ScalarRows:
     """Lay out the ``Scalars`` of a step beside the values that its row has already.
 
-    Where ranks log the same name the lowest rank's stands. A name that was logged twice in one step, or against two
-    values of its axis, goes on in a row of its own, so that nothing is overwritten.
+    Where ranks log the same name the lowest rank's stands, unless they asked for a reduction. A name that was logged
+    twice in one step, or against two values of its axis, goes on in a row of its own, so that nothing is overwritten.
     """
     laid = ScalarRows()
     speakers: dict[str, int] = {}
-    for rank, message in sorted(messages_of(parts, Scalars), key=lambda pair: pair[0]):
+    for rank, message in spoken_scalars(parts):
         values = {key: value for key, value in _usable(message, laid).items() if speakers.setdefault(key, rank) == rank}
         if not values:
             continue

@@ -123,7 +123,7 @@ def every_kind() -> list[m.Message]:
             seconds=0.5,
         ),
         m.LearningRates(step=7, rates=f64(1e-3, 2e-4)),
-        m.Scalars(step=7, values={"val_loss": 1.5, "note": "ok"}, step_key="eval_step", key_step=3),
+        m.Scalars(step=7, values={"val_loss": 1.5, "note": "ok"}, step_key="eval_step", key_step=3, reduce="mean"),
         m.StepEnd(
             step=7,
             unix_time=1.75e9,
