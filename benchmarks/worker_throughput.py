@@ -41,6 +41,7 @@ from sidestep.protocol.endpoints import Endpoint
 from sidestep.protocol.frames import Envelope, decode, encode
 from sidestep.protocol.messages import Ack, Blob, Hello, LearningRates, Message, StepEnd, Welcome
 from sidestep.protocol.tables import digest, encode_table
+from sidestep.worker.garbage import collect_seldom
 from sidestep.worker.health import ask_health
 from sidestep.worker.intake.feed import Feed
 from sidestep.worker.intake.journal import Journal
@@ -150,6 +151,7 @@ def serve_intake(folder: Path, address: str) -> None:
     feed = Feed(journal.segments, limit_bytes=0, start_arrival=0)  # nobody takes: nothing is kept in memory
     reception = Reception(journal, feed, instance="bench", commit_interval_seconds=0.02, commit_messages=1_000)
     receiver = Receiver(Endpoint.parse(address), reception)
+    collect_seldom()
     receiver.start()
     ended.wait()
     receiver.stop()

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 
 from sidestep.worker.config import load_config
+from sidestep.worker.garbage import collect_seldom
 from sidestep.worker.service import WorkerService
 
 
@@ -17,6 +18,7 @@ def execute(options: argparse.Namespace, say: Callable[[str], None]) -> int:
     config = load_config(vars(options), file=options.config)
     service = WorkerService(config, console=sys.stdout)
     service.take_signals()
+    collect_seldom()
 
     def ready(address: str) -> None:
         say(f"sidestep: listening at {address}, journal {service.journal.folder}")

@@ -72,7 +72,13 @@ class Feed:
 
     def offer(self, messages: Sequence[tuple[Journaled, int]]) -> None:
         """Add messages that have just been committed, each with the memory in bytes that it takes."""
+        total_bytes = sum([size_bytes for _, size_bytes in messages])
         with self._lock:
+            fits = not self._is_behind and self._held_bytes + total_bytes <= self._limit_bytes
+            if messages and fits and messages[0][0].arrival >= self._next_arrival:  # their arrivals ascend
+                self._messages.extend(messages)
+                self._held_bytes += total_bytes
+                messages = ()
             for each, size_bytes in messages:
                 if self._is_behind or self._held_bytes + size_bytes > self._limit_bytes:
                     self._is_behind = True

@@ -29,6 +29,15 @@ class Peer:
     is_admitted: bool = False
     """Whether the journal knows its incarnation, and the rank is one of it."""
     joiner: ChunkJoiner = field(default_factory=ChunkJoiner)
+    identity: tuple[str, str, int] = field(init=False)
+    """Run, incarnation, rank."""
+    stream: tuple[str, int] = field(init=False)
+    """Incarnation, rank."""
+
+    def __post_init__(self) -> None:
+        """Keep what every message is compared with."""
+        self.identity = (self.run_id, self.incarnation, self.rank)
+        self.stream = (self.incarnation, self.rank)
 
     def envelope(self) -> Envelope:
         """Return the envelope of what is said to it."""
@@ -57,7 +66,7 @@ class Peers:
     def meet(self, routing_id: bytes, envelope: Envelope, now: float) -> tuple[Peer, bool]:
         """Return the connection's peer and whether it is new; the same connection may not change its identity."""
         peer = self._peers.get(routing_id)
-        if peer is not None and (peer.run_id, peer.incarnation, peer.rank) == envelope[:3]:
+        if peer is not None and peer.identity == envelope[:3]:
             peer.last_seen = now
             self._peers.move_to_end(routing_id)
             return peer, False

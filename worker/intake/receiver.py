@@ -25,7 +25,6 @@ _BUSY_POLL_MILLISECONDS: Final = 5
 _FRAMES_PER_TURN: Final = 256
 _QUIET_SECONDS: Final = 0.3
 _NOBLOCK: Final = int(zmq.NOBLOCK)
-_RCVMORE: Final = int(zmq.RCVMORE)
 
 
 class Receiver:
@@ -115,26 +114,24 @@ class Receiver:
                 return
 
     def _read(self, socket: zmq.Socket[bytes]) -> None:
-        receive, option, reception, clock = socket.recv, socket.getsockopt, self._reception, time.monotonic
+        receive, clock = socket.recv, time.monotonic
+        take, pauses = self._reception.take, self._reception.pauses
         for _ in range(_FRAMES_PER_TURN):
             try:
                 routing_id = receive(_NOBLOCK)
             except zmq.Again:
                 return
-            if not option(_RCVMORE):
+            frame = receive(0, copy=False)  # a message to a router is never its routing id alone
+            if frame.more:  # asking the socket costs as much as reading four frames
                 self._counts["malformed"] += 1
-                continue
-            frame = receive()
-            if option(_RCVMORE):
-                self._counts["malformed"] += 1
-                while option(_RCVMORE):
-                    receive()
+                while receive(0, copy=False).more:
+                    continue
                 continue
             now = clock()
-            replies = reception.take(routing_id, frame, now)
+            replies = take(routing_id, frame.bytes, now)
             if replies:
                 self._say(socket, replies)
-            if reception.is_full or reception.commit_due(now):
+            if pauses(now):
                 return
 
     def _say(self, socket: zmq.Socket[bytes], replies: Iterable[Reply]) -> None:

@@ -53,13 +53,21 @@ _NOBODY: Final = Envelope(run_id="", incarnation="", rank=0)
 
 
 _KIND_AT: Final = 3
-"""Where a frame's kind stands; its version follows."""
+_MAJOR_AT: Final = 4
+_MINOR_AT: Final = 5
+_CHUNK: Final = int(Kind.CHUNK)
 
 
 class _Arrived(NamedTuple):
-    routing_id: bytes
+    envelope: Envelope
+    message: Message | UnknownMessage
     frame: bytes
     now: float
+    """On the clock that ``take`` is called with."""
+
+
+_Waiting: TypeAlias = tuple[Envelope, Message | UnknownMessage, bytes, float]
+"""A sequenced message before its commit, with its frame and the unix time that it came at."""
 
 
 class Reception:
@@ -90,8 +98,7 @@ class Reception:
             for rank, body in journal.index.hellos(incarnation).items():
                 self._remember_hello(incarnation, rank, body)
         self._taken: dict[tuple[str, int], RangeSet] = {}
-        self._rows: list[Row] = []
-        self._waiting: list[tuple[Journaled, int]] = []
+        self._waiting: list[_Waiting] = []
         self._waiting_bytes = 0
         self._waiting_since: float | None = None
         self._to_ack: dict[bytes, Peer] = {}
@@ -99,6 +106,7 @@ class Reception:
         self._outgoing: deque[tuple[str, Message]] = deque(maxlen=MAX_UNDELIVERED)
         self._rejected: set[bytes] = set()
         self._counts: Counter[str] = Counter()
+        self._num_frames = 0
         self.last_heard: dict[str, float] = {}
         """Incarnation to when any of its ranks was last heard, on the clock that ``take`` is called with."""
         self._accounts: dict[tuple[str, int], Mapping[str, tuple[int, int, int]]] = {}
@@ -125,15 +133,19 @@ class Reception:
 
     def take(self, routing_id: bytes, frame: bytes, now: float) -> list[Reply]:
         """Take one frame; return what is to be said at once. Nothing that a peer sends makes this raise."""
-        self._counts["frames"] += 1
+        self._num_frames += 1
         replies: list[Reply] = []
         try:
             whole: bytes | None = frame
-            if len(frame) > _KIND_AT and frame[_KIND_AT] == Kind.CHUNK:
+            if len(frame) > _KIND_AT and frame[_KIND_AT] == _CHUNK:
                 whole = self._join(routing_id, frame, now, replies)
             if whole is not None:
                 envelope, message = decode(whole)
-                self._take_message(_Arrived(routing_id, whole, now), envelope, message, replies)
+                if isinstance(message, Hello):
+                    self._take_hello(_Arrived(envelope, message, whole, now), message, routing_id, replies)
+                else:
+                    peer = self._greet(routing_id, envelope, now, replies)
+                    self._take_message(peer, _Arrived(envelope, message, whole, now), replies)
         except IncompatibleWireError as error:
             self._reject(routing_id, str(error), replies)
         except DecodeError as error:
@@ -157,9 +169,9 @@ class Reception:
         peer, is_new = self._peers.meet(routing_id, envelope, now)
         if peer.is_admitted or is_within(envelope, self._incarnations):
             peer.is_admitted = True
-            self.last_heard[envelope.incarnation] = now
+            self.last_heard[peer.incarnation] = now
             if envelope.accounts:
-                self._accounts[envelope.incarnation, envelope.rank] = envelope.accounts
+                self._accounts[peer.stream] = envelope.accounts
         if is_new:
             self._counts["welcomes"] += 1
             committed = self._journal.segments.committed(peer.incarnation, peer.rank)
@@ -173,30 +185,26 @@ class Reception:
             replies.append((routing_id, peer.envelope(), welcome))
         return peer
 
-    def _take_message(
-        self, arrived: _Arrived, envelope: Envelope, message: Message | UnknownMessage, replies: list[Reply]
-    ) -> None:
-        if isinstance(message, Hello):
-            self._take_hello(arrived, envelope, message, replies)
-            return
-        peer = self._greet(arrived.routing_id, envelope, arrived.now, replies)
-        if envelope.sequence == 0 or arrived.frame[_KIND_AT] in UNSEQUENCED:
+    def _take_message(self, peer: Peer, arrived: _Arrived, replies: list[Reply]) -> None:
+        envelope, message, frame, now = arrived
+        if envelope.sequence == 0 or frame[_KIND_AT] in UNSEQUENCED:
             if isinstance(message, Blob):
-                self._take_blob(peer, message, arrived.now, replies)
+                self._take_blob(peer, message, now, replies)
             else:
                 self._counts["heartbeats" if isinstance(message, Heartbeat) else "misplaced"] += 1
         elif peer.is_admitted:
-            self._take_sequenced(peer, arrived, envelope, message)
+            self._take_sequenced(peer, arrived)
         elif envelope.incarnation not in self._incarnations:
             self._counts["strangers"] += 1  # its Welcome has said that its Hello is not known; it comes again after it
         else:
             raise DecodeError("no such rank or run in this incarnation")
 
-    def _take_hello(self, arrived: _Arrived, envelope: Envelope, hello: Hello, replies: list[Reply]) -> None:
+    def _take_hello(self, arrived: _Arrived, hello: Hello, routing_id: bytes, replies: list[Reply]) -> None:
+        envelope, _, frame, now = arrived
         stream = (envelope.incarnation, envelope.rank)
         reason = why_not(envelope, hello, self._incarnations, len(self._hellos))
         if reason:
-            self._reject(arrived.routing_id, reason, replies)
+            self._reject(routing_id, reason, replies)
             return
         if stream not in self._hellos:
             made = Incarnation(
@@ -208,15 +216,15 @@ class Reception:
                 start_step=hello.start_step,
             )
             self._incarnations[made.incarnation] = self._journal.index.add_hello(
-                made, envelope.rank, self._clock(), bytes(arrived.frame)
+                made, envelope.rank, self._clock(), bytes(frame)
             )
             self._hellos.add(stream)
             self._wanted.named(*stream, hello.tables.values())
             self._feed.tell(HelloArrived(run_id=envelope.run_id, incarnation=envelope.incarnation))
-        known_before = self._peers.get(arrived.routing_id) is not None
-        peer = self._greet(arrived.routing_id, envelope, arrived.now, replies)
+        known_before = self._peers.get(routing_id) is not None
+        peer = self._greet(routing_id, envelope, now, replies)
         if known_before:
-            replies.append(self._ack(peer, arrived.now))
+            replies.append(self._ack(peer, now))
 
     def _take_blob(self, peer: Peer, blob: Blob, now: float, replies: list[Reply]) -> None:
         if not self._wanted.is_missing(blob.digest):
@@ -231,40 +239,31 @@ class Reception:
             self._feed.tell(HelloArrived(run_id=peer.run_id, incarnation=peer.incarnation))
         replies.append(self._ack(peer, now))
 
-    def _take_sequenced(
-        self, peer: Peer, arrived: _Arrived, envelope: Envelope, message: Message | UnknownMessage
-    ) -> None:
-        _, incarnation, rank, sequence, _, _ = envelope
-        taken = self._taken.get((incarnation, rank))
+    def _take_sequenced(self, peer: Peer, arrived: _Arrived) -> None:
+        envelope, message, frame, now = arrived
+        sequence = envelope.sequence
+        taken = self._taken.get(peer.stream)
         if taken is None:
-            taken = self._taken[incarnation, rank] = self._known(incarnation, rank)
-        if taken.num_ranges >= MAX_HOLES and sequence - 1 not in taken and sequence + 1 not in taken:
+            taken = self._taken[peer.stream] = self._known(peer.stream)
+        is_torn = taken.num_ranges >= MAX_HOLES
+        if is_torn and sequence - 1 not in taken and sequence + 1 not in taken:
             raise DecodeError(f"the stream's numbers have {MAX_HOLES} holes already")
         self._to_ack[peer.routing_id] = peer
         if self._waiting_since is None:
-            self._waiting_since = arrived.now
+            self._waiting_since = now
         if not taken.add(sequence):
             self._counts["duplicates"] += 1
             return
-        frame, at, received_at = bytes(arrived.frame), self._next_arrival(), self._clock()
-        major, minor = frame[_KIND_AT + 1], frame[_KIND_AT + 2]
-        step = step_of(message)
-        self._rows.append(Row(incarnation, rank, sequence, message.kind, step, major, minor, received_at, at, frame))
-        size_bytes = len(frame) + MESSAGE_OVERHEAD_BYTES
-        self._waiting.append((Journaled(envelope, message, at, received_at, minor), size_bytes))
-        self._waiting_bytes += size_bytes
+        self._waiting.append((envelope, message, bytes(frame), self._clock()))
+        self._waiting_bytes += len(frame) + MESSAGE_OVERHEAD_BYTES
 
-    def _known(self, incarnation: str, rank: int) -> RangeSet:
+    def _known(self, stream: tuple[str, int]) -> RangeSet:
         """Return the numbers of a stream that are on disk or wait for it."""
-        known = self._journal.segments.committed(incarnation, rank)
-        for row in self._rows:
-            if (row.incarnation, row.rank) == (incarnation, rank):
-                known.add(row.sequence)
+        known = self._journal.segments.committed(*stream)
+        for envelope, *_ in self._waiting:
+            if (envelope.incarnation, envelope.rank) == stream:
+                known.add(envelope.sequence)
         return known
-
-    def _next_arrival(self) -> int:
-        """Only what waits here is ever appended, in its order, until it is."""
-        return self._journal.segments.next_arrival + len(self._rows)
 
     # ------------------------------------------------------------------------------------------------ what is wrong
 
@@ -296,13 +295,21 @@ class Reception:
         since = self._waiting_since
         if since is None or now < self._retry_at:
             return False
-        return now - since >= self._commit_interval_seconds or len(self._rows) >= self._commit_messages
+        return now - since >= self._commit_interval_seconds or len(self._waiting) >= self._commit_messages
+
+    def pauses(self, now: float) -> bool:
+        """Return whether there is something to do before the next frame: a commit is due, or memory is full."""
+        since = self._waiting_since
+        if since is None:
+            return False
+        is_long = now - since >= self._commit_interval_seconds or len(self._waiting) >= self._commit_messages
+        return (is_long and now >= self._retry_at) or self._waiting_bytes >= MAX_WAITING_BYTES
 
     def commit(self, now: float) -> list[Reply]:
         """Write what waits in one transaction; return the acks, or where it failed NoAcks, and keep it."""
-        self._renumber()
-        rows, peers = self._rows, list(self._to_ack.values())
+        waiting, peers = self._waiting, list(self._to_ack.values())
         try:
+            rows = [_row(each, at) for at, each in enumerate(waiting, self._journal.segments.next_arrival)]
             self._journal.segments.append(rows)
         except JournalWriteError as error:
             self._fail(error, now)
@@ -310,18 +317,10 @@ class Reception:
         self.failure = ""
         self._counts["commits"] += 1
         self._counts["journaled"] += len(rows)
-        messages, self._waiting, self._rows = self._waiting, [], []
-        self._waiting_bytes, self._waiting_since = 0, None
+        self._waiting, self._waiting_bytes, self._waiting_since = [], 0, None
         self._to_ack.clear()
-        self._feed.offer(messages)
+        self._feed.offer([_journaled(each, row) for each, row in zip(waiting, rows, strict=True)])
         return [self._ack(peer, now) for peer in peers]
-
-    def _renumber(self) -> None:
-        """Give what waits the arrivals that the journal expects, where it has set its count anew in between."""
-        first = self._journal.segments.next_arrival
-        if self._rows and self._rows[0].arrival != first:
-            self._rows = [row._replace(arrival=at) for at, row in enumerate(self._rows, first)]
-            self._waiting = [(each._replace(arrival=at), size) for at, (each, size) in enumerate(self._waiting, first)]
 
     def _fail(self, error: JournalWriteError, now: float) -> None:
         self._counts["failed_commits"] += 1
@@ -329,7 +328,7 @@ class Reception:
         self.failure = f"the journal cannot be written: {error}"
 
     def _ack(self, peer: Peer, now: float) -> Reply:
-        committed = self._journal.segments.committed(peer.incarnation, peer.rank).ranges()
+        committed = self._journal.segments.committed_ranges(peer.incarnation, peer.rank)
         return peer.routing_id, peer.envelope(), Ack(committed=committed, wanted=self._wanted.ask(peer, now))
 
     # ------------------------------------------------------------------------------------------------ the other way
@@ -365,4 +364,23 @@ class Reception:
 
     def statistics(self) -> Mapping[str, int]:
         """Return exact counts since the start, and how much waits."""
-        return {**dict(self._counts), "peers": len(self._peers), "waiting": len(self._waiting)}
+        return {
+            "frames": self._num_frames,
+            **dict(self._counts),
+            "peers": len(self._peers),
+            "waiting": len(self._waiting),
+        }
+
+
+def _row(each: _Waiting, arrival: int) -> Row:
+    """Return a message as it is stored; its number over all messages follows those that are on disk."""
+    (_, incarnation, rank, sequence, _, _), message, frame, received_at = each
+    kind, major, minor = frame[_KIND_AT], frame[_MAJOR_AT], frame[_MINOR_AT]
+    return Row(incarnation, rank, sequence, kind, step_of(message), major, minor, received_at, arrival, frame)
+
+
+def _journaled(each: _Waiting, row: Row) -> tuple[Journaled, int]:
+    """Return the same as the feed takes it, with the memory in bytes that it takes."""
+    envelope, message, frame, received_at = each
+    made = Journaled(envelope, message, row.arrival, received_at, row.wire_minor)
+    return made, len(frame) + MESSAGE_OVERHEAD_BYTES

@@ -21,6 +21,7 @@ from sidestep.worker.intake.segment_file import (
     Row,
     SegmentFile,
     all_files_of,
+    by_stream,
     insert,
     open_for_writing,
     segment_path,
@@ -93,8 +94,8 @@ def _source(broken: Path) -> sqlite3.Connection | None:
 def _store(copy: sqlite3.Connection, target: SegmentFile, rows: list[Row]) -> None:
     with transaction(copy) as connection:
         insert(connection, rows)
-    for row in rows:
-        target.add(row)
+    for stream, (sequences, first, last) in by_stream(rows).items():
+        target.add(stream, sequences, first, last)
 
 
 def _readable(source: sqlite3.Connection, known: Mapping[Stream, Held] | None) -> Iterator[Row]:

@@ -66,7 +66,7 @@ def all_files_of(path: Path) -> list[Path]:
 
 def insert(connection: sqlite3.Connection, rows: Iterable[Row]) -> None:
     """Store rows with their checksums."""
-    connection.executemany(_INSERT, ((*row, crc32(row.body)) for row in rows))
+    connection.executemany(_INSERT, [(*row, crc32(row.body)) for row in rows])
 
 
 @dataclass(slots=True)
@@ -119,15 +119,15 @@ class SegmentFile:
                 self.columns = f"{COLUMNS}, checksum"
         return self.reader
 
-    def add(self, row: Row) -> None:
-        """Remember that a row is stored in it."""
-        self.first_arrival = row.arrival if self.first_arrival < 0 else min(row.arrival, self.first_arrival)
-        self.last_arrival = max(row.arrival, self.last_arrival)
-        held = self.streams.get((row.incarnation, row.rank))
+    def add(self, stream: Stream, sequences: Sequence[int], first_arrival: int, last_arrival: int) -> None:
+        """Remember that messages of a stream are stored in it, no number twice."""
+        self.first_arrival = first_arrival if self.first_arrival < 0 else min(first_arrival, self.first_arrival)
+        self.last_arrival = max(last_arrival, self.last_arrival)
+        held = self.streams.get(stream)
         if held is None:
-            held = self.streams.setdefault((row.incarnation, row.rank), Held())
-        held.ranges.add(row.sequence)
-        held.last_arrival = max(row.arrival, held.last_arrival)
+            held = self.streams.setdefault(stream, Held())
+        held.ranges.add_all(sequences)
+        held.last_arrival = max(last_arrival, held.last_arrival)
 
     def num_since(self, arrival: int) -> int:
         """Return how many messages it has from an arrival number on; 0 where that is not known: some were lost."""
@@ -144,6 +144,18 @@ class SegmentFile:
         if self.reader is not None:
             self.reader.close()
             self.reader = None
+
+
+def by_stream(rows: Iterable[Row]) -> dict[Stream, tuple[list[int], int, int]]:
+    """Return each stream's sequence numbers among ``rows``, with the lowest and the highest arrival."""
+    found: dict[Stream, tuple[list[int], list[int]]] = {}
+    for incarnation, rank, sequence, *_, arrival, _ in rows:
+        known = found.get((incarnation, rank))
+        if known is None:
+            known = found[incarnation, rank] = ([], [])
+        known[0].append(sequence)
+        known[1].append(arrival)
+    return {stream: (sequences, min(arrivals), max(arrivals)) for stream, (sequences, arrivals) in found.items()}
 
 
 def open_for_writing(path: Path, *, shared_log: bool) -> sqlite3.Connection:

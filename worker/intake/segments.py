@@ -14,6 +14,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sidestep.protocol.ranges import RangeSet
 from sidestep.worker.errors import JournalDamageError, JournalError, JournalWriteError
 from sidestep.worker.intake import salvage
@@ -24,6 +27,7 @@ from sidestep.worker.intake.reserve import Reserve
 from sidestep.worker.intake.segment_file import (
     Row,
     SegmentFile,
+    by_stream,
     header_damage,
     insert,
     open_for_writing,
@@ -177,13 +181,12 @@ class Segments:
             raise JournalWriteError(str(error)) from error
         active = self._segments[-1]
         self.next_arrival = rows[-1].arrival + 1
-        for row in rows:
-            active.add(row)
-            stream = (row.incarnation, row.rank)
+        for stream, (sequences, first, last) in by_stream(rows).items():
+            active.add(stream, sequences, first, last)
             committed = self._committed.get(stream)
             if committed is None:
                 committed = self._committed.setdefault(stream, RangeSet())
-            committed.add(row.sequence)
+            committed.add_all(sequences)
 
     def _store(self, rows: Sequence[Row]) -> None:
         try:
@@ -310,6 +313,12 @@ class Segments:
         with self._lock:
             held = self._committed.get((incarnation, rank))
             return RangeSet() if held is None else RangeSet.from_ranges(held.ranges())
+
+    def committed_ranges(self, incarnation: str, rank: int) -> NDArray[np.int64]:
+        """Return the same as inclusive ranges [n, 2]."""
+        with self._lock:
+            held = self._committed.get((incarnation, rank))
+            return RangeSet().ranges() if held is None else held.ranges()
 
     def holds(self, incarnation: str, rank: int, sequence: int) -> bool:
         """Return whether this message is on disk, or was until its segment went."""
