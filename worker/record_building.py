@@ -12,13 +12,14 @@ from typing import Any, Final
 
 import numpy as np
 
-from sidestep.protocol.messages import Gradients, Kind, LearningRates, Losses, Probe, Scalars, Signals
+from sidestep.protocol.messages import Gradients, Kind, LearningRates, Losses, Probe, Signals
 from sidestep.protocol.signals import SIGNAL_COUNTS
 from sidestep.worker.metrics.measurement import distinct_batches, messages_of
 from sidestep.worker.record_batches import batch_facts
 from sidestep.worker.record_rows import mean_facts, row_facts, sound_rows
 from sidestep.worker.record_weights import module_facts, weight_facts
 from sidestep.worker.records import AssembledStep, Part, RunContext
+from sidestep.worker.scalar_reduction import spoken_scalars
 from sidestep.worker.step_record import MAX_LOGGED, MAX_LOGGED_NAME_BYTES, MAX_RATES, StepRecord
 
 MAX_COUNT: Final = 1 << 53
@@ -146,9 +147,9 @@ def _seconds(signals: Sequence[Signals]) -> float | None:
 
 
 def _logged(parts: Sequence[Part]) -> Mapping[str, float]:
-    """Numbers by name, those of the lowest rank; of long names and many names only the first."""
+    """Numbers by name, of ranks as they are shown; of long names and many names only the first."""
     found: dict[str, float] = {}
-    for _, message in sorted(messages_of(parts, Scalars), key=lambda pair: pair[0]):
+    for _, message in spoken_scalars(parts):
         for name, value in message.values.items():
             is_short = len(name.encode("utf-8", "replace")) <= MAX_LOGGED_NAME_BYTES
             if is_short and isinstance(value, int | float) and abs(value) < MAX_COUNT:

@@ -85,7 +85,8 @@ class StepSignals:
 def signals_message(facts: StepFacts, copies: Sequence[HostCopies | None], vocabulary: int, arrays: Arrays) -> Signals:
     """Make the message of a step from what was staged."""
     micros = [micro_arrays(host, _below(f"{place}/", arrays)) for place, host in enumerate(copies)]
-    counts = add_counts(np.stack([micro.counts for micro in micros])) if micros else np.zeros(NUM_COUNTS, np.int64)
+    unknown = np.full(NUM_COUNTS, -1, np.int64)  # no forward of the step showed labels
+    counts = add_counts(np.stack([micro.counts for micro in micros])) if micros else unknown
     labelled = sum(micro.labelled for micro in micros)
     rows = _rows(micros, facts)
     mean = _mean(arrays, rows["counted"])

@@ -258,3 +258,9 @@ def test_a_batch_without_labels_has_counts_and_no_rows() -> None:
         message = signals_message(StepFacts(step=3, max_rows=100, has_eos=True), step.host_copies(), 0, arrays)
         assert message.counts[SIGNAL_COUNTS.index("batches_without_labels")] == 1
         assert message.targets.size == message.losses.size == message.mean_ids.size == message.labelled == 0
+
+
+def test_a_step_without_labels_knows_no_counts() -> None:
+    step = StepSignals()
+    message = signals_message(StepFacts(step=3, max_rows=100, has_eos=True), step.host_copies(), 0, {})
+    assert set(message.counts.tolist()) == {-1}
