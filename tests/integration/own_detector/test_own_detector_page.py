@@ -65,9 +65,7 @@ def test_the_page_is_short_and_does_what_it_says(worker: WorkerProcess) -> None:
     assert "the router's entropy is 0.05 nats" in alert["text"]
     assert "router_collapse" in worker.text()
     assert worker.terminate() == 0
-    replayed = worker.run(
-        "replay", str(worker.journal), "--out", str(worker.folder / "again"), "--wandb-mode", "disabled"
-    )
+    replayed = worker.run("replay", str(worker.journal), "--out", str(worker.folder / "again"))
     assert replayed.returncode == 0, replayed.stdout + replayed.stderr
 
 
