@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.detection import plan, real_logs
+from benchmarks.detection import plan, real_logs, repetition
 from benchmarks.detection.campaign import SUITES, Campaign, Outcome
 from benchmarks.detection.report import as_json, as_text, scored_runs, whole_report
 
@@ -96,7 +96,8 @@ def run(options: argparse.Namespace, wanted: Sequence[plan.Wanted]) -> dict[str,
     is_whole = not options.quick and not options.only and not options.no_judging
     logs = real_logs.judge_real_logs(options.real_logs) if is_whole else {"skipped": "the full form judges them"}
     form = "quick" if options.quick else "named" if options.only else "full"
-    extra = {"form": form, "real_logs": logs, "wall_seconds": round(time.monotonic() - began, 1)}
+    loops = repetition.judge_repetition() if is_whole else {"skipped": "the full form judges it"}
+    extra = {"form": form, "real_logs": logs, "repetition": loops, "wall_seconds": round(time.monotonic() - began, 1)}
     return whole_report(scored_runs(wanted, outcomes), extra)
 
 

@@ -122,7 +122,9 @@ class Setup:
     mix: Mapping[str, float] = field(default_factory=dict)
     """Kind of talk (`talks.KINDS`) to its share; empty: the suite's usual mix."""
     warm_start: bool = False
-    """The language model begins as the one of a run on text and captions without images, as a pretrained one does."""
+    """The language model begins as the one of a run without images, as a pretrained one does; the rest is new."""
+    pretrained: bool = False
+    """The whole model begins as the one of a healthy run of 300 steps on the suite's usual mix, as for fine-tuning."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -91,7 +91,7 @@ def _asked(kind: str, name: int, ink: int, rng: np.random.Generator) -> tuple[st
             options[place] = name
             return f"Which digit? {_listed(options)}", _LETTERS[place]
         case "table":
-            rows = (("digit", WORDS[name]), ("even", "no" if name % 2 else "yes"), ("ink", INK_WORDS[ink]))
+            rows = (("digit", WORDS[name]), ("ink", INK_WORDS[ink]))
             return "Fill in the table.", "".join(f"| {key} | {value} |\n" for key, value in rows)
         case _:
             raise ValueError(f"no kind of talk is called {kind!r}")

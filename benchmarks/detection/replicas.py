@@ -12,7 +12,7 @@ import copy
 import torch
 from benchmarks.detection.case import Setup
 from benchmarks.detection.lab import Lab, Replica, Suite
-from benchmarks.detection.warm_start import pretrained_decoder
+from benchmarks.detection.warm_start import pretrain, pretrain_decoder
 from torch import nn
 
 from sidestep.examples.digits_vqa.model import VisionLanguageModel
@@ -40,8 +40,10 @@ def make_optimizer(model: VisionLanguageModel, setup: Setup, rate: float) -> tor
 def make_replicas(suite: Suite, setup: Setup, seed: int) -> list[Replica]:
     """Return the ranks of a run, all with the same weights."""
     first = make_model(suite)
-    if setup.warm_start:
-        pretrained_decoder(first, suite, seed)
+    if setup.pretrained:
+        pretrain(first, suite, seed)
+    elif setup.warm_start:
+        pretrain_decoder(first, suite, seed)
     models = [first, *(copy.deepcopy(first) for _ in range(setup.num_ranks - 1))]
     for model in models:
         model.train()

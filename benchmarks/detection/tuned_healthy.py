@@ -44,7 +44,11 @@ def _healthy(name: str, what: str, legitimate: str, setup: Setup, *, is_skewed: 
 CASES: tuple[Case, ...] = (
     _healthy("mix", "the suite's usual mix", "nothing is odd", Setup()),
     _healthy(
-        "yes_no_only", "60 % yes, 40 % no", "there is nothing else to say", Setup(mix={"yes_no": 1.0}), is_skewed=True
+        "yes_no_only",
+        "a trained model is tuned on 60 % yes, 40 % no",
+        "there is nothing else to say",
+        Setup(mix={"yes_no": 1.0}, pretrained=True),
+        is_skewed=True,
     ),
     _healthy(
         "mostly_a",

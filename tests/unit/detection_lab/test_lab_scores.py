@@ -15,6 +15,7 @@ from benchmarks.detection.facts import Facts, Job
 from benchmarks.detection.harm import admit
 from benchmarks.detection.judge import Judged, JudgedIncident
 from benchmarks.detection.real_logs import judge_real_logs
+from benchmarks.detection.repetition import judge_repetition
 from benchmarks.detection.report import as_json, as_text, whole_report
 from benchmarks.detection.score import Scored, poisson_upper_95, score
 
@@ -133,3 +134,11 @@ def test_real_logs_are_judged_by_the_loss_alone_or_said_to_be_absent(tmp_path: P
     calm = judge_real_logs(tmp_path / "logs.npz")
     assert (calm["runs"], calm["steps"], calm["incidents"]) == (1, 500, 0)
     assert judge_real_logs(tmp_path / "broken.npz")["incidents"] >= 1
+
+
+def test_text_that_repeats_by_itself_is_no_loop_and_every_loop_is_one() -> None:
+    found = judge_repetition()
+    assert {"english", "tables", "json"} <= set(found["kinds"])
+    assert all(kind["checks"] >= 2 for kind in found["kinds"].values())
+    assert sum(kind["false_checks"] for kind in found["kinds"].values()) == 0
+    assert found["loops_found"] == found["loops"] >= 3 * 64
