@@ -17,7 +17,7 @@ MAX_NAMED_RANKS: Final = 8
 TRAINABLE: Final = 1
 VISUAL: Final = 2
 _VISUAL_NAME: Final = re.compile(
-    r"vis|image|img|pixel|patch|project|connector|siglip|clip|vit|mm_|resampler", re.IGNORECASE
+    r"vis|image|img|pixel|patch|project|connector|siglip|clip|vit|mm_|resampler|(^|[._])mp([._]|$)", re.IGNORECASE
 )
 
 

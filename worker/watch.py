@@ -223,9 +223,12 @@ class Watch:
         return values
 
     def _tables(self, changes: Sequence[Change], view: StepView, context: RunContext) -> tuple[Table, ...]:
-        """The row of an incident that opened, got worse, has another cause or closed; of several the first."""
-        told = [change for change in changes if change.kind != "evidence"][:1]
-        tables = [incident_table(change.incident, change.cause) for change in told]
+        """A row of each incident that opened, got worse, has another cause or closed; samples where one opened."""
+        told = [change for change in changes if change.kind != "evidence"]
+        if not told:
+            return ()
+        rows = [incident_table(change.incident, change.cause) for change in told]
+        tables = [replace(rows[0], rows=tuple(row for table in rows for row in table.rows))]
         for change in told:
             samples = worst_samples(change.incident, view, context.text) if change.kind in {"opened", "worse"} else None
             tables += [samples] if samples is not None else []
@@ -271,8 +274,9 @@ class Watch:
         self._num_open = former._num_open
 
     def open_rows(self) -> tuple[Table, ...]:
-        """Return the row of each incident that is still open, as it stands: for the end of a run."""
-        return tuple(incident_table(each, cause_named(each.cause)) for each in self._incidents.open)
+        """Return a table of the incidents that are still open, as they stand: for the end of a run."""
+        rows = [incident_table(each, cause_named(each.cause)) for each in self._incidents.open]
+        return (replace(rows[0], rows=tuple(row for table in rows for row in table.rows)),) if rows else ()
 
     def state(self) -> Json:
         """Return all that ``restore`` needs; equal states are equal bytes."""

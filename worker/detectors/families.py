@@ -22,10 +22,11 @@ from sidestep.worker.detectors.updates import Updates
 
 
 def make_families(settings: DetectorSettings) -> tuple[Family, ...]:
-    """Return every family; ``CompositionAdjusted`` comes before those that read its residuals."""
+    """Return every family; those that others read come first (``StepView.residuals``, ``knowledge``)."""
     return (
         ExactChecks(settings),
         RepeatedData(settings),
+        PriorKnowledge(settings),
         Images(settings),
         Updates(settings),
         AbsoluteChecks(settings),
@@ -34,7 +35,6 @@ def make_families(settings: DetectorSettings) -> tuple[Family, ...]:
         Confidence(settings),
         MassExcess(settings),
         AnswerContent(settings),
-        PriorKnowledge(settings),
         RankDifferences(settings),
         GradientChanges(settings),
         GeneratedAnswers(settings),

@@ -21,6 +21,9 @@ from sidestep.worker.step_record import StepRecord
 LOG_FLOOR: Final = 0.05
 """Smallest robust deviation of a norm's logarithm."""
 TINY: Final = 1e-30
+USUAL_LOSSES: Final = 32
+"""Last losses whose median is the usual one: a burst raises its own."""
+QUIET_FROM: Final = 8
 
 
 class GradientChanges:
@@ -34,6 +37,7 @@ class GradientChanges:
 
     def _reset(self) -> None:
         self._norms = Window(self._settings.grad_spike.median_readings)
+        self._losses = Window(USUAL_LOSSES)
         self._shares: list[Window] = []  # log of each module's share, where it had a gradient
         self._without: list[int] = []  # readings in a row in which each module had none
         self._is_new_stage = False
@@ -44,7 +48,10 @@ class GradientChanges:
         record = view.record
         if record.applied is False:
             return ()
-        is_quiet = record.loss is not None and record.loss < self._settings.grad_spike.least_loss
+        rule = self._settings.grad_spike
+        is_quiet = len(self._losses.values) >= QUIET_FROM and median(self._losses.values) < rule.least_loss
+        if record.loss is not None:
+            self._losses.add(record.loss)
         self._has_seen_images = self._has_seen_images or record.images > 0
         return [*self._whole(record, is_quiet=is_quiet), *self._modules(record, is_quiet=is_quiet)]
 
@@ -88,10 +95,10 @@ class GradientChanges:
         limit = self._settings.module_dead.threshold
         if dead >= 0:
             evidence = f"{{module}} has {max(norms[dead], 0.0):.3g} of a gradient of {whole:.3g}"
+            is_dead = worst <= 0 or (worst < limit and not is_quiet)
             yield Reading(
-                name="module_dead", value=worst, limit=limit, is_beyond=worst < limit and not is_quiet, module=dead,
-                evidence=evidence,
-            )  # fmt: skip
+                name="module_dead", value=worst, limit=limit, is_beyond=is_dead, module=dead, evidence=evidence
+            )
         if spike[1] >= 0:
             rule = self._settings.module_spike
             is_beyond = spike[0] > rule.threshold and spike[2] > rule.rise and not is_quiet
@@ -141,6 +148,7 @@ class GradientChanges:
         """Return all that ``restore`` needs."""
         return {
             "norms": self._norms.values,
+            "losses": self._losses.values,
             "shares": [window.values for window in self._shares],
             "without": self._without,
             "flags": [self._is_new_stage, self._has_seen_images],
@@ -149,6 +157,7 @@ class GradientChanges:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over a state."""
         self._norms.values = [float(value) for value in state["norms"]]
+        self._losses.values = [float(value) for value in state["losses"]]
         self._shares = []
         for values in state["shares"]:
             window = Window(self._settings.module_dead.median_readings)

@@ -35,7 +35,7 @@ class Images:
     def read(self, view: StepView) -> Sequence[Reading]:
         """Judge one step."""
         record = view.record
-        return [*self._alike(record), *self._projector(record), *self._probe(record)]
+        return [*self._alike(record), *self._projector(record), *self._probe(record, view.knowledge)]
 
     def _alike(self, record: StepRecord) -> Iterator[Reading]:
         if record.images < MIN_IMAGES and not record.constant_image_ranks:
@@ -69,7 +69,8 @@ class Images:
             name="image_embed_constant", value=spread, limit=limit, is_beyond=spread < limit, evidence=evidence
         )
 
-    def _probe(self, record: StepRecord) -> Iterator[Reading]:
+    def _probe(self, record: StepRecord, knowledge: float | None) -> Iterator[Reading]:
+        """What images are worth. A model that knows nothing else either has not learned yet: another finding."""
         if record.probe_loss is None or record.probe_rolled_loss is None:
             return
         unused, lost = self._settings.image_unused, self._settings.image_lost
@@ -79,7 +80,7 @@ class Images:
         pooled = self._gains[-unused.pooled :]
         mean = sum(pooled) / len(pooled)
         evidence = f"with the images of other samples the loss is only {mean:+.3f} nats higher ({len(pooled)} probes)"
-        if self._num_probes >= unused.warmup:
+        if self._num_probes >= unused.warmup and (knowledge is None or knowledge >= unused.knowledge):
             self._unused = self._unused + 1 if max(mean, gain) < unused.threshold else 0
             is_beyond = self._unused >= unused.lasting and record.step >= unused.first_step
             yield Reading(

@@ -57,6 +57,7 @@ class PriorKnowledge:
             costs = self._table.costs(ids, which, places, vocabulary=record.vocabulary, smoothing=SMOOTHING)
             cost, loss = float(costs.mean()), float(view.losses.mean())
             found = [*self._worse(cost - loss), *self._fallen_back(cost, loss, view)]
+            view.knowledge = self._usual.mean
         self._table.learn(ids, which, places)
         self._num_readings += 1
         return found

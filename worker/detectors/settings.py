@@ -74,7 +74,7 @@ class DetectorSettings:
     loss_regress: Regress = field(default_factory=Regress)
     loss_spike: Spike = field(default_factory=lambda: Spike(hits=2, window=3, rearm=20))
     confidence_gap: Gap = field(default_factory=Gap)
-    grad_spike: Spike = field(default_factory=lambda: Spike(hits=2, window=3, threshold=6.0, rise=1.1))
+    grad_spike: Spike = field(default_factory=lambda: Spike(hits=3, window=4, threshold=6.0, rise=1.6))
     grad_vanish: Spike = field(default_factory=lambda: Spike(hits=3, window=3, threshold=8.0, rise=6.9))
     module_spike: Spike = field(
         default_factory=lambda: Spike(hits=2, window=3, threshold=8.0, rise=2.3, rearm=10, median_readings=64)

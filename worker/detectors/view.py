@@ -32,6 +32,8 @@ class StepView:
         self.record = record
         self.context = context
         self.generated = generated
+        self.knowledge: float | None = None
+        """What the model usually knows beyond counting its targets, in nats; set by the prior's detectors."""
         self.residuals: NDArray[np.float64] | None = None
         """Loss of each row minus what its target usually costs [n]; set by the composition's detectors."""
 
