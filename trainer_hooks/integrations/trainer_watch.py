@@ -30,6 +30,7 @@ class TrainerWatch:
         self._trainer = trainer
         self._accelerator = accelerator
         self._clip_was_seen = False
+        self._norm: Any = None
         self._computing = False
         self._output: Any = None
         self._removable = outermost.register_forward_hook(self._on_forward)
@@ -51,11 +52,17 @@ class TrainerWatch:
         for wrapped in self._wrapped:
             wrapped.undo()
 
+    def take_norm(self) -> torch.Tensor | float | None:
+        """Return what the step's clipping said of the gradient's norm, None where nothing was clipped."""
+        norm, self._norm = self._norm, None
+        return norm if isinstance(norm, torch.Tensor | float) else None
+
     def _around_clipping(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def clip_grad_norm_(*args: Any, **kwargs: Any) -> Any:
             self._before_clip()
-            return original(*args, **kwargs)
+            self._norm = original(*args, **kwargs)
+            return self._norm
 
         return clip_grad_norm_
 

@@ -123,7 +123,9 @@ class TrainerCallback(AttachedCallback, transformers.TrainerCallback):  # type: 
     def on_step_end(self, args: Any, state: Any, control: Any, /, **_rest: Any) -> None:
         """End the step under the trainer's number, before it logs, evaluates or saves."""
         if isinstance(self._watch, TrainerWatch) and self.hooks is not None:
-            command = self.hooks.after_step(state.global_step, applied=self._watch.ended_step())
+            command = self.hooks.after_step(
+                state.global_step, applied=self._watch.ended_step(), grad_norm=self._watch.take_norm()
+            )
             self._keep_state(state)
             self._take(
                 command,
