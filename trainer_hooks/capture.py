@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,6 +66,24 @@ class Outputs:
 
     logits: weakref.ref[torch.Tensor] | None
     loss: weakref.ref[torch.Tensor] | None
+
+
+def remember_outputs(logits: torch.Tensor | None, loss: Any) -> Outputs:
+    """Return weak references to what a forward gave."""
+    return Outputs(
+        weakref.ref(logits) if isinstance(logits, torch.Tensor) else None,
+        weakref.ref(loss) if isinstance(loss, torch.Tensor) else None,
+    )
+
+
+def complete_batch(batch: Batch, outputs: Outputs) -> Batch:
+    """Return an explicit batch, with the logits and the loss of its forward where the trainer did not pass them."""
+    logits = outputs.logits() if outputs.logits is not None and batch.logits is None else batch.logits
+    loss = outputs.loss() if outputs.loss is not None and batch.loss is None else batch.loss
+    shape = batch.labels if batch.labels is not None else batch.input_ids
+    fits = logits is not None and shape is not None and logits.shape[:-1].numel() == shape.numel()
+    wanted = batch.token_losses is None and batch.hidden is None
+    return replace(batch, logits=logits if batch.logits is not None or (fits and wanted) else None, loss=loss)
 
 
 class ForwardReader:

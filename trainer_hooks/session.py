@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import sys
 import time
-import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from sidestep.protocol.messages import Command, Kind, Notice, StepEnd
-from sidestep.trainer_hooks.capture import Batch, ForwardReader, Outputs
+from sidestep.trainer_hooks.capture import Batch, ForwardReader, Outputs, complete_batch, remember_outputs
 from sidestep.trainer_hooks.commands import Commands
 from sidestep.trainer_hooks.config import HooksConfig
 from sidestep.trainer_hooks.generation import Generator
@@ -117,13 +116,13 @@ class Session:
                 self._overriding = False
             if self._overriding:
                 is_read = opened.due or watch is not None
-                self._outputs = _remember(*self._parts.reader.outputs(output, None)) if is_read else _NOT_READ
+                self._outputs = remember_outputs(*self._parts.reader.outputs(output, None)) if is_read else _NOT_READ
                 return
         batch = self._parts.reader.read(args, kwargs, output)
         if batch is None:
             return
         self._add(opened, batch)
-        self._outputs = _remember(batch.logits, batch.loss)
+        self._outputs = remember_outputs(batch.logits, batch.loss)
 
     @guarded
     def on_batch(self, batch: Batch) -> None:
@@ -137,7 +136,7 @@ class Session:
                 opened.microbatches.pop()
             is_read = opened.due or self._parts.signals is not None
             if is_read and (batch.logits is None or batch.loss is None):
-                batch = _completed(batch, outputs)
+                batch = complete_batch(batch, outputs)
         if batch.epoch is not None:
             self.epoch = int(batch.epoch)
         if batch.input_ids is None and batch.labels is None:
@@ -431,20 +430,3 @@ def _followed_by(closure: Callable[[], Any], then: Callable[[], object]) -> Call
         return result
 
     return watched
-
-
-def _remember(logits: torch.Tensor | None, loss: Any) -> Outputs:
-    return Outputs(
-        weakref.ref(logits) if isinstance(logits, torch.Tensor) else None,
-        weakref.ref(loss) if isinstance(loss, torch.Tensor) else None,
-    )
-
-
-def _completed(batch: Batch, outputs: Outputs) -> Batch:
-    """An explicit batch, with the logits and the loss of its forward where the trainer did not pass them."""
-    logits = outputs.logits() if outputs.logits is not None and batch.logits is None else batch.logits
-    loss = outputs.loss() if outputs.loss is not None and batch.loss is None else batch.loss
-    shape = batch.labels if batch.labels is not None else batch.input_ids
-    fits = logits is not None and shape is not None and logits.shape[:-1].numel() == shape.numel()
-    wanted = batch.token_losses is None and batch.hidden is None
-    return replace(batch, logits=logits if batch.logits is not None or (fits and wanted) else None, loss=loss)
