@@ -124,7 +124,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyError as error:
         parser.error(str(error.args[0]))
     report = run(options, wanted)
-    if not options.no_judging:
+    if options.no_judging:
+        for row in report["failures_in_detail"]:
+            verdict = "admitted" if row["admitted"] else "NOT ADMITTED"
+            print(f"{row['suite']} {row['case']} seed {row['seed']}: {verdict}, {row['harm']}")
+    else:
         print(as_text(report))
     for file, content in ((options.json, as_json(report)), (options.markdown, as_text(report))):
         if file is not None:

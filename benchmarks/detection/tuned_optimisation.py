@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from benchmarks.detection.case import LATE, Blame, Case, Family, Setup, Twist
+from benchmarks.detection.case import LATE, Blame, Case, Family, Harm, Setup, Twist
 from benchmarks.detection.lab import Lab
 from torch import nn
 
@@ -144,5 +144,7 @@ CASES: tuple[Case, ...] = (
         twist=DetachedBlocks,
         onset_share=_EARLY,
         blame=frozenset({Blame.MODULE}),
+        harm=Harm.INVARIANT,
+        invariant="every weight that is to be trained gets a gradient",
     ),
 )
