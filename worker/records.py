@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from sidestep.protocol.messages import Json, Kind, Message, Notice, StepEnd
 
@@ -29,8 +30,7 @@ class TokenText(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class Part(NamedTuple):
     """One journaled message of a rank."""
 
     rank: int
@@ -59,11 +59,10 @@ class StepClosing:
     """0, 1, 2, ... over the run's closings in the order they were made; -1 until it is written."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankAccount:
+class RankAccount(NamedTuple):
     """What one rank's publisher says of its messages, cumulative over its incarnation (docs/delivery.md, section 6)."""
 
-    kinds: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+    kinds: Mapping[str, tuple[int, int, int]] = MappingProxyType({})
     """Kind's name (lower case) to (produced, dropped, refused)."""
     resent: int = 0
     """Messages that were sent again."""

@@ -7,17 +7,17 @@ belong to an earlier step (a worker that was killed gets the newer messages firs
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from sidestep.protocol.frames import UnknownMessage
-from sidestep.protocol.messages import STEP_KINDS, Goodbye, Kind, Message, Notice, StepEnd
+from sidestep.protocol.messages import STEP_KINDS, Goodbye, Message, Notice, StepEnd
 from sidestep.protocol.ranges import RangeSet
 from sidestep.worker.intake.assembly import Journaled, Key, assemble, step_of
 from sidestep.worker.intake.decisions import Incarnation
 from sidestep.worker.records import AssembledStep, ClosingReason, StepClosing
 
-_KIND_OF_NAME = {kind.name.lower(): kind for kind in STEP_KINDS}
+_NAME_OF_KIND = {kind: kind.name.lower() for kind in STEP_KINDS}
+_KIND_NAMES = frozenset(_NAME_OF_KIND.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +37,10 @@ class _OpenStep:
     first_part_at: float
     messages: dict[Key, Journaled] = field(default_factory=dict)
     ends: dict[int, Journaled] = field(default_factory=dict)
-    counts: Counter[tuple[int, Kind]] = field(default_factory=Counter)
+    counts: dict[tuple[int, str], int] = field(default_factory=dict)
+    """(rank, kind's name) to messages that are here."""
+    num_complete: int = 0
+    """Of the ranks 0, 1, 2, ... so many, in a row, are known to be complete."""
 
 
 class Assembler:
@@ -82,32 +85,37 @@ class Assembler:
 
     def add(self, each: Journaled, now: float) -> None:
         """Take one journaled message in; ``now`` is when, in seconds of the clock that ``close_ready`` is asked by."""
-        self.pass_over(*each.key)
+        key = rank, sequence = each.key
+        self.pass_over(rank, sequence)
         message = each.message
         if isinstance(message, Goodbye):
-            self.goodbyes[each.envelope.rank] = each
+            self.goodbyes[rank] = each
             self._first_goodbye_at = now if self._first_goodbye_at is None else self._first_goodbye_at
         elif isinstance(message, Notice):
-            self._notices[each.key] = each
+            self._notices[key] = each
         elif not isinstance(message, UnknownMessage):
-            self._add_part(each, message, now)
+            self._add_part(key, each, message, now)
 
-    def _add_part(self, each: Journaled, message: Message, now: float) -> None:
+    def _add_part(self, key: Key, each: Journaled, message: Message, now: float) -> None:
         step = step_of(message)
         if self._is_shut or (self._any_closed and step <= self.last_closed):
             if not isinstance(message, StepEnd):
-                self._late[each.key] = each
+                self._late[key] = each
                 self.late_parts += 1
             return
-        held = self._open.setdefault(step, _OpenStep(first_part_at=now))
-        held.messages[each.key] = each
-        rank = each.envelope.rank
+        held = self._open.get(step)
+        if held is None:
+            held = self._open[step] = _OpenStep(first_part_at=now)
+        held.messages[key] = each
+        rank, sequence = key
         if isinstance(message, StepEnd):
             before = held.ends.get(rank)
-            if before is None or before.envelope.sequence < each.envelope.sequence:
+            if before is None or before.envelope.sequence < sequence:
                 held.ends[rank] = each
+                held.num_complete = min(held.num_complete, rank)
         else:
-            held.counts[rank, message.kind] += 1
+            counted = rank, _NAME_OF_KIND.get(message.kind, "")
+            held.counts[counted] = held.counts.get(counted, 0) + 1
 
     # ------------------------------------------------------------------------------------------------ deciding
 
@@ -184,18 +192,24 @@ class Assembler:
         return "deadline" if now - held.first_part_at >= self._deadline_seconds else None
 
     def _is_whole(self, rank: int, sequence: int) -> bool:
-        return self._seen.get(rank, RangeSet()).covers(self._floors.get(rank, 0) + 1, sequence)
+        seen = self._seen.get(rank)
+        return seen is not None and seen.covers(self._floors.get(rank, 0) + 1, sequence)
 
     def _is_complete(self, held: _OpenStep) -> bool:
-        for rank in range(self.incarnation.world_size):
+        """Return whether all ranks are done with a step; a rank that was found so is not asked again."""
+        world_size = self.incarnation.world_size
+        if len(held.ends) < world_size:
+            return False
+        for rank in range(held.num_complete, world_size):
             end = held.ends.get(rank)
             if end is None or not isinstance(end.message, StepEnd):
                 return False
             for name, announced in end.message.sent.items():
-                if name in _KIND_OF_NAME and held.counts[rank, _KIND_OF_NAME[name]] < announced:
+                if held.counts.get((rank, name), 0) < announced and name in _KIND_NAMES:
                     return False
             if not self._is_whole(rank, end.envelope.sequence):
                 return False
+            held.num_complete = rank + 1
         return True
 
     def _close(self, step: int, reason: ClosingReason) -> ClosedStep:
@@ -216,16 +230,17 @@ class Assembler:
         used = {**own, **late}
         self._used_goodbyes.update(goodbyes)
         newest: dict[int, Journaled] = {}
-        for (rank, sequence), each in used.items():
-            if rank not in newest or newest[rank].envelope.sequence < sequence:
-                newest[rank] = each  # what it tells is cumulative
+        for key in sorted(used):
+            newest[key[0]] = used[key]  # what it tells is cumulative
         for rank, each in newest.items():
-            self._told[rank] = tuple(map(max, self._told.get(rank, (0, 0, 0)), _losses(each)))
+            losses, known = _losses(each), self._told.get(rank, (0, 0, 0))
+            if losses != known:
+                self._told[rank] = tuple(map(max, known, losses))
         for rank, end in held.ends.items():
             self._floors[rank] = max(self._floors.get(rank, 0), end.envelope.sequence)
         if reason != "tail":
             self.last_closed, self._any_closed = step, True
-        last_arrival = max((each.arrival for each in used.values()), default=-1)
+        last_arrival = max([each.arrival for each in used.values()], default=-1)
         return ClosedStep(
             closing=closing,
             step=assemble(closing, used),
@@ -239,7 +254,10 @@ class Assembler:
         return min(waiting, default=otherwise)
 
 
-def _losses(each: Journaled) -> tuple[int, ...]:
+def _losses(each: Journaled) -> tuple[int, int, int]:
     """Return how many messages its stream had dropped, was refused and had sent again."""
-    counts = each.envelope.accounts.values()
-    return sum(dropped for _, dropped, _ in counts), sum(refused for *_, refused in counts), each.envelope.resent
+    dropped = refused = 0
+    for _, more_dropped, more_refused in each.envelope.accounts.values():
+        dropped += more_dropped
+        refused += more_refused
+    return dropped, refused, each.envelope.resent

@@ -5,7 +5,7 @@ Live and replay use the same function on the same inputs, so a replayed step is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple, TypeAlias
 
 from sidestep.protocol.errors import ProtocolError
@@ -18,6 +18,8 @@ from sidestep.worker.records import AssembledStep, Part, RankAccount, StepClosin
 
 ACCOUNTS_MINOR: Final = 1
 """Rows of what an older wire brought say no more of their accounts than they did: their replay is the same bytes."""
+
+_STEP_KINDS: Final = frozenset(STEP_KINDS)
 
 Key: TypeAlias = tuple[int, int]
 """(rank, sequence) within one incarnation."""
@@ -44,13 +46,8 @@ class Journaled(NamedTuple):
         """Return it as a part of a step; raises TypeError for a kind that this version does not know."""
         if isinstance(self.message, UnknownMessage):
             raise TypeError(f"a message of the unknown kind {self.message.kind} is no part of a step")
-        return Part(
-            rank=self.envelope.rank,
-            message=self.message,
-            incarnation=self.envelope.incarnation,
-            sequence=self.envelope.sequence,
-            received_at=self.received_at,
-        )
+        _, incarnation, rank, sequence, _, _ = self.envelope
+        return Part(rank, self.message, incarnation, sequence, self.received_at)
 
 
 def journaled(row: Row) -> Journaled:
@@ -87,53 +84,45 @@ def assemble(closing: StepClosing, messages: Mapping[Key, Journaled]) -> Assembl
     if missing:
         raise JournalError(f"step {closing.step} of run {closing.run_id} used messages that are gone: {missing[:5]}")
     own = [messages[key] for key in sorted(closing.parts)]
-    ends = _newest_ends(own)
+    late = [messages[key] for key in sorted(closing.late_parts)]
+    ends: dict[int, StepEnd] = {}
     parts: dict[Kind, list[Part]] = {}
-    for each in own:
-        if not isinstance(each.message, UnknownMessage) and each.message.kind in STEP_KINDS:
-            parts.setdefault(each.message.kind, []).append(each.part())
-    unix_time = max((end.unix_time for _, end in ends.values()), default=0.0)
-    newest = max((each.received_at for each in own), default=0.0)
+    for each in own:  # in the order of (rank, sequence), so the last one of a rank is its newest
+        message = each.message
+        if isinstance(message, StepEnd):
+            ends[each.envelope.rank] = message
+        elif message.kind in _STEP_KINDS and not isinstance(message, UnknownMessage):
+            parts.setdefault(message.kind, []).append(each.part())
+    unix_time = max([end.unix_time for end in ends.values()], default=0.0)
+    newest = max([each.received_at for each in own], default=0.0)
     return AssembledStep(
         run_id=closing.run_id,
         attempt=closing.attempt,
         step=closing.step,
         reason=closing.reason,
         parts={kind: tuple(parts[kind]) for kind in STEP_KINDS if kind in parts},
-        ends={rank: end for rank, (_, end) in ends.items()},
+        ends=ends,
         ranks_expected=closing.ranks_expected,
         ranks_seen=len(ends),
-        late_parts=tuple(messages[key].part() for key in sorted(closing.late_parts)),
-        notices=tuple(each.message for each in own if isinstance(each.message, Notice)),
-        unix_time=unix_time if ends else _latest(closing, messages),
+        late_parts=tuple([each.part() for each in late]),
+        notices=tuple([each.message for each in own if isinstance(each.message, Notice)]),
+        unix_time=unix_time if ends else max([each.received_at for each in (*own, *late)], default=0.0),
         lag_seconds=max(0.0, newest - unix_time) if ends else 0.0,
-        accounts=_newest_accounts(messages[key].envelope for key in keys),
-        num_messages=_num_messages([messages[key] for key in keys]),
+        accounts=_newest_accounts((*own, *late)),
+        num_messages=_num_messages((*own, *late)),
     )
 
 
-def _latest(closing: StepClosing, messages: Mapping[Key, Journaled]) -> float:
-    keys = (*closing.parts, *closing.late_parts)
-    return max((messages[key].received_at for key in keys), default=0.0)
-
-
-def _newest_ends(messages: Sequence[Journaled]) -> dict[int, tuple[Envelope, StepEnd]]:
-    """``messages`` are in the order of (rank, sequence), so the last one of a rank is its newest."""
-    return {each.envelope.rank: (each.envelope, each.message) for each in messages if isinstance(each.message, StepEnd)}
-
-
 def _num_messages(messages: Sequence[Journaled]) -> int | None:
-    if any(each.wire_minor < ACCOUNTS_MINOR for each in messages):
+    if messages and min([each.wire_minor for each in messages]) < ACCOUNTS_MINOR:
         return None
-    return sum(not isinstance(each.message, Goodbye) for each in messages)
+    return sum([not isinstance(each.message, Goodbye) for each in messages])
 
 
-def _newest_accounts(envelopes: Iterable[Envelope]) -> dict[int, RankAccount]:
+def _newest_accounts(messages: Sequence[Journaled]) -> dict[int, RankAccount]:
     newest: dict[int, Envelope] = {}
-    for envelope in envelopes:
+    for envelope in [each.envelope for each in messages]:
         known = newest.get(envelope.rank)
         if envelope.accounts and (known is None or known.sequence < envelope.sequence):
             newest[envelope.rank] = envelope
-    return {
-        rank: RankAccount(kinds=envelope.accounts, resent=envelope.resent) for rank, envelope in sorted(newest.items())
-    }
+    return {rank: RankAccount(newest[rank].accounts, newest[rank].resent) for rank in sorted(newest)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any, Final
 
 import numpy as np
@@ -94,7 +95,7 @@ it."""
 
 def pack_pairs(pairs: Iterable[tuple[int, int]]) -> bytes:
     """Return pairs of integers as little-endian int64 [n, 2]."""
-    return np.array(list(pairs), dtype="<i8").reshape(-1, 2).tobytes()
+    return np.fromiter(chain.from_iterable(pairs), "<i8").tobytes()
 
 
 def unpack_pairs(packed: Any) -> tuple[tuple[int, int], ...]:
