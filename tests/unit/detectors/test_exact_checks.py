@@ -248,6 +248,15 @@ def test_an_eos_that_is_also_the_padding_may_be_a_target() -> None:
     assert watched(trace(TASK, 20), tokenizer=tokenizer).openings == []
 
 
+@pytest.mark.parametrize(("name", "is_expected"), [("MP", False), ("model.mp.proj", False), ("decoder", True)])
+def test_a_text_run_leaves_the_image_s_side_without_gradient(name: str, is_expected: bool) -> None:
+    """nanoVLM's projector is called MP: in a run without images it never has a gradient, which is as it should be."""
+    norms = np.array([0.0, 1.0], np.float32)
+    table = {"modules": [name, "other"], "parameters": [{"module": place} for place in (0, 1)]}
+    told = watched(trace(replace(TASK, images=False), 20, failure=changed(module_norms=norms)), parameters=table)
+    assert (told.openings != []) is is_expected
+
+
 def test_a_tail_is_not_judged() -> None:
     watch = Watch()
     step = next(trace(TASK, 1, failure=changed(trainer_losses=NAN)))

@@ -304,6 +304,19 @@ def test_a_policy_asks_for_more_when_an_incident_is_critical(action: str) -> Non
     assert asked == [(3, action, "incident nonfinite")]
 
 
+def test_incidents_that_change_at_one_step_share_a_table() -> None:
+    def fail(drawn: Drawn) -> None:
+        if 10 <= drawn.step <= 130:
+            counted(labels_masked=5)(drawn)
+        at(180, trainer_losses=NAN)(drawn)
+
+    told = watched(trace(TASK, 182, failure=fail))
+    (table,) = [table for table in told.verdicts[180].tables if table.key == "incidents/log"]
+    assert sorted((row[0], row[1]) for row in table.rows) == [(1, "label_masked_pos"), (2, "nonfinite")]
+    values = told.verdicts[180].values
+    assert (values["incidents/label_masked_pos"], values["incidents/nonfinite"], values["incidents/open"]) == (0, 1, 1)
+
+
 def test_open_incidents_are_told_at_the_end() -> None:
     watch = Watch()
     watched(trace(TASK, 6, failure=at(3, 4, trainer_losses=NAN)), watch)

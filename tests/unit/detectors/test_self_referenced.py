@@ -197,10 +197,10 @@ def test_exact_checks_speak_through_an_announced_stage() -> None:
     assert failing(CHOICE, fail, steps=3).openings == [(ONSET, "nonfinite")]
 
 
-def with_probes(gains: dict[int, float], steps: int) -> Told:
+def with_probes(gains: dict[int, float], steps: int, task: Task = Task(batch=8)) -> Told:  # noqa: B008
     watch = Watch()
     found = []
-    for step in trace(Task(batch=8), steps):
+    for step in trace(task, steps):
         gain = gains.get(step.step)
         parts = {
             **step.parts,
@@ -214,6 +214,11 @@ def test_images_that_were_never_looked_at_are_found_within_eight_probes() -> Non
     told = with_probes({step: 0.01 * (-1) ** step for step in range(0, 480, 60)}, 430)
     assert [name for _, name in told.openings] == ["image_unused"]
     assert told.openings[0][0] <= 7 * 60
+
+
+def test_a_model_that_has_learned_nothing_yet_is_not_called_blind() -> None:
+    gains = dict.fromkeys(range(0, 480, 60), 0.0)
+    assert with_probes(gains, 430, Task(batch=8, learning_steps=1e9)).openings == []
 
 
 def test_images_that_come_into_use_late_are_not() -> None:
@@ -247,3 +252,11 @@ def test_a_pretrained_model_that_favours_another_format_at_first_is_healthy() ->
         to_one_token(0.6 * max(0.0, 1.0 - drawn.step / 90.0))(drawn)
 
     assert watched(trace(replace(CHOICE, start_skill=0.7), 200, failure=habit)).lines == []
+
+
+def test_bursts_of_what_is_nearly_memorised_are_no_failure() -> None:
+    def burst(drawn: Drawn) -> None:
+        if drawn.step % 20 > 16:
+            changed(gradient_norm=np.array([30.0], np.float32))(drawn)
+
+    assert watched(trace(Task(final_loss=1e-3, learning_steps=30.0), 200, failure=burst)).lines == []
