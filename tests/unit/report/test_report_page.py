@@ -104,7 +104,7 @@ def test_every_chart_has_its_figure(tmp_path: Path) -> None:
                 ),
             ],
             "Model collapse detected",
-            "First alarm at step 5: single_token_dominance.",
+            "First alarm at step 5: x.",
         ),
         (
             [entry("finish", {"exit_code": 3, "reason": "the trainer died"})],

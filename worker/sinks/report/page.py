@@ -112,7 +112,8 @@ def _messages(history: RunHistory) -> str:
         if notice.get("level") in ("warning", "critical")
         and not any(text.startswith(str(notice.get("text", ""))) for text in raised)
     ]
-    lines = [("critical", text) for text in raised] + [(str(line["level"]), str(line.get("text", ""))) for line in said]
+    told = [(str(alert.get("level", "critical")), str(alert.get("text", ""))) for alert in history.alerts]
+    lines = told + [(str(line["level"]), str(line.get("text", ""))) for line in said]
     if not lines:
         return ""
     items = "".join(f'<li class="{_text(level)}">{_text(text)}</li>' for level, text in dict.fromkeys(lines))

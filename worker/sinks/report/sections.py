@@ -45,7 +45,7 @@ def build_sections(history: RunHistory) -> list[Section]:
         "Data Quality": _data,
     }
     sections = [makers[title](history) for title in SECTIONS]
-    return [*sections, *filter(None, (_own(history), _sidecar(history)))]
+    return [*filter(None, (_incidents(history),)), *sections, *filter(None, (_own(history), _sidecar(history)))]
 
 
 def _keys(family: str, names: Mapping[str, str]) -> dict[str, str]:
@@ -77,6 +77,18 @@ def _table(history: RunHistory, key: str, title: str) -> TableView | None:
     if not records:
         return None
     return TableView(title=title, newest=records[-1], earlier=tuple(reversed(records[:-1])))
+
+
+def _incidents(history: RunHistory) -> Section | None:
+    """What the detectors said, first of all: shown where they said anything."""
+    tables = [
+        _table(history, "incidents/log", "Incidents"),
+        _table(history, "incidents/samples", "Answers when it opened, worst first"),
+    ]
+    if not any(tables):
+        return None
+    open_now = line_chart(history, "Open incidents", {"incidents/open": "open"})
+    return _section("Incidents", "What the detectors said, why, and what to do next.", [open_now], tables)
 
 
 def _generation(history: RunHistory) -> Section:

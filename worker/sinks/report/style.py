@@ -42,7 +42,7 @@ section { background:var(--card); border:1px solid var(--line); border-radius:14
 .tile span { color:var(--dim); font-size:12px; }
 .messages ul { list-style:none; margin:0; padding:0; }
 .messages li { padding:6px 10px; border-left:4px solid var(--warn); margin:6px 0; background:var(--paper);
-  border-radius:0 8px 8px 0; }
+  border-radius:0 8px 8px 0; white-space:pre-line; }
 .messages li.critical { border-left-color:var(--bad); }
 .messages li span { color:var(--dim); margin-right:10px; }
 nav { position:sticky; top:0; z-index:5; display:flex; flex-wrap:wrap; gap:6px; padding:8px 0;

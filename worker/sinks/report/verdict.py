@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from sidestep.worker.sinks.report.history import RunHistory
 
@@ -22,7 +24,10 @@ def reach_verdict(history: RunHistory) -> Verdict:
     collapse = [alert for alert in history.alerts if "COLLAPSE" in str(alert.get("text", "")).upper()]
     checks = history.series.get("collapse/is_collapsed")
     if collapse:
-        return _collapsed(history, collapse[0].get("step"))
+        return _collapsed(history, collapse[0])
+    critical = [alert for alert in history.alerts if alert.get("level") == "critical"]
+    if critical:
+        return Verdict(level="collapsed", headline="Training failure detected", details=_firsts(history, critical[0]))
     failed = history.finish is not None and int(history.finish.get("exit_code", 0)) != 0
     if failed and history.finish is not None:
         reason = str(history.finish.get("reason") or f"exit code {history.finish.get('exit_code')}")
@@ -48,12 +53,27 @@ def reach_verdict(history: RunHistory) -> Verdict:
     )
 
 
-def _collapsed(history: RunHistory, alert_step: object) -> Verdict:
+def _firsts(history: RunHistory, decisive: Mapping[str, Any]) -> tuple[str, ...]:
+    """When it was first seen, and when it was called what it is."""
+    first = history.alerts[0]
+    said = [f"First alarm at step {first.get('step')}: {_short(first)}."]
+    if first is not decisive:
+        said.append(f"Called so at step {decisive.get('step')}: {_short(decisive)}.")
+    return tuple(said)
+
+
+def _short(alert: Mapping[str, Any]) -> str:
+    line = str(alert.get("text", "")).split("\n", 1)[0]
+    return line.split(": ", 1)[-1].split(" (step", 1)[0]
+
+
+def _collapsed(history: RunHistory, alert: Mapping[str, Any]) -> Verdict:
+    details = list(_firsts(history, alert))
+    since = int(history.alerts[0].get("step") or 0)
     checks = history.texts.get("collapse/collapse_reason", [])
-    at = next((check for check in checks if check[0] == alert_step), None)
-    details = []
-    if at is not None:
-        details.append(f"First alarm at step {at[0]}: {at[1]}.")
+    rules = next((at for at, reason in checks if at >= since and reason != "none"), None)
+    if rules is not None and rules != alert.get("step"):
+        details.append(f"The four rules saw it in the answers of step {rules}.")
     token = history.newest_text("collapse/most_common_token_text")
     ratio = history.newest("collapse/most_common_ratio")
     if token is not None and ratio is not None:
