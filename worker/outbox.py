@@ -20,6 +20,9 @@ NUMBERED_KINDS: Final = frozenset({"row", "table"})
 """Kinds that a W&B run counts: row number k is W&B's ``_step`` k."""
 
 
+_ENCODER: Final = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutboxEntry:
     """One entry as it is stored; its position is given when it is written."""
@@ -58,8 +61,7 @@ def canonical(value: Mapping[str, Any]) -> bytes:
 
     Raises ValueError for NaN and infinities (what is absent is left out), TypeError for what JSON cannot say.
     """
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return text.encode("utf-8", "backslashreplace")
+    return _ENCODER.encode(value).encode("utf-8", "backslashreplace")
 
 
 def decoded(payload: bytes) -> dict[str, Any]:

@@ -48,21 +48,25 @@ class RunAccounts:
         if step.attempt == self._attempt:
             for rank, account in step.accounts.items():
                 self._take_rank(self._ranks.setdefault(rank, {}), account)
-        for end in step.ends.values():
-            for kind, count in end.dropped.items():
+        for dropped in [end.dropped for end in step.ends.values() if end.dropped]:
+            for kind, count in dropped.items():
                 self._told_by_ends[known_kind(kind)] += min(count, MAX_COUNT)
 
     def _take_rank(self, known: dict[str, int], account: RankAccount) -> None:
         said = {"resent": min(account.resent, MAX_COUNT), "produced": 0}
+        total = 0
         for kind, (produced, dropped, refused) in account.kinds.items():
-            said["produced"] += min(produced, MAX_COUNT)
-            for what, count in (("dropped", dropped), ("refused", refused)):
-                if count:
-                    name = f"{what}/{known_kind(kind)}"
-                    said[name] = said.get(name, 0) + min(count, MAX_COUNT)
+            total += produced if produced < MAX_COUNT else MAX_COUNT
+            if dropped or refused:
+                for what, count in (("dropped", dropped), ("refused", refused)):
+                    if count:
+                        name = f"{what}/{known_kind(kind)}"
+                        said[name] = said.get(name, 0) + min(count, MAX_COUNT)
+        said["produced"] = total
         for name, count in said.items():
-            if count > known.get(name, 0):  # a late part's head is older than what is known
-                self._totals[name] += count - known.get(name, 0)
+            before = known.get(name, 0)
+            if count > before:  # a late part's head is older than what is known
+                self._totals[name] += count - before
                 known[name] = count
 
     def figures(self) -> dict[str, Value]:
