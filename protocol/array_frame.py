@@ -65,13 +65,13 @@ def pack(arrays: Mapping[str, NDArray[Any]]) -> tuple[list[tuple[str, str, list[
     return descriptions, buffers
 
 
-def _description(entry: object) -> tuple[str, np.dtype[Any], list[int]]:
-    if type(entry) is not list or len(entry) < 3:
+def _description(entry: object) -> tuple[str, np.dtype[Any], tuple[int, ...]]:
+    if type(entry) is not tuple or len(entry) < 3:
         raise DecodeError("an array's description is not a list of name, dtype and shape")
     name, dtype, shape = entry[:3]
     if type(name) is not str or type(dtype) is not str or dtype not in WIRE_DTYPES:
         raise DecodeError(f"the dtype {str(dtype)[:64]!r} of array {str(name)[:64]!r} may not travel")
-    if type(shape) is not list:
+    if type(shape) is not tuple:
         raise DecodeError(f"the shape of array {name[:64]!r} is no list")
     if len(shape) > MAX_ARRAY_DIMENSIONS:
         raise LimitExceededError(f"array {name[:64]!r} has {len(shape)} axes, more than {MAX_ARRAY_DIMENSIONS}")
@@ -90,7 +90,7 @@ def unpack(descriptions: object, frame: bytes | bytearray | memoryview, body_at:
         LimitExceededError: more arrays, axes or bytes than ``limits.py`` allows.
         DecodeError: a description is malformed, or does not fit the bytes that arrived.
     """
-    if type(descriptions) is not list:
+    if type(descriptions) is not tuple:
         raise DecodeError("the head's arrays are not a list")
     if len(descriptions) > MAX_ARRAYS:
         raise LimitExceededError(f"{len(descriptions)} arrays in one message, more than {MAX_ARRAYS}")

@@ -140,11 +140,17 @@ def _are_counts(value: Mapping[Any, Any]) -> bool:
 
 def _tuple_of(check: Check) -> Check:
     def checked(name: str, value: object) -> tuple[Any, ...]:
-        if type(value) is not list and not isinstance(value, list | tuple):
+        if type(value) is not tuple and not isinstance(value, list | tuple):
             raise _wrong(name, value, "a list")
         if not value:
             return ()
         _check_entries(name, len(value))
+        if (
+            check is _check_str
+            and type(value) is tuple
+            and all(type(each) is str and len(each) <= _SHORT for each in value)
+        ):
+            return value
         return tuple([check(name, item) for item in value])
 
     return checked

@@ -147,11 +147,11 @@ def _refuse_extension(code: int, _content: bytes) -> NoReturn:
 
 
 _unpack: Final[Callable[[Frame], Any]] = functools.partial(
-    msgpack.unpackb, raw=False, strict_map_key=True, ext_hook=_refuse_extension, max_ext_len=0,
+    msgpack.unpackb, use_list=False, raw=False, strict_map_key=True, ext_hook=_refuse_extension, max_ext_len=0,
     max_str_len=MAX_TEXT_BYTES, max_bin_len=MAX_TEXT_BYTES, max_array_len=MAX_MAP_ENTRIES, max_map_len=MAX_MAP_ENTRIES,
 )  # fmt: skip
 _unpack_small: Final[Callable[[Frame], Any]] = functools.partial(
-    msgpack.unpackb, ext_hook=_refuse_extension, max_ext_len=0
+    msgpack.unpackb, use_list=False, ext_hook=_refuse_extension, max_ext_len=0
 )
 """For a short head: nothing in it is longer, or has more entries, than the head has bytes; that is msgpack's default,
 and so are texts for texts and no keys but texts and bytes."""
@@ -186,7 +186,7 @@ def _parts(frame: Frame) -> tuple[int, dict[str, Any], int]:
 
 def _envelope(head: Mapping[str, Any]) -> Envelope:
     entry = head.get("e")
-    if type(entry) is not list or len(entry) < 4:
+    if type(entry) is not tuple or len(entry) < 4:
         raise DecodeError("the head has no envelope")
     run_id, incarnation, rank, sequence = entry[:4]
     if type(run_id) is not str or type(incarnation) is not str:
@@ -209,17 +209,20 @@ def _accounts(entry: object) -> dict[str, tuple[int, int, int]]:
         raise DecodeError("the accounts are not a map")
     if len(entry) > MAX_ACCOUNTS:
         raise LimitExceededError(f"accounts of {len(entry)} kinds, more than {MAX_ACCOUNTS}")
-    accounts = {}
     for name, counts in entry.items():
-        if type(name) is not str or len(name) > MAX_IDENTITY_CHARACTERS or type(counts) is not list or len(counts) != 3:
+        if (
+            type(name) is not str
+            or len(name) > MAX_IDENTITY_CHARACTERS
+            or type(counts) is not tuple
+            or len(counts) != 3
+        ):
             raise DecodeError("an account is not a kind's three counts")
         produced, dropped, refused = counts
         if not type(produced) is type(dropped) is type(refused) is int:
             raise DecodeError("an account's counts are not integers")
         if not (0 <= produced < _COUNT_END and 0 <= dropped < _COUNT_END and 0 <= refused < _COUNT_END):
             raise DecodeError("an account's counts are not natural numbers")
-        accounts[name] = (produced, dropped, refused)
-    return accounts
+    return entry
 
 
 def identify(frame: Frame) -> Envelope:
@@ -241,7 +244,7 @@ def decode(frame: Frame) -> tuple[Envelope, Message | UnknownMessage]:
     """
     kind, head, body_at = _parts(frame)
     envelope = _envelope(head)
-    arrays = array_frame.unpack(head.get("r", []), frame, body_at)
+    arrays = array_frame.unpack(head.get("r", ()), frame, body_at)
     message_type = MESSAGE_TYPES.get(cast("Kind", kind))  # a number finds the kind that it is
     if message_type is None:
         if kind == Kind.CHUNK:
@@ -302,7 +305,7 @@ class ChunkJoiner:
             raise DecodeError("a whole message is no chunk")
         envelope = _envelope(head)
         digest, index, count, total = self._placement(head.get("c"))
-        piece = array_frame.unpack(head.get("r", []), frame, body_at).get("piece")
+        piece = array_frame.unpack(head.get("r", ()), frame, body_at).get("piece")
         if piece is None or piece.dtype != np.uint8:
             raise DecodeError("a chunk has no bytes")
         partial = self._partial(digest, count, total)
@@ -340,7 +343,7 @@ class ChunkJoiner:
 
     @staticmethod
     def _placement(entry: object) -> tuple[str, int, int, int]:
-        if not isinstance(entry, list) or len(entry) < 4:
+        if not isinstance(entry, tuple) or len(entry) < 4:
             raise DecodeError("a chunk does not say where it belongs")
         digest, index, count, total = entry[:4]
         if (

@@ -56,7 +56,7 @@ class RunAccounts:
         said = {"resent": min(account.resent, MAX_COUNT), "produced": 0}
         total = 0
         for kind, (produced, dropped, refused) in account.kinds.items():
-            total += produced if produced < MAX_COUNT else MAX_COUNT
+            total += min(produced, MAX_COUNT)
             if dropped or refused:
                 for what, count in (("dropped", dropped), ("refused", refused)):
                     if count:
