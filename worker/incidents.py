@@ -22,6 +22,8 @@ GROUP_STEPS: Final = 100
 FOLLOWING_STEPS: Final = 400
 """The same for detectors that compare with the past, while the incident is critical and open: a model that has failed
 goes on failing, in ways that show one after another."""
+EXACT_FOLLOWING_STEPS: Final = 200
+"""The same for exact checks: what they find is sooner a story of its own."""
 CAUSAL_STEPS: Final = 30
 """Steps after an incident's first one in which what speaks may tell its cause: later, it is a consequence."""
 STALE_STEPS: Final = 1_000
@@ -180,8 +182,8 @@ class IncidentLog:
         """Return the newest incident that what speaks now belongs to."""
         for incident in reversed(self._open):
             age = step - incident.newest_step
-            follows = incident.severity is Severity.CRITICAL and not any(kind.is_exact for kind in kinds)
-            if age <= GROUP_STEPS or (follows and age <= FOLLOWING_STEPS):
+            following = EXACT_FOLLOWING_STEPS if any(kind.is_exact for kind in kinds) else FOLLOWING_STEPS
+            if age <= GROUP_STEPS or (incident.severity is Severity.CRITICAL and age <= following):
                 return incident
         return None
 

@@ -76,16 +76,17 @@ def test_what_speaks_within_a_hundred_steps_is_one_incident() -> None:
     assert log.take(10, "cal_up") == [("opened", "cal_up")]
     assert log.take(60, "loss_cusum") == [("evidence", "cal_up")]
     assert log.take(160, "no_stop_token") == [("evidence", "cal_up")], "within 100 steps of the newest evidence"
-    assert log.take(261, "nonfinite") == [("opened", "nonfinite")]
+    assert log.take(360, "nonfinite") == [("evidence", "cal_up")], "a failure that goes on"
+    assert log.take(561, "lr_zero") == [("opened", "lr_zero")]
     assert [each.number for each in log.log.open] == [1, 2]
-    assert log.log.open[0].detectors == ["cal_up", "loss_cusum", "no_stop_token"]
+    assert log.log.open[0].detectors == ["cal_up", "loss_cusum", "no_stop_token", "nonfinite"]
 
 
 def test_a_failure_that_goes_on_is_followed_for_longer() -> None:
     log = Log()
     log.take(10, "cal_up")
     assert log.take(300, "loss_regress") == [("evidence", "cal_up")]
-    assert log.take(500, "lr_zero") == [("opened", "lr_zero")], "an exact check is a story of its own"
+    assert log.take(501, "lr_zero") == [("opened", "lr_zero")], "an exact check is a story of its own"
 
 
 def test_an_incident_gets_worse_and_is_renamed_once() -> None:
@@ -306,14 +307,14 @@ def test_a_policy_asks_for_more_when_an_incident_is_critical(action: str) -> Non
 
 def test_incidents_that_change_at_one_step_share_a_table() -> None:
     def fail(drawn: Drawn) -> None:
-        if 10 <= drawn.step <= 130:
+        if 10 <= drawn.step <= 230:
             counted(labels_masked=5)(drawn)
-        at(180, trainer_losses=NAN)(drawn)
+        at(280, trainer_losses=NAN)(drawn)
 
-    told = watched(trace(TASK, 182, failure=fail))
-    (table,) = [table for table in told.verdicts[180].tables if table.key == "incidents/log"]
+    told = watched(trace(TASK, 282, failure=fail))
+    (table,) = [table for table in told.verdicts[280].tables if table.key == "incidents/log"]
     assert sorted((row[0], row[1]) for row in table.rows) == [(1, "label_masked_pos"), (2, "nonfinite")]
-    values = told.verdicts[180].values
+    values = told.verdicts[280].values
     assert (values["incidents/label_masked_pos"], values["incidents/nonfinite"], values["incidents/open"]) == (0, 1, 1)
 
 
