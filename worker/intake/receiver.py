@@ -98,29 +98,35 @@ class Receiver:
 
     def _serve(self, socket: zmq.Socket[bytes]) -> None:
         quiet_since = time.monotonic()
+        has_more = False
         while True:
             now = self.last_turn = time.monotonic()
             if self._reception.is_full:
                 time.sleep(_IDLE_POLL_MILLISECONDS / 1_000)
-            elif socket.poll(_BUSY_POLL_MILLISECONDS if self._reception.waits else _IDLE_POLL_MILLISECONDS, zmq.POLLIN):
+                has_more = False
+            elif has_more or socket.poll(self._patience_milliseconds(), zmq.POLLIN):
                 quiet_since = now
-                self._read(socket)
+                has_more = self._read(socket)
             now = time.monotonic()
-            if self._reception.commit_due(now):
+            if self._reception.pauses(now) if has_more else self._reception.commit_due(now):
                 self._say(socket, self._reception.commit(now))
             self._say(socket, self._reception.outgoing())
             if self._stop.is_set() and (now - quiet_since > _QUIET_SECONDS or now > self._drain_until):
                 self._say(socket, self._reception.commit(now))
                 return
 
-    def _read(self, socket: zmq.Socket[bytes]) -> None:
+    def _patience_milliseconds(self) -> int:
+        return _BUSY_POLL_MILLISECONDS if self._reception.waits else _IDLE_POLL_MILLISECONDS
+
+    def _read(self, socket: zmq.Socket[bytes]) -> bool:
+        """Read for a turn; return whether more may be there."""
         receive, clock = socket.recv, time.monotonic
         take, pauses = self._reception.take, self._reception.pauses
         for _ in range(_FRAMES_PER_TURN):
             try:
                 routing_id = receive(_NOBLOCK)
             except zmq.Again:
-                return
+                return False
             frame = receive(0, copy=False)  # a message to a router is never its routing id alone
             if frame.more:  # asking the socket costs as much as reading four frames
                 self._counts["malformed"] += 1
@@ -132,7 +138,8 @@ class Receiver:
             if replies:
                 self._say(socket, replies)
             if pauses(now):
-                return
+                break
+        return True
 
     def _say(self, socket: zmq.Socket[bytes], replies: Iterable[Reply]) -> None:
         for routing_id, envelope, message in replies:
