@@ -148,6 +148,8 @@ class Case:
     """Failures: what admits it. `LOSS` and `IMAGE_GAP` are both measured in any case, and either is enough."""
     invariant: str = ""
     """With `Harm.INVARIANT`: what is broken for certain, whatever the loss says."""
+    is_exact: bool = False
+    """Failures that a plain look at one step's batch, weights or rates tells, with nothing to compare with."""
     legitimate: str = ""
     """Healthy cases: why nobody should be warned."""
     is_skewed: bool = False

@@ -161,7 +161,12 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
 def _splits(report: Mapping[str, Any]) -> list[str]:
     shown = [name for name in HEADLINES if name not in {"recall_within_200", "found", "false_incidents"}]
     parts = {"all": report["total"], **report["splits"], **report["suites_and_splits"]}
-    return _table(("figure", *parts), [(name, *(part[name] for part in parts.values())) for name in shown])
+    rows = [(name, *(part[name] for part in parts.values())) for name in shown]
+    exact = [
+        (f"exact kinds: {name}", *(part["exact_kinds"][name] for part in parts.values()))
+        for name in ("failures", "recall_within_5", "false_incidents")
+    ]
+    return _table(("figure", *parts), [*rows, *exact])
 
 
 def _rules(total: Mapping[str, Any]) -> list[str]:

@@ -14,11 +14,13 @@ from benchmarks.detection.causes import is_right
 from benchmarks.detection.harm import Admission
 from benchmarks.detection.judge import JudgedIncident
 
+from sidestep.worker.detectors.catalogue import kind_of
+
 ALERTS = frozenset({"warning", "critical"})
 """Levels that count: what is said at level info is listed apart."""
 GROUP_STEPS = 100
 """Steps within which a baseline's alarms are one incident, as in the product."""
-WITHIN = (10, 50, 200)
+WITHIN = (5, 10, 50, 200)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +132,7 @@ def score(runs: Sequence[Scored]) -> dict[str, Any]:
     return {
         **_recall([_delay(run.alert_steps(), run.outcome.facts.onset) for run in failures]),
         **_rate(len(false), healthy_steps),
+        "exact_kinds": _exact(failures, watched, healthy_steps),
         "info_incidents": sum(len(run.false_incidents({"info"})) for run in watched),
         "skewed_runs": {
             "runs": len(skewed),
@@ -147,6 +150,16 @@ def score(runs: Sequence[Scored]) -> dict[str, Any]:
         **_costs(runs),
         "detectors": _by_detector(failures, watched, healthy_steps),
         "baselines": _baselines(failures, watched, healthy_steps),
+    }
+
+
+def _exact(failures: Sequence[Scored], watched: Sequence[Scored], healthy_steps: int) -> dict[str, Any]:
+    """Failures that exact checks are for, and how often these checks spoke where nothing was wrong."""
+    own = [run for run in failures if run.case.is_exact]
+    false = sum(kind_of(name).is_exact for run in watched for each in run.false_incidents() for name in each.detectors)
+    return {
+        **_recall([_delay(run.alert_steps(), run.outcome.facts.onset) for run in own]),
+        **_rate(false, healthy_steps),
     }
 
 

@@ -81,6 +81,7 @@ CASES: tuple[Case, ...] = (
         what="all images are black",
         is_failure=True,
         twist=BlackImages,
+        is_exact=True,
         onset_share=LATE,
         blame=frozenset({Blame.IMAGES}),
     ),
@@ -90,6 +91,7 @@ CASES: tuple[Case, ...] = (
         what="the projector's weights are lost, and it is frozen",
         is_failure=True,
         twist=ZeroedProjector,
+        is_exact=True,
         onset_share=LATE,
         blame=_LOOK_AT_IMAGES | {Blame.WEIGHTS},
     ),
@@ -99,6 +101,7 @@ CASES: tuple[Case, ...] = (
         what="the projector begins at zero and is frozen",
         is_failure=True,
         twist=ZeroedProjector,
+        is_exact=True,
         blame=_LOOK_AT_IMAGES | {Blame.WEIGHTS},
     ),
     Case(
@@ -107,6 +110,7 @@ CASES: tuple[Case, ...] = (
         what="the vision encoder gives zeros from the start",
         is_failure=True,
         twist=DeadEncoder,
+        is_exact=True,
         blame=_LOOK_AT_IMAGES,
     ),
 )

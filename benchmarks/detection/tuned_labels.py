@@ -111,7 +111,9 @@ class StuckBatch(Twist):
         return self._kept.setdefault(rank, batch)
 
 
-def _failure(name: str, what: str, twist: type[Twist], *blame: Blame, invariant: str = "") -> Case:
+def _failure(
+    name: str, what: str, twist: type[Twist], *blame: Blame, invariant: str = "", is_exact: bool = False
+) -> Case:
     return Case(
         name=name,
         family=Family.DATA,
@@ -122,6 +124,7 @@ def _failure(name: str, what: str, twist: type[Twist], *blame: Blame, invariant:
         blame=frozenset(blame),
         harm=Harm.INVARIANT if invariant else Harm.LOSS,
         invariant=invariant,
+        is_exact=is_exact,
     )
 
 
@@ -129,7 +132,9 @@ CASES: tuple[Case, ...] = (
     _failure("labels_become_a", "every answer becomes A", EveryLabelIsA, Blame.DATA, Blame.LABELS),
     _failure("half_labels_become_a", "every second answer becomes A", HalfOfTheLabelsAreA, Blame.DATA, Blame.LABELS),
     _failure("random_labels", "targets are drawn by chance", RandomLabels, Blame.DATA, Blame.LABELS),
-    _failure("unshifted_labels", "each position is asked for its own input", UnshiftedLabels, Blame.LABELS),
+    _failure(
+        "unshifted_labels", "each position is asked for its own input", UnshiftedLabels, Blame.LABELS, is_exact=True
+    ),
     _failure("cut_answers", "samples are cut within the answer", CutAnswers, Blame.LABELS, Blame.DATA),
     _failure("repeated_answers", "targets repeat their first word", RepeatedAnswers, Blame.DATA, Blame.LABELS),
     _failure(
@@ -138,8 +143,9 @@ CASES: tuple[Case, ...] = (
         PaddingIsLabelled,
         Blame.LABELS,
         invariant="no target is a padding token",
+        is_exact=True,
     ),
-    _failure("no_labels", "all labels are masked", NoLabels, Blame.LABELS),
-    _failure("no_stop_token", "EOS is masked in the labels", NoStopToken, Blame.LABELS),
-    _failure("stuck_batch", "the loader repeats one batch", StuckBatch, Blame.LOADER),
+    _failure("no_labels", "all labels are masked", NoLabels, Blame.LABELS, is_exact=True),
+    _failure("no_stop_token", "EOS is masked in the labels", NoStopToken, Blame.LABELS, is_exact=True),
+    _failure("stuck_batch", "the loader repeats one batch", StuckBatch, Blame.LOADER, is_exact=True),
 )

@@ -98,7 +98,14 @@ def _detached(
     return hidden.detach(), cache
 
 
-def _failure(name: str, what: str, twist: type[Twist], *blame: Blame, family: Family = Family.OPTIMISATION) -> Case:
+def _failure(
+    name: str,
+    what: str,
+    twist: type[Twist],
+    *blame: Blame,
+    family: Family = Family.OPTIMISATION,
+    is_exact: bool = False,
+) -> Case:
     return Case(
         name=name,
         family=family,
@@ -107,6 +114,7 @@ def _failure(name: str, what: str, twist: type[Twist], *blame: Blame, family: Fa
         twist=twist,
         onset_share=LATE,
         blame=frozenset(blame),
+        is_exact=is_exact,
     )
 
 
@@ -115,7 +123,7 @@ _RATE = (Blame.RATE, Blame.OPTIMISER)
 CASES: tuple[Case, ...] = (
     _failure("rate_times_30", "the learning rate is 30 times too high", RateTimes30, *_RATE),
     _failure("rate_ramp", "the learning rate grows by 3 % a step", RateRamp, *_RATE),
-    _failure("rate_zero", "the learning rate is 0", RateZero, *_RATE),
+    _failure("rate_zero", "the learning rate is 0", RateZero, *_RATE, is_exact=True),
     Case(
         name="rate_times_30_warm",
         family=Family.OPTIMISATION,
@@ -125,8 +133,18 @@ CASES: tuple[Case, ...] = (
         setup=Setup(warm_start=True),
         blame=frozenset(_RATE),
     ),
-    _failure("weight_is_nan", "a weight becomes NaN", NotANumber, Blame.WEIGHTS, Blame.OPTIMISER, family=Family.MODEL),
-    _failure("loss_overflows", "one batch's loss is infinite", NoisyLoss, Blame.WEIGHTS, Blame.OPTIMISER),
+    _failure(
+        "weight_is_nan",
+        "a weight becomes NaN",
+        NotANumber,
+        Blame.WEIGHTS,
+        Blame.OPTIMISER,
+        family=Family.MODEL,
+        is_exact=True,
+    ),
+    _failure(
+        "loss_overflows", "one batch's loss is infinite", NoisyLoss, Blame.WEIGHTS, Blame.OPTIMISER, is_exact=True
+    ),
     _failure("bit_flip", "bits of a weight's exponent flip", DamagedWeight, Blame.WEIGHTS, family=Family.MODEL),
     Case(
         name="exploding_start",
@@ -142,6 +160,7 @@ CASES: tuple[Case, ...] = (
         what="the first block's output is detached",
         is_failure=True,
         twist=DetachedBlocks,
+        is_exact=True,
         onset_share=_EARLY,
         blame=frozenset({Blame.MODULE}),
         harm=Harm.INVARIANT,
