@@ -8,7 +8,7 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, TextIO
 
@@ -300,17 +300,26 @@ class WorkerService:
             for _ in range(_TAKES_PER_TURN):
                 messages = self._feed.take()
                 moved = moved or bool(messages)
-                for each in messages:
-                    self._heard.take(each)
-                    if isinstance(each.message, Notice):
-                        self._requests.heard(each.envelope.run_id, each.message)
-                    if not self._is_settled(each):
-                        self._pipeline_of(each.envelope.run_id).add(each, now)
+                self._take_messages(messages, now)
                 if not messages:
                     break
         except JournalError as error:
             self._unread = str(error)
         return moved
+
+    def _take_messages(self, messages: Sequence[Journaled], now: float) -> None:
+        heard, awake = self._heard.take, dict[str, RunPipeline]()
+        for each in messages:
+            heard(each)
+            run_id = each.envelope.run_id
+            if isinstance(each.message, Notice):
+                self._requests.heard(run_id, each.message)
+            pipeline = awake.get(run_id)
+            if pipeline is None:
+                if self._is_settled(each):
+                    continue
+                pipeline = awake[run_id] = self._pipeline_of(run_id)
+            pipeline.add(each, now)
 
     def _ask(self, pipeline: KnownRun, command: Command) -> None:
         newest = pipeline.newest

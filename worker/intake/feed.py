@@ -118,11 +118,10 @@ class Feed:
             JournalError: what has to be read back cannot be.
         """
         with self._lock:
-            taken: list[Journaled] = []
-            while self._messages and len(taken) < limit:
-                each, size_bytes = self._messages.popleft()
-                self._held_bytes -= size_bytes
-                taken.append(each)
+            pop = self._messages.popleft
+            found = [pop() for _ in range(min(limit, len(self._messages)))]
+            self._held_bytes -= sum([size_bytes for _, size_bytes in found])
+            taken = [each for each, _ in found]
             if not taken and self._is_behind:
                 taken = [journaled(row) for row in self._segments.since(self._next_arrival, limit)]
                 self._is_behind = bool(taken)
