@@ -14,6 +14,7 @@ from sidestep.examples.digits_vqa.packing import IGNORE_INDEX, Batch
 
 _KEPT_LABELS = 3
 _NUM_REPEATS = 6
+_NUM_SEEN = 50
 
 
 class EveryLabelIsA(Twist):
@@ -42,6 +43,21 @@ class RandomLabels(Twist):
         return replace(sample, labels=labels)
 
 
+class ShuffledAnswers(Twist):
+    """Answers belong to other questions of the same kind, as after a sort of one column."""
+
+    def __init__(self) -> None:
+        """Nothing is seen yet."""
+        self._seen: dict[str, list[str]] = {}
+
+    def talk(self, lab: Lab, talk: Talk, rng: np.random.Generator) -> Talk:  # noqa: ARG002
+        """Answer as one of the last samples of the kind was to be answered."""
+        seen = self._seen.setdefault(talk.kind, [])
+        seen.append(talk.answer)
+        del seen[:-_NUM_SEEN]
+        return replace(talk, answer=seen[int(rng.integers(len(seen)))])
+
+
 class UnshiftedLabels(Twist):
     """Each position is asked for its own input."""
 
@@ -59,8 +75,8 @@ class CutAnswers(Twist):
         asked = [place for place, label in enumerate(sample.labels) if label != IGNORE_INDEX]
         if len(asked) <= _KEPT_LABELS:
             return sample
-        end = asked[_KEPT_LABELS - 1] + 1
-        return replace(sample, input_ids=sample.input_ids[:end], labels=sample.labels[:end])
+        end = asked[_KEPT_LABELS]  # the last position has no target any more: it was cut off
+        return replace(sample, input_ids=sample.input_ids[: end + 1], labels=[*sample.labels[:end], IGNORE_INDEX])
 
 
 class RepeatedAnswers(Twist):
@@ -131,6 +147,7 @@ def _failure(
 CASES: tuple[Case, ...] = (
     _failure("labels_become_a", "every answer becomes A", EveryLabelIsA, Blame.DATA, Blame.LABELS),
     _failure("half_labels_become_a", "every second answer becomes A", HalfOfTheLabelsAreA, Blame.DATA, Blame.LABELS),
+    _failure("answers_shuffled", "answers belong to other questions", ShuffledAnswers, Blame.DATA, Blame.LABELS),
     _failure("random_labels", "targets are drawn by chance", RandomLabels, Blame.DATA, Blame.LABELS),
     _failure(
         "unshifted_labels", "each position is asked for its own input", UnshiftedLabels, Blame.LABELS, is_exact=True
@@ -145,7 +162,14 @@ CASES: tuple[Case, ...] = (
         invariant="no target is a padding token",
         is_exact=True,
     ),
-    _failure("no_labels", "all labels are masked", NoLabels, Blame.LABELS, is_exact=True),
+    _failure(
+        "no_labels",
+        "all labels are masked",
+        NoLabels,
+        Blame.LABELS,
+        invariant="every batch has something to learn",
+        is_exact=True,
+    ),
     _failure("no_stop_token", "EOS is masked in the labels", NoStopToken, Blame.LABELS, is_exact=True),
     _failure("stuck_batch", "the loader repeats one batch", StuckBatch, Blame.LOADER, is_exact=True),
 )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from benchmarks.detection.case import LATE, Blame, Case, Family, Harm, Setup, Twist
 from benchmarks.detection.lab import Lab
 
-from sidestep.examples.digits_vqa.packing import IGNORE_INDEX, Batch
+from sidestep.examples.digits_vqa.packing import Batch
 
 _BROKEN_RANK = 2
 
@@ -32,15 +31,13 @@ class SharedSamples(Twist):
 
 
 class BrokenRank(Twist):
-    """One of four ranks trains on targets drawn by chance."""
+    """One of four ranks sees images of other samples."""
 
-    def batch(self, lab: Lab, rank: int, batch: Batch) -> Batch:
-        """Draw that rank's targets anew."""
+    def batch(self, lab: Lab, rank: int, batch: Batch) -> Batch:  # noqa: ARG002
+        """Move that rank's images by one row."""
         if rank != _BROKEN_RANK:
             return batch
-        asked = batch["labels"] != IGNORE_INDEX
-        drawn = torch.from_numpy(lab.rng.integers(len(lab.suite.tokenizer), size=tuple(batch["labels"].shape)))
-        return Batch(**{**batch, "labels": torch.where(asked, drawn, batch["labels"])})
+        return Batch(**{**batch, "images": [*batch["images"][1:], batch["images"][0]]})
 
 
 class RankLeaves(Twist):
@@ -68,12 +65,12 @@ CASES: tuple[Case, ...] = (
     Case(
         name="rank_corrupted",
         family=Family.RANKS,
-        what="one of four ranks has wrong targets",
+        what="one of four ranks has the images of other samples",
         is_failure=True,
         twist=BrokenRank,
         setup=Setup(num_ranks=4),
         onset_share=LATE,
-        blame=frozenset({Blame.RANKS, Blame.LABELS, Blame.DATA}),
+        blame=frozenset({Blame.RANKS, Blame.IMAGES}),
     ),
     Case(
         name="rank_unsynced",
