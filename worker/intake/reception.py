@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from typing import Final, NamedTuple, TypeAlias
+from typing import Final, TypeAlias
 
 from sidestep.protocol.errors import DecodeError, IncompatibleWireError
 from sidestep.protocol.frames import Envelope, UnknownMessage, decode, identify
@@ -60,14 +60,6 @@ _MINOR_AT: Final = 5
 _CHUNK: Final = int(Kind.CHUNK)
 
 
-class _Arrived(NamedTuple):
-    envelope: Envelope
-    message: Message | UnknownMessage
-    frame: bytes
-    now: float
-    """On the clock that ``take`` is called with."""
-
-
 _Waiting: TypeAlias = tuple[Envelope, Message | UnknownMessage, bytes, float]
 """A sequenced message before its commit, with its frame and the unix time that it came at."""
 
@@ -111,6 +103,7 @@ class Reception:
         self._rejected: set[bytes] = set()
         self._counts: Counter[str] = Counter()
         self._num_frames = 0
+        self._now = 0.0
         self.last_heard: dict[str, float] = {}
         """Incarnation to when any of its ranks was last heard, on the clock that ``take`` is called with."""
         self._accounts: dict[tuple[str, int], Mapping[str, tuple[int, int, int]]] = {}
@@ -138,6 +131,7 @@ class Reception:
     def take(self, routing_id: bytes, frame: bytes, now: float) -> list[Reply]:
         """Take one frame; return what is to be said at once. Nothing that a peer sends makes this raise."""
         self._num_frames += 1
+        self._now = now
         replies: list[Reply] = []
         try:
             whole: bytes | None = frame
@@ -146,10 +140,10 @@ class Reception:
             if whole is not None:
                 envelope, message = decode(whole)
                 if isinstance(message, Hello):
-                    self._take_hello(_Arrived(envelope, message, whole, now), message, routing_id, replies)
+                    self._take_hello(routing_id, whole, envelope, message, replies)
                 else:
                     peer = self._greet(routing_id, envelope, now, replies)
-                    self._take_message(peer, _Arrived(envelope, message, whole, now), replies)
+                    self._take_message(peer, whole, envelope, message, replies)
         except IncompatibleWireError as error:
             self._reject(routing_id, str(error), replies)
         except DecodeError as error:
@@ -189,22 +183,24 @@ class Reception:
             replies.append((routing_id, peer.envelope(), welcome))
         return peer
 
-    def _take_message(self, peer: Peer, arrived: _Arrived, replies: list[Reply]) -> None:
-        envelope, message, frame, now = arrived
+    def _take_message(
+        self, peer: Peer, frame: bytes, envelope: Envelope, message: Message | UnknownMessage, replies: list[Reply]
+    ) -> None:
         if envelope.sequence == 0 or frame[_KIND_AT] in UNSEQUENCED:
             if isinstance(message, Blob):
-                self._take_blob(peer, message, now, replies)
+                self._take_blob(peer, message, self._now, replies)
             else:
                 self._counts["heartbeats" if isinstance(message, Heartbeat) else "misplaced"] += 1
         elif peer.is_admitted:
-            self._take_sequenced(peer, arrived)
+            self._take_sequenced(peer, frame, envelope, message)
         elif envelope.incarnation not in self._incarnations:
             self._counts["strangers"] += 1  # its Welcome has said that its Hello is not known; it comes again after it
         else:
             raise DecodeError("no such rank or run in this incarnation")
 
-    def _take_hello(self, arrived: _Arrived, hello: Hello, routing_id: bytes, replies: list[Reply]) -> None:
-        envelope, _, frame, now = arrived
+    def _take_hello(
+        self, routing_id: bytes, frame: bytes, envelope: Envelope, hello: Hello, replies: list[Reply]
+    ) -> None:
         stream = (envelope.incarnation, envelope.rank)
         reason = why_not(envelope, hello, self._incarnations, len(self._hellos))
         if reason:
@@ -226,9 +222,9 @@ class Reception:
             self._wanted.named(*stream, hello.tables.values())
             self._feed.tell(HelloArrived(run_id=envelope.run_id, incarnation=envelope.incarnation))
         known_before = self._peers.get(routing_id) is not None
-        peer = self._greet(routing_id, envelope, now, replies)
+        peer = self._greet(routing_id, envelope, self._now, replies)
         if known_before:
-            replies.append(self._ack(peer, now))
+            replies.append(self._ack(peer, self._now))
 
     def _take_blob(self, peer: Peer, blob: Blob, now: float, replies: list[Reply]) -> None:
         if not self._wanted.is_missing(blob.digest):
@@ -243,8 +239,7 @@ class Reception:
             self._feed.tell(HelloArrived(run_id=peer.run_id, incarnation=peer.incarnation))
         replies.append(self._ack(peer, now))
 
-    def _take_sequenced(self, peer: Peer, arrived: _Arrived) -> None:
-        envelope, message, frame, now = arrived
+    def _take_sequenced(self, peer: Peer, frame: bytes, envelope: Envelope, message: Message | UnknownMessage) -> None:
         sequence = envelope.sequence
         taken = self._taken.get(peer.stream)
         if taken is None:
@@ -254,7 +249,7 @@ class Reception:
             raise DecodeError(f"the stream's numbers have {MAX_HOLES} holes already")
         self._to_ack[peer.routing_id] = peer
         if self._waiting_since is None:
-            self._waiting_since = now
+            self._waiting_since = self._now
         if not taken.add(sequence):
             self._counts["duplicates"] += 1
             return
