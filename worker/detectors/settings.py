@@ -70,7 +70,7 @@ class DetectorSettings:
     )
     copying: Mass = field(default_factory=lambda: Mass(threshold=0.3))
     cal_up: Composition = field(default_factory=Composition)
-    loss_cusum: Cumulative = field(default_factory=Cumulative)
+    loss_cusum: Cumulative = field(default_factory=lambda: Cumulative(floor=0.05))  # as for cal_up
     loss_regress: Regress = field(default_factory=Regress)
     loss_spike: Spike = field(default_factory=lambda: Spike(hits=2, window=3, rearm=20))
     confidence_gap: Gap = field(default_factory=Gap)
