@@ -53,16 +53,13 @@ class RunAccounts:
                 self._told_by_ends[known_kind(kind)] += min(count, MAX_COUNT)
 
     def _take_rank(self, known: dict[str, int], account: RankAccount) -> None:
-        said = {"resent": min(account.resent, MAX_COUNT), "produced": 0}
-        total = 0
-        for kind, (produced, dropped, refused) in account.kinds.items():
-            total += min(produced, MAX_COUNT)
-            if dropped or refused:
-                for what, count in (("dropped", dropped), ("refused", refused)):
-                    if count:
-                        name = f"{what}/{known_kind(kind)}"
-                        said[name] = said.get(name, 0) + min(count, MAX_COUNT)
-        said["produced"] = total
+        made = lost = 0
+        for produced, dropped, refused in account.kinds.values():
+            made += produced
+            lost += dropped + refused
+        said = {"resent": min(account.resent, MAX_COUNT), "produced": made}
+        if lost or made > MAX_COUNT:
+            _count_one_by_one(account, said)
         for name, count in said.items():
             before = known.get(name, 0)
             if count > before:  # a late part's head is older than what is known
@@ -130,6 +127,16 @@ class RunAccounts:
         """Take over a state of version 1, which knew what the steps' ends say was dropped, and counted no messages."""
         self._num_messages, self._is_counted = None, False
         self._told_by_ends = Counter({known_kind(str(kind)): int(count) for kind, count in dropped.items()})
+
+
+def _count_one_by_one(account: RankAccount, said: dict[str, int]) -> None:
+    said["produced"] = 0
+    for kind, (produced, dropped, refused) in account.kinds.items():
+        said["produced"] += min(produced, MAX_COUNT)
+        for what, count in (("dropped", dropped), ("refused", refused)):
+            if count:
+                name = f"{what}/{known_kind(kind)}"
+                said[name] = said.get(name, 0) + min(count, MAX_COUNT)
 
 
 def known_kind(kind: str) -> str:
