@@ -55,7 +55,8 @@ class Fault:
     def __post_init__(self) -> None:
         """Raise ValueError for what could never strike, or would wait for no time; the text names the field."""
         object.__setattr__(self, "action", Action(self.action))
-        if not isinstance(self.where, str) or "." not in self.where:
+        where: object = self.where  # read from JSON: whatever stood there
+        if not isinstance(where, str) or "." not in where:
             raise ValueError(f"Fault.where is {self.where!r}; it must be SIDE.NAME")
         for name in ("rank", "step", "times"):
             value = getattr(self, name)
@@ -63,7 +64,8 @@ class Fault:
                 continue
             raise ValueError(f"Fault.{name} is {value!r}; it must be a whole number of at least 0")
         lasts = self.action in {Action.STALL, Action.DELAY}
-        if not isinstance(self.seconds, int | float) or lasts != (0 < self.seconds < float("inf")):
+        seconds: object = self.seconds
+        if not isinstance(seconds, int | float) or lasts != (0 < seconds < float("inf")):
             raise ValueError(f"Fault.seconds is {self.seconds!r}; stalls and delays last a time, fail and drop none")
 
     def names(self, where: str, rank: int, step: int, kind: str) -> bool:

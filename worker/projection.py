@@ -176,6 +176,10 @@ class RunProjection:
         for code, count in repeats.items():
             text = f"the notice {code!r} came up {count} more times"
             draft.show(Notice(text=text, code=f"repeats:{code}", level="info"), to_trainer=False)
+        if attempt >= self._attempt:
+            for table in self._watch.open_rows():
+                payload = table_payload(table, attempt=attempt, step=newest_step, unix_time=draft.unix_time)
+                draft.tables.append(entry("table", payload))
         made = draft.finished(opening)
         end = entry("finish", {"exit_code": exit_code, "reason": reason, "attempt": attempt})
         return Projection(entries=(*made.entries, end))

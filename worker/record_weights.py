@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sidestep.protocol.messages import Json, Signals
 from sidestep.worker.records import RunContext
@@ -58,9 +59,11 @@ def module_facts(signals: Sequence[tuple[int, Signals]], context: RunContext) ->
     sent = [m.module_norms for _, m in signals if m.module_norms.size and m.module_norms.ndim == 1]
     if not sent or len({norms.size for norms in sent}) > 1:
         return {}
-    norms = np.max(np.stack(sent).astype(np.float64), axis=0)[:MAX_MODULES]
+    stacked: NDArray[np.float64] = np.stack(sent).astype(np.float64)
+    norms: NDArray[np.float64] = np.max(stacked, axis=0)[:MAX_MODULES]
     norms[~np.isfinite(norms)] = -1.0
-    is_nan = ~np.isfinite(np.stack(sent)).all(axis=0)[:MAX_MODULES]
+    is_finite = np.atleast_1d(np.isfinite(stacked).all(axis=0))
+    is_nan = ~is_finite[:MAX_MODULES]
     norms[is_nan] = np.nan
     names = module_names(context)
     trainable = _trainable(context.parameters, len(names))

@@ -215,7 +215,8 @@ class StepRecord:
             values["counts"] = {name: count for name, count in counts if count >= 0}
         except (TypeError, ValueError) as error:
             raise DecodeError(f"not a step's record: {error}") from error
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return cls(**values)
 
 
 def _packed(values: NDArray[Any], form: str) -> bytes:
