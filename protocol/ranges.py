@@ -53,11 +53,6 @@ class RangeSet:
         self.add_range(number, number)
         return True
 
-    def follows(self, number: int) -> bool:
-        """Return whether ``number`` comes right behind the highest one."""
-        lasts = self._lasts
-        return bool(lasts) and lasts[-1] == number - 1
-
     def add_all(self, numbers: Sequence[int]) -> None:
         """Add numbers of which none is there twice, in whatever order; those in a row cost as one."""
         first, last = min(numbers), max(numbers)

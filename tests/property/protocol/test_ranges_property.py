@@ -29,6 +29,18 @@ def test_a_range_set_holds_what_a_set_holds(spans: list[tuple[int, int]]) -> Non
     assert RangeSet.from_ranges(pairs) == ranges
 
 
+@given(SPANS, st.sets(st.integers(0, 70), min_size=1).flatmap(lambda some: st.permutations(sorted(some))))
+def test_numbers_added_together_are_as_if_added_one_by_one(spans: list[tuple[int, int]], numbers: list[int]) -> None:
+    together, alone = RangeSet(), RangeSet()
+    for first, length in spans:
+        together.add_range(first, first + length)
+        alone.add_range(first, first + length)
+    together.add_all(numbers)
+    for number in numbers:
+        alone.add(number)
+    assert together == alone
+
+
 @given(st.lists(st.integers(0, 40), max_size=40), st.integers(0, 40), st.integers(0, 10))
 def test_covers_says_whether_every_number_is_there(numbers: list[int], first: int, length: int) -> None:
     ranges = RangeSet(numbers)

@@ -23,7 +23,7 @@ from sidestep.protocol.tables import digest
 from sidestep.protocol.version import WIRE_MAJOR, WIRE_MINOR
 from sidestep.worker.intake.feed import Feed, HelloArrived, Refused
 from sidestep.worker.intake.journal import Journal
-from sidestep.worker.intake.reception import RETRY_SECONDS, Reception, Reply
+from sidestep.worker.intake.reception import MAX_GROUPS, RETRY_SECONDS, Reception, Reply
 
 COMMIT_SECONDS = 0.02
 
@@ -124,6 +124,19 @@ def test_a_full_group_is_committed_at_once(desk: Desk) -> None:
     desk.reception.commit(0.0)
     assert desk.reception.statistics()["commits"] == 1
     assert desk.reception.statistics()["journaled"] == 4
+
+
+def test_a_group_grows_while_more_waits_to_be_read_but_not_without_end(desk: Desk) -> None:
+    desk.greeted()
+    for sequence in range(1, 4 * MAX_GROUPS + 1):
+        assert not desk.reception.pauses(0.0), "read on: the next frame is here already"
+        desk.take(Notice(text="x"), sequence)
+    assert desk.reception.pauses(0.0)
+    desk.reception.commit(0.0)
+    desk.take(Notice(text="x"), 4 * MAX_GROUPS + 1, now=1.0)
+    assert desk.reception.commit_due(1.0 + COMMIT_SECONDS)
+    assert not desk.reception.pauses(1.0 + COMMIT_SECONDS)
+    assert desk.reception.pauses(1.0 + MAX_GROUPS * COMMIT_SECONDS)
 
 
 def test_duplicates_are_acked_and_journaled_once(desk: Desk) -> None:
