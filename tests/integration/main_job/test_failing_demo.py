@@ -1,4 +1,7 @@
-"""The user's own story: a data bug turns every answer into "A", and both consoles say so at the next check."""
+"""The user's own story: a data bug turns every answer into "A".
+
+The detectors say so within steps and name the data as the cause; the user's four rules say so at the next check.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +37,16 @@ def test_a_model_that_learns_to_answer_a_is_called_collapsed(tmp_path: Path) -> 
     assert first_after <= ONSET + INTERVAL
     found = {name: checks[first_after][f"collapse/{name}"] for name in EXPECTED}
     assert found == EXPECTED
-    assert [text.startswith(LINE) for _, text, _ in run.alerts] == [True]
+    assert [text.startswith(LINE) for _, text, _ in run.alerts].count(True) == 1
+
+    opened = [int(row["train/step"]) for row in run.rows if row.get("incidents/open")]
+    assert ONSET < min(opened) <= ONSET + 10 < first_after, "the detectors are ahead of the rules"
+    collapse = [text for _, text, _ in run.alerts if text.startswith(COLLAPSE_LINE.format(reason=""))]
+    assert len(collapse) == 2, "one by the detectors, one by the rules"
+    assert "'A'" in collapse[0]
+    assert "likely cause: the training data have become one answer" in collapse[0]
 
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "Model collapse detected" in page
-    assert f"First alarm at step {first_after}: {REASON}." in page
+    assert f"First alarm at step {min(opened)}: " in page
+    assert f"The four rules saw it in the answers of step {first_after}." in page

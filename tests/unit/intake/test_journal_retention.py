@@ -134,9 +134,7 @@ def test_a_segment_with_an_open_step_stays_and_so_do_all_after_it(
     for _ in range(3):
         written.journal.tidy()
     assert written.numbers[0] == 1
-    assert (
-        caplog.text.count("no segment may go: segment 1, the oldest, has messages of steps that have not") == 1
-    )
+    assert caplog.text.count("no segment may go: segment 1, the oldest, has messages of steps that have not") == 1
     for sequence in range(4, 150):
         written.close_step("run", "inc", sequence)
     written.journal.tidy()
