@@ -260,7 +260,7 @@ def test_every_steps_signals(source: str, labels_at: str, shifted: bool, masked:
         tensors = step.tensors()
     assert _on_device(tensors["0/images"])
     assert shapes(tensors)["0/images"] == (3, 4)
-    assert all(_on_device(tensors[name]) for name in ("projector", "gradient_norm", "module_norms", "heartbeat"))
+    assert all(_on_device(tensors[name]) for name in ("projector/0", "gradient_norm", "module_norms", "heartbeat"))
     assert ("mean_ids" in tensors) == ("logits" in source or "hidden" in source)
     if "mean_ids" in tensors:
         assert _on_device(tensors["0/numbers"])

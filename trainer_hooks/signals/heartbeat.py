@@ -12,6 +12,8 @@ from sidestep.protocol.limits import MAX_HEARTBEAT_WEIGHTS
 from sidestep.trainer_hooks.parameters import named_parameters
 
 _PARAMETERS = 16
+_LOOK_EVERY = 10
+"""Steps between two looks at whether these are still the model's parameters."""
 _WEIGHTS_EACH = MAX_HEARTBEAT_WEIGHTS // _PARAMETERS
 
 
@@ -22,12 +24,14 @@ class Heartbeat:
         """Choose the weights; ``take`` chooses again where parameters were replaced or froze."""
         self._model = model
         self._chosen: list[tuple[nn.Parameter, Tensor, int]] = []
+        self._takes = 0
         self.digest = 0
         """Which weights these are."""
 
     def take(self) -> Tensor | None:
         """Return the weights of now, float32 [h] on their device; None where nothing is trained or kept in shares."""
-        if not self._stands():
+        self._takes += 1
+        if (self._takes - 1) % _LOOK_EVERY == 0 and not self._stands():
             self._choose()
         if not self._chosen:
             return None

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sidestep.protocol.limits import MAX_SIGNAL_HASHES
 from sidestep.protocol.messages import SIGNAL_COUNTS
 from sidestep.trainer_hooks.capture import Batch
 from sidestep.trainer_hooks.reductions.alignment import AlignedBatch
@@ -18,8 +19,17 @@ from sidestep.trainer_hooks.reductions.cross_entropy import LogitsSource, head_s
 from sidestep.trainer_hooks.reductions.host_index import to_device
 from sidestep.trainer_hooks.reductions.runs import find_runs_on_host
 from sidestep.trainer_hooks.signals.counts import DeviceHash, Reading, count_on_device, count_on_host, hash_on_host
-from sidestep.trainer_hooks.signals.images import image_numbers
-from sidestep.trainer_hooks.signals.rows import HostChoice, choose_on_device, choose_on_host, row_signals
+from sidestep.trainer_hooks.signals.images import image_numbers, image_rows
+from sidestep.trainer_hooks.signals.late_rows import (
+    MAX_LATE_BYTES,
+    RowWindow,
+    choose_window,
+    labelled_rows,
+    late_image_numbers,
+    reduce_rows,
+    whole_answers,
+)
+from sidestep.trainer_hooks.signals.rows import choose_on_device, row_signals
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -39,20 +49,24 @@ class MicroSignals:
 
 @dataclass(slots=True, eq=False)
 class HostCopies:
-    """Copies of a batch on the host, and the choice of its rows."""
+    """Copies of a batch on the host, the choice of its rows, and what of it is worked out later."""
 
     reading: Reading
     labels: Tensor
     ids: Tensor | None
     mask: Tensor | None
-    choice: HostChoice
-    targets: NDArray[np.int64]
-    num_labelled: int
+    window: RowWindow
+    logits: Tensor | None = None
+    """Those of the window's rows, float32 [n, V], where they are few."""
+    images: Tensor | None = None
+    """Pixels [n, p], where they are few."""
+    trainer_loss: float | None = None
 
     @property
     def size_bytes(self) -> int:
         """Memory that is held until it is counted."""
-        return sum(tensor.nbytes for tensor in (self.labels, self.ids, self.mask) if tensor is not None)
+        held = (self.labels, self.ids, self.mask, self.logits, self.images)
+        return sum(tensor.nbytes for tensor in held if tensor is not None)
 
 
 class MicroSignalReader:
@@ -86,42 +100,60 @@ class MicroSignalReader:
             self._read_host(made, batch, self._readings[shifted], max_rows, seed)
         else:
             self._read_device(made, batch, aligned, max_rows, seed)
-        if isinstance(batch.loss, Tensor):
-            made.tensors["trainer_loss"] = batch.loss.detach().reshape(-1).narrow(0, 0, 1).to(torch.float32, copy=True)
-        elif batch.loss is not None:
-            made.tensors["trainer_loss"] = torch.tensor([batch.loss], dtype=torch.float32)
-        numbers = image_numbers(images) if images is not None else None
-        if numbers is not None:
-            made.tensors["images"] = numbers
+        self._take_loss(made, batch.loss)
+        if images is not None:
+            self._take_images(made, images)
         return made
 
+    def _take_loss(self, made: MicroSignals, loss: Tensor | float | None) -> None:
+        if loss is None:
+            return
+        if made.host is not None and (not isinstance(loss, Tensor) or loss.is_cpu):
+            made.host.trainer_loss = float(loss.detach().reshape(-1)[0]) if isinstance(loss, Tensor) else float(loss)
+        elif isinstance(loss, Tensor):
+            made.tensors["trainer_loss"] = loss.detach().reshape(-1).narrow(0, 0, 1).to(torch.float32, copy=True)
+        else:
+            made.tensors["trainer_loss"] = torch.tensor([loss], dtype=torch.float32)
+
+    def _take_images(self, made: MicroSignals, images: Any) -> None:
+        if made.host is not None:
+            rows = image_rows(images)
+            if len(rows) == 1 and rows[0].is_cpu and rows[0].nbytes <= MAX_LATE_BYTES:
+                made.host.images = rows[0].narrow(0, 0, min(MAX_SIGNAL_HASHES, rows[0].shape[0])).clone()
+                return
+        numbers = image_numbers(images)
+        if numbers is not None:
+            made.tensors["images"] = numbers
+
     def _read_host(self, made: MicroSignals, batch: Batch, reading: Reading, max_rows: int, seed: int) -> None:
+        """Copy what is needed; where the rows' logits are few and on the host too, nothing else is done here."""
         labels = _rows_of(batch.labels)
         assert labels is not None  # noqa: S101  (the caller has looked)
-        targets = labels.numpy()
-        if not reading.shifted:
-            filler = np.full_like(targets[:, :1], reading.ignore_index)
-            targets = np.concatenate((targets[:, 1:], filler), axis=1)
-        runs = find_runs_on_host(targets, None, ignore_index=reading.ignore_index, eos_id=reading.eos_id)
-        choice = choose_on_host(runs, max_rows, seed)
-        chosen = targets.reshape(-1)[choice.index].astype(np.int64)
+        held = labels.numpy()
+        rows = labelled_rows(held, reading.ignore_index, shifted=reading.shifted)
+        window = choose_window(rows, max_rows, seed)
         ids, mask = _rows_of(batch.input_ids), _rows_of(batch.attention_mask)
         made.host = HostCopies(
             reading=reading,
             labels=labels.clone(),
             ids=ids.clone() if ids is not None and ids.is_cpu else None,
             mask=mask.clone() if mask is not None and mask.is_cpu and mask.shape == labels.shape else None,
-            choice=choice,
-            targets=chosen,
-            num_labelled=int(runs.rows.size),
+            window=window,
         )
-        if not choice.index.size:
+        if not window.index.size:
             return
         source = _source(batch, *labels.shape)
         if isinstance(source, Tensor):
-            made.tensors["losses"] = source.index_select(0, to_device(choice.index, source.device))
+            made.tensors["losses"] = source.index_select(0, to_device(window.index, source.device))
         elif source is not None:
-            places = to_device(np.stack((*np.divmod(choice.index, labels.shape[1]), chosen)), source.device)
+            row, position = np.divmod(window.index, labels.shape[1])
+            is_few = window.index.size * source.vocabulary_size * 4 <= MAX_LATE_BYTES
+            if is_few and source.device.type == "cpu" and source.positions == labels.shape[1]:
+                made.host.logits = _taken(batch, source, window.index, row, position)
+                made.vocabulary = source.vocabulary_size
+                return
+            targets = held.reshape(-1)[window.index + (not reading.shifted)].astype(np.int64)
+            places = to_device(np.stack((row, position, targets)), source.device)
             self._add_rows(made, source, *places.unbind(), weights=None)
 
     def _read_device(self, made: MicroSignals, batch: Batch, aligned: AlignedBatch, max_rows: int, seed: int) -> None:
@@ -181,6 +213,18 @@ def _source(batch: Batch, rows: int, positions: int) -> LogitsSource | Tensor | 
     return None
 
 
+def _taken(
+    batch: Batch, source: LogitsSource, index: NDArray[np.int64], row: NDArray[np.int64], position: NDArray[np.int64]
+) -> Tensor:
+    """Copy chosen rows of logits on the host, as float32."""
+    logits = batch.logits
+    if logits is not None and logits.dim() == 3 and logits.is_contiguous():
+        taken = logits.detach().view(-1, logits.shape[2]).index_select(0, torch.from_numpy(index))
+    else:
+        taken = source.read(torch.from_numpy(row), torch.from_numpy(position))
+    return taken.to(torch.float32)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroArrays:
     """One micro-batch on the host, ready to be joined with the step's others."""
@@ -197,6 +241,10 @@ class MicroArrays:
     eos: NDArray[np.float32]
     top: NDArray[np.float32]
     predictions: NDArray[np.int32]
+    mean_sum: NDArray[np.float32] | None = None
+    """Sum of the rows' probabilities [vocabulary], where it was worked out here."""
+    image_numbers: NDArray[np.float32] | None = None
+    trainer_loss: float | None = None
 
     @property
     def num_answers(self) -> int:
@@ -204,42 +252,71 @@ class MicroArrays:
         return int(self.answers.max()) + 1 if self.answers.size else 0
 
 
+_NO_INTS: NDArray[np.int32] = np.zeros(0, np.int32)
+_NO_FLOATS: NDArray[np.float32] = np.zeros(0, np.float32)
+
+
 def micro_arrays(host: HostCopies | None, arrays: Arrays) -> MicroArrays:
-    """Put together what was staged of a micro-batch and what was copied of its labels; on the publisher's thread."""
-    if host is not None:
-        labels, ids, mask = (None if t is None else t.numpy() for t in (host.labels, host.ids, host.mask))
-        assert labels is not None  # noqa: S101
-        counts, hashes = count_on_host(host.reading, labels, ids, mask), hash_on_host(labels, ids)
-        labelled = host.num_labelled
-        kept: Any = slice(None)
-        targets, places = host.targets.astype(np.int32), host.choice.places
-        answers = np.unique(host.choice.answers, return_inverse=True)[1]
-    else:
-        counts, hashes = arrays["counts"].astype(np.int64), arrays["hashes"].astype(np.int64)
-        labelled = int(counts[_LABELLED])
-        kept = arrays["counted"] != 0 if "counted" in arrays else slice(0)
-        targets = arrays["targets"][kept].astype(np.int32) if "targets" in arrays else np.zeros(0, np.int32)
-        index = arrays["index"][kept].astype(np.int64) if "index" in arrays else np.zeros(0, np.int64)
-        origins = arrays["origins"][kept].astype(np.int64) if "origins" in arrays else np.zeros(0, np.int64)
-        places = index - origins
-        answers = np.unique(origins, return_inverse=True)[1]
-    none = np.zeros(0, np.float32)
+    """Put together what was staged of a micro-batch and what was copied of it; on the publisher's thread."""
+    return _of_device(arrays) if host is None else _of_host(host, arrays)
+
+
+def _of_host(host: HostCopies, arrays: Arrays) -> MicroArrays:
+    reading, window = host.reading, host.window
+    labels, ids, mask = (None if t is None else t.numpy() for t in (host.labels, host.ids, host.mask))
+    assert labels is not None  # noqa: S101
+    targets = labels
+    if not reading.shifted:
+        targets = np.concatenate((labels[:, 1:], np.full_like(labels[:, :1], reading.ignore_index)), axis=1)
+    runs = find_runs_on_host(targets, None, ignore_index=reading.ignore_index, eos_id=reading.eos_id)
+    kept, places, answers = whole_answers(window, runs)
+    chosen = targets.reshape(-1)[window.index][kept].astype(np.int64)
+    numbers, predictions, mean_sum = None, _NO_INTS, None
+    if host.logits is not None:
+        numbers, predictions, mean_sum = reduce_rows(host.logits.numpy()[kept], chosen, reading.eos_id)
+    elif "numbers" in arrays:
+        numbers, predictions = arrays["numbers"][:, kept], arrays["predictions"][kept].astype(np.int32)
+    losses = arrays["losses"][kept] if "losses" in arrays else _NO_FLOATS
+    has_rows = slice(None) if numbers is not None or losses.size else slice(0)
+    return MicroArrays(
+        counts=count_on_host(reading, labels, ids, mask),
+        hashes=hash_on_host(labels, ids),
+        labelled=window.num_labelled,
+        targets=chosen[has_rows].astype(np.int32),
+        places=places[kept][has_rows],
+        answers=np.unique(answers[kept], return_inverse=True)[1][has_rows],
+        losses=losses if numbers is None else numbers[0],
+        entropies=_NO_FLOATS if numbers is None else numbers[1],
+        eos=_NO_FLOATS if numbers is None else numbers[2],
+        top=_NO_FLOATS if numbers is None else numbers[3],
+        predictions=predictions,
+        mean_sum=mean_sum,
+        image_numbers=None if host.images is None else late_image_numbers(host.images.numpy()),
+        trainer_loss=host.trainer_loss,
+    )
+
+
+def _of_device(arrays: Arrays) -> MicroArrays:
+    counts = arrays["counts"].astype(np.int64)
+    kept: Any = arrays["counted"] != 0 if "counted" in arrays else slice(0)
+    chosen = {
+        name: arrays[name][kept].astype(np.int64) if name in arrays else np.zeros(0, np.int64)
+        for name in ("targets", "index", "origins")
+    }
     numbers = arrays["numbers"][:, kept] if "numbers" in arrays else None
-    losses = arrays["losses"][kept] if "losses" in arrays else none
-    has_rows = numbers is not None or losses.size > 0
-    empty = slice(None) if has_rows else slice(0)
+    losses = arrays["losses"][kept] if "losses" in arrays else _NO_FLOATS
     return MicroArrays(
         counts=counts,
-        hashes=hashes,
-        labelled=labelled,
-        targets=targets[empty],
-        places=places[empty],
-        answers=answers[empty],
+        hashes=arrays["hashes"].astype(np.int64),
+        labelled=int(counts[_LABELLED]),
+        targets=chosen["targets"].astype(np.int32),
+        places=chosen["index"] - chosen["origins"],
+        answers=np.unique(chosen["origins"], return_inverse=True)[1],
         losses=losses if numbers is None else numbers[0],
-        entropies=none if numbers is None else numbers[1],
-        eos=none if numbers is None else numbers[2],
-        top=none if numbers is None else numbers[3],
-        predictions=arrays["predictions"][kept].astype(np.int32) if "predictions" in arrays else np.zeros(0, np.int32),
+        entropies=_NO_FLOATS if numbers is None else numbers[1],
+        eos=_NO_FLOATS if numbers is None else numbers[2],
+        top=_NO_FLOATS if numbers is None else numbers[3],
+        predictions=arrays["predictions"][kept].astype(np.int32) if "predictions" in arrays else _NO_INTS,
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sidestep.trainer_hooks.parameters import unwrapped
+from sidestep.trainer_hooks.signals.late_rows import MAX_LATE_BYTES
 
 PROJECTOR_NAMES = (
     "multi_modal_projector", "modality_projector", "mm_projector", "MP", "projector", "connector", "merger", "aligner",
@@ -58,12 +59,14 @@ class ProjectorWatch:
         try:
             value = output if isinstance(output, Tensor) else next(e for e in output if isinstance(e, Tensor))
             if value.numel():
-                self._seen.append(projector_numbers(value))
+                is_small = value.is_cpu and value.nbytes <= MAX_LATE_BYTES // 4
+                # A small one on the host is copied and looked at later, as a training thread's operations are dear.
+                self._seen.append(value.detach().clone() if is_small else projector_numbers(value))
         except Exception as error:  # noqa: BLE001  (counted by the guard; the forward goes on)
             self.errors.append(error)
 
     def take(self) -> list[Tensor]:
-        """Return what was seen since the last call: root mean square and spread across images, float32 [2] each."""
+        """Return what was seen since the last call: root mean square and spread [2], or a small output itself."""
         seen, self._seen = self._seen, []
         return seen
 

@@ -15,6 +15,7 @@ from sidestep.protocol.limits import MAX_SIGNAL_HASHES, MAX_SIGNAL_MEAN_IDS
 from sidestep.protocol.messages import Signals
 from sidestep.trainer_hooks.signals.counts import NUM_COUNTS, add_counts
 from sidestep.trainer_hooks.signals.images import describe_images
+from sidestep.trainer_hooks.signals.late_rows import highest_means, late_projector_numbers
 from sidestep.trainer_hooks.signals.microbatch import HostCopies, MicroArrays, MicroSignals, micro_arrays
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -46,7 +47,7 @@ class StepSignals:
 
     microbatches: Sequence[MicroSignals] = ()
     projector: Sequence[Tensor] = ()
-    """Per call of the projector: root mean square and spread, float32 [2]."""
+    """Per call of the projector: root mean square and spread, float32 [2]; or what it gave, where that is small."""
     gradient_norm: Tensor | None = None
     """float32 [1]"""
     module_norms: Tensor | None = None
@@ -67,10 +68,11 @@ class StepSignals:
             highest = total.topk(min(MAX_SIGNAL_MEAN_IDS, total.shape[0]))
             made |= {"mean_ids": highest.indices.to(torch.int32), "mean_values": highest.values}
             self.vocabulary = total.shape[0]
+        else:
+            self.vocabulary = next((micro.vocabulary for micro in self.microbatches if micro.vocabulary), 0)
         for micro in self.microbatches:
             micro.mean_sum = None
-        if self.projector:
-            made["projector"] = torch.stack(tuple(self.projector)).to(torch.float32)
+        made |= {f"projector/{place}": tensor for place, tensor in enumerate(self.projector)}
         for name in ("gradient_norm", "module_norms", "heartbeat"):
             tensor = getattr(self, name)
             if tensor is not None:
@@ -89,11 +91,13 @@ def signals_message(facts: StepFacts, copies: Sequence[HostCopies | None], vocab
     counts = add_counts(np.stack([micro.counts for micro in micros])) if micros else unknown
     labelled = sum(micro.labelled for micro in micros)
     rows = _rows(micros, facts)
-    mean = _mean(arrays, rows["counted"])
+    mean = _mean(micros, arrays, rows["counted"])
     images = [array for name, array in arrays.items() if name.endswith("/images")]
+    images += [micro.image_numbers for micro in micros if micro.image_numbers is not None]
     image_hashes, deviations = describe_images(images)
-    rms, spread = _projector(arrays.get("projector"))
+    rms, spread = _projector([array for name, array in arrays.items() if name.startswith("projector/")])
     trainer = [array for name, array in arrays.items() if name.endswith("/trainer_loss")]
+    trainer += [np.array([micro.trainer_loss]) for micro in micros if micro.trainer_loss is not None]
     return Signals(
         step=facts.step,
         counts=counts,
@@ -162,19 +166,27 @@ def _rows(micros: Sequence[MicroArrays], facts: StepFacts) -> dict[str, Any]:
     }
 
 
-def _mean(arrays: Arrays, counted: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+def _mean(micros: Sequence[MicroArrays], arrays: Arrays, counted: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """The mean prediction; nothing where a row was no number, which makes all of it none."""
-    if not counted or "mean_values" not in arrays or not np.isfinite(arrays["mean_values"]).all():
-        return np.zeros(0, np.int32), np.zeros(0, np.float32)
-    return arrays["mean_ids"].astype(np.int32), (arrays["mean_values"] / counted).astype(np.float32)
+    none = np.zeros(0, np.int32), np.zeros(0, np.float32)
+    late = [micro.mean_sum for micro in micros if micro.mean_sum is not None]
+    if not counted or (not late and "mean_values" not in arrays):
+        return none
+    if late and any(each.shape != late[0].shape for each in late):
+        return none
+    ids, sums = highest_means(np.sum(late, axis=0), MAX_SIGNAL_MEAN_IDS) if late else (
+        arrays["mean_ids"].astype(np.int32), arrays["mean_values"]
+    )  # fmt: skip
+    return (ids, (sums / counted).astype(np.float32)) if np.isfinite(sums).all() else none
 
 
-def _projector(seen: NDArray[Any] | None) -> tuple[float, float]:
+def _projector(seen: Sequence[NDArray[Any]]) -> tuple[float, float]:
     """The lowest of each over the calls; of the spread, over those that saw more than one image."""
-    if seen is None or not seen.size:
+    if not seen:
         return -1.0, -1.0
-    spreads = seen[:, 1][~(seen[:, 1] < 0)]
-    return float(seen[:, 0].min()), float(spreads.min()) if spreads.size else -1.0
+    numbers = np.stack([each if each.ndim == 1 else late_projector_numbers(each) for each in seen])
+    spreads = numbers[:, 1][~(numbers[:, 1] < 0)]
+    return float(numbers[:, 0].min()), float(spreads.min()) if spreads.size else -1.0
 
 
 def _array(arrays: Arrays, name: str) -> NDArray[np.float32]:

@@ -11,6 +11,13 @@ from sidestep.trainer_hooks.reductions.alignment import align
 from sidestep.trainer_hooks.reductions.cross_entropy import logits_source
 from sidestep.trainer_hooks.reductions.runs import find_runs_on_host
 from sidestep.trainer_hooks.signals import rows as rows_module
+from sidestep.trainer_hooks.signals.late_rows import (
+    choose_window,
+    highest_means,
+    labelled_rows,
+    reduce_rows,
+    whole_answers,
+)
 from sidestep.trainer_hooks.signals.rows import choose_on_device, choose_on_host, row_signals
 
 EOS = 1
@@ -111,6 +118,46 @@ def test_rows_equal_float64(dtype: torch.dtype, chunk_bytes: int, monkeypatch: p
     assert read.predictions.tolist() == kept[row, position].float().argmax(dim=1).tolist()
     torch.testing.assert_close(read.mean_sum.double(), p.sum(dim=0), rtol=1e-5, atol=1e-6)
     assert torch.equal(logits, kept), "the trainer's logits are not touched"
+
+
+@pytest.mark.parametrize("eos_id", [EOS, None, 99])
+def test_rows_are_reduced_alike_later(eos_id: int | None) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 6, 33) * 6
+    logits[0, 0, :5] = -torch.inf
+    logits[1, 5] = torch.nan
+    row, position = torch.arange(12) // 6, torch.arange(12) % 6
+    targets = torch.tensor([6, 4, EOS, 32, 0, 33, -1, 5, 5, 5, 5, 5])
+    read = row_signals(logits_source(logits, 2, 6), row, position, targets, eos_id=eos_id, weights=None)
+    numbers, predictions, mean_sum = reduce_rows(logits.view(12, 33).numpy().copy(), targets.numpy(), eos_id)
+    np.testing.assert_allclose(numbers, read.numbers.numpy(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(predictions[:11], read.predictions.numpy()[:11])
+    np.testing.assert_allclose(mean_sum, read.mean_sum.numpy(), rtol=1e-5)
+    finite = (np.nan_to_num(mean_sum) + np.arange(33)).astype(np.float32)
+    ids, sums = highest_means(finite, 5)
+    assert ids.tolist() == np.argsort(-finite, kind="stable")[:5].tolist()
+    assert sums.tolist() == finite[ids].tolist()
+
+
+@pytest.mark.parametrize("max_rows", [0, 1, 3, 20, 64, 10_000])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_a_window_keeps_whole_answers(max_rows: int, shifted: bool) -> None:
+    for seed in range(20):
+        targets = random_labels(seed)
+        labels = targets if shifted else torch.cat((torch.full((6, 1), -100), targets[:, :-1]), dim=1)
+        if not shifted:
+            targets[:, -1] = -100
+        rows = labelled_rows(labels.numpy(), -100, shifted=shifted)
+        runs = find_runs_on_host(targets.numpy(), None, ignore_index=-100, eos_id=EOS)
+        assert rows.tolist() == runs.rows.tolist()
+        window = choose_window(rows, max_rows, seed)
+        kept, places, answers = whole_answers(window, runs)
+        assert window.index.size == min(max_rows, rows.size)
+        sizes = runs.stop - runs.first
+        for answer in np.unique(answers[kept]):
+            here = places[kept][answers[kept] == answer]
+            whole = here.tolist() == list(range(sizes[answer]))
+            assert whole or not [n for n in np.unique(answers) if (answers == n).sum() == sizes[n]]
 
 
 def test_weights_of_zero_do_not_count_in_the_mean() -> None:

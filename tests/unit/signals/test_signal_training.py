@@ -217,12 +217,13 @@ def test_labels_on_a_device_are_read_like_labels_on_the_host(shifted: bool, max_
     for name in ("counts", "hashes", "labelled"):
         np.testing.assert_array_equal(getattr(on_host, name), getattr(on_device, name))
     if max_rows == 1000:
-        for name in ("targets", "places", "answers", "losses", "entropies", "eos", "top", "predictions"):
+        for name in ("targets", "places", "answers", "predictions"):
             np.testing.assert_array_equal(getattr(on_host, name), getattr(on_device, name))
-        sums = [each.mean_sum for each in made]
-        assert sums[0] is not None
-        assert sums[1] is not None
-        torch.testing.assert_close(sums[0], sums[1])
+        for name in ("losses", "entropies", "eos", "top"):
+            np.testing.assert_allclose(getattr(on_host, name), getattr(on_device, name), rtol=1e-5, atol=1e-6)
+        assert on_host.mean_sum is not None
+        assert made[1].mean_sum is not None
+        np.testing.assert_allclose(on_host.mean_sum, made[1].mean_sum.detach().numpy(), rtol=1e-5)
     else:
         assert on_host.targets.size == 3
         assert on_device.targets.size == 5
