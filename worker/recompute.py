@@ -22,8 +22,10 @@ from sidestep.worker.intake.assembly import Journaled, journaled
 from sidestep.worker.intake.decisions import Ending, Incarnation
 from sidestep.worker.intake.journal import Journal
 from sidestep.worker.outbox import canonical
+from sidestep.worker.own_detectors import recorded, remember
 from sidestep.worker.pipeline import RunPipeline
 from sidestep.worker.records import StepClosing
+from sidestep.worker.rejudging import DETECTORS
 from sidestep.worker.replay import ROWS_FILE, entries_of, write_rows
 
 TAG: Final = "recomputed"
@@ -123,6 +125,7 @@ class _RunAgain:
         self._endings = {each.attempt: each for each in source.index.endings(run_id)}
         for digest in sorted(source.index.blob_digests() - target.index.blob_digests()):
             target.index.add_blob(digest, source.index.blob(digest) or b"", 0.0)
+        remember(target.index, recorded(source.index))
         self._hellos = sorted(self._read_hellos(), key=itemgetter(0))
         self._greet_next()
         self._pipeline = RunPipeline(
@@ -144,7 +147,7 @@ class _RunAgain:
         tag = f"{_TAG_PREFIX}{self._of}"[:_MAX_TAG_CHARACTERS]
         hello = replace(
             hello,
-            settings={**hello.settings, **self._changes},
+            settings=_changed(hello.settings, self._changes),
             tags=(*hello.tags, TAG, tag),
             name=f"{hello.name or self._of} ({TAG})",
         )
@@ -239,3 +242,10 @@ class _RunAgain:
     @staticmethod
     def _key(closing: StepClosing) -> tuple[int, int]:
         return closing.attempt, closing.step
+
+
+def _changed(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Put changes over a run's settings; of the detectors' rules those that are not named stay."""
+    before = settings.get(DETECTORS)
+    rules = {**(before if isinstance(before, Mapping) else {}), **changes.get(DETECTORS, {})}
+    return {**settings, **changes, **({DETECTORS: rules} if rules else {})}

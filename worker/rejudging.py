@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Final
 
+from sidestep.worker.detectors.settings import PREFIX, DetectorSettings, apply_assignments
 from sidestep.worker.errors import ConfigError
 from sidestep.worker.settings import RunSettings
 
@@ -42,6 +43,9 @@ def _number(least: float, most: float, told: str) -> Callable[[str], Any]:
     return convert
 
 
+DETECTORS: Final = "detectors"
+"""The setting that holds the values of detectors' rules."""
+
 _SHARE: Final = _number(0.0, 1.0, "a share from 0 to 1")
 
 SETTABLE: Final[Mapping[str, Callable[[str], Any]]] = {
@@ -71,6 +75,9 @@ def parse_changes(given: Sequence[str]) -> dict[str, Any]:
         name, text = name.strip(), text.strip()
         if not equals:
             raise ConfigError(f"--set {pair}: give it as name=value")
+        if name.startswith(PREFIX):
+            _change_detector(changes, name, text)
+            continue
         if name not in SETTABLE:
             raise ConfigError(f"--set {name}: {_why_not(name)}; what can be set is {', '.join(sorted(SETTABLE))}")
         if name in changes:
@@ -80,6 +87,25 @@ def parse_changes(given: Sequence[str]) -> dict[str, Any]:
         except ValueError as error:
             raise ConfigError(f"--set {name}={text}: {text!r} is not {error}") from error
     return changes
+
+
+def _change_detector(changes: dict[str, Any], name: str, text: str) -> None:
+    """Add ``detectors.NAME.FIELD=VALUE`` to what a run's settings say of its detectors."""
+    try:
+        apply_assignments(DetectorSettings(), [f"{name}={text}"])
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    detectors = changes.setdefault(DETECTORS, {})
+    if name.removeprefix(PREFIX) in detectors:
+        raise ConfigError(f"--set {name}: is set twice")
+    detectors[name.removeprefix(PREFIX)] = _as_number(text)
+
+
+def _as_number(text: str) -> float | int | bool:
+    known = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+    if text.lower() in known:
+        return known[text.lower()]
+    return int(text) if text.lstrip("+-").isdigit() else float(text)
 
 
 def _why_not(name: str) -> str:

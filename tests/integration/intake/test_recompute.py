@@ -7,6 +7,7 @@ import json
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ from tests.support.wire_trainer import WireTrainer, make_hello
 from tests.support.worker_process import WorkerProcess, wait_until
 
 from sidestep.protocol.messages import Goodbye, Notice
+from sidestep.worker.contexts import build_context, survey
+from sidestep.worker.detectors.settings import DetectorSettings
 from sidestep.worker.errors import ConfigError, JournalError
 from sidestep.worker.intake.journal import Journal
 from sidestep.worker.recompute import Recomputed, new_run_id, recompute
 from sidestep.worker.records import StepClosing
 from sidestep.worker.rejudging import SETTABLE, parse_changes
 from sidestep.worker.settings import RunSettings
+from sidestep.worker.watch_making import make_watch
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +120,24 @@ def test_other_settings_judge_anew_and_come_to_a_run_of_their_own(recorded: Work
     assert (out / "report.html").is_file()
 
 
+def test_a_detector_that_is_switched_off_makes_no_incident_when_it_is_judged_anew(
+    recorded: WorkerProcess, tmp_path: Path
+) -> None:
+    changes = parse_changes(["detectors.cal_up.enabled=false", "detectors.mass_excess.threshold=0.1"])
+    assert changes == {"detectors": {"cal_up.enabled": False, "mass_excess.threshold": 0.1}}
+    folder, (made,) = recompute(recorded.journal, tmp_path / "out", changes, lambda _: None, deadline_seconds=30.0)
+    rebuilt = Journal(folder, read_only=True)
+    (incarnation, *_rest) = rebuilt.index.incarnations(made.run_id)
+    record = survey(rebuilt.index, incarnation, 0)
+    context, _hello = build_context(rebuilt.index, record)
+    rebuilt.close()
+    settings = RunSettings.from_map(context.settings)
+    assert settings.detectors == changes["detectors"]
+    rules = make_watch(settings)._settings
+    assert rules.rule("cal_up") == replace(DetectorSettings().cal_up, enabled=False)
+    assert rules.mass_excess.threshold == 0.1
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [
@@ -127,6 +149,10 @@ def test_other_settings_judge_anew_and_come_to_a_run_of_their_own(recorded: Work
         (["max_new_tokens=3"], "--set max_new_tokens: the trainer acted by it"),
         (["nonsense=3"], "--set nonsense: no setting of that name is judged by; what can be set is answer_length"),
         (["excessive_eos=0.5", "excessive_eos=0.6"], "--set excessive_eos: is set twice"),
+        (["detectors.nothing.hits=2"], "--set detectors.nothing.hits: there is no detector 'nothing'"),
+        (["detectors.mass_excess.colour=2"], "mass_excess has no setting 'colour'"),
+        (["detectors.mass_excess.threshold=much"], "'much' is not a number"),
+        (["detectors.nonfinite.hits=2", "detectors.nonfinite.hits=3"], "is set twice"),
     ],
 )
 def test_what_cannot_be_set_is_told_with_the_option(given: list[str], told: str) -> None:
