@@ -79,7 +79,7 @@ class LossChanges:
         ordered = sorted(self._window.values)
         middle = ordered[len(ordered) // 2]
         is_beyond = z > rule.threshold and loss - middle > rule.rise
-        evidence = f"loss {loss:.3f}, {z:.1f} robust standard deviations over the median {middle:.3f} of the last"
+        evidence = f"loss {loss:.3f}, {z:.1f} robust standard deviations over the recent median {middle:.3f}"
         yield Reading(
             name="loss_spike", value=z, limit=rule.threshold, is_beyond=is_beyond, reference=middle, evidence=evidence
         )
