@@ -62,6 +62,10 @@ class Kind(IntEnum):
     COMMAND = 37
 
 
+COMMAND_TAKEN, COMMAND_LATE = "command-taken:", "command-late:"
+"""Codes of the notices by which a trainer answers a ``Command``, the command's id behind them."""
+
+
 class Lane(IntEnum):
     """How dear a message is: when the window is full the highest number goes first (docs/delivery.md, section 5)."""
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from sidestep.protocol.message_base import (
+    COMMAND_LATE,
+    COMMAND_TAKEN,
     ArraySpec,
     Float32Array,
     Float64Array,
@@ -32,6 +34,8 @@ from sidestep.protocol.message_base import (
 from sidestep.protocol.signals import SIGNAL_COUNTS, Probe, Signals
 
 __all__ = [
+    "COMMAND_LATE",
+    "COMMAND_TAKEN",
     "MESSAGE_TYPES",
     "SIGNAL_COUNTS",
     "STEP_KINDS",

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sidestep.protocol.messages import Command, Notice
+from sidestep.protocol.messages import COMMAND_LATE, COMMAND_TAKEN, Command, Notice
 from sidestep.trainer_hooks.boundary import StoreAgreement, group_store
 from sidestep.trainer_hooks.control import Agreement, Control, SingleProcessAgreement
 from sidestep.trainer_hooks.topology import Topology
 from sidestep.trainer_hooks.transport import Transport
-
-TAKEN, LATE = "command-taken:", "command-late:"
-"""Codes of the answers, the command's id behind them (worker/requests.py)."""
 
 
 class Commands:
@@ -47,7 +44,7 @@ class Commands:
     def _answer(self, command: Command, step: int, *, taken: bool) -> None:
         said = f"taken after step {step}" if taken else "not all ranks heard of it in time"
         text = f"sidestep: {command.action} ({command.reason}): {said}"
-        code = (TAKEN if taken else LATE) + command.command_id
+        code = (COMMAND_TAKEN if taken else COMMAND_LATE) + command.command_id
         self._transport.submit(Notice(text=text, code=code, level="info", step=step))
 
 

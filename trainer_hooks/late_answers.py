@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from sidestep.protocol.messages import Answers
 from sidestep.trainer_hooks.reductions.answers import answers_message
-from sidestep.trainer_hooks.reductions.runs import find_runs_on_host
+from sidestep.trainer_hooks.reductions.runs import find_runs_on_host, targets_on_host
 
 _HEAD = 3  # labelled positions, batches, batches without labels: the layout of reductions.answers.reduce_answers
 
@@ -30,10 +30,8 @@ class LabelReading:
 
     def counts(self, labels: NDArray[Any]) -> NDArray[np.int64]:
         """What ``reduce_answers`` says of these labels [b, t] or [t]: int64 [3 + t + 1]."""
-        targets = labels if labels.ndim == 2 else labels[None]
-        if not self.shifted:
-            filler = np.full((targets.shape[0], 1), self.ignore_index, targets.dtype)
-            targets = np.concatenate((targets[:, 1:], filler), axis=1)
+        rows = labels if labels.ndim == 2 else labels[None]
+        targets = targets_on_host(rows, self.ignore_index, shifted=self.shifted)
         runs = find_runs_on_host(targets, None, ignore_index=self.ignore_index, eos_id=self.eos_id)
         made = np.zeros(_HEAD + targets.shape[1] + 1, np.int64)
         made[:_HEAD] = runs.rows.size, 1, not runs.rows.size

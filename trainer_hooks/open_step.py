@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -19,7 +18,7 @@ from sidestep.trainer_hooks.reductions.learning_rate import learning_rates_messa
 from sidestep.trainer_hooks.reductions.loss_message import losses_message
 from sidestep.trainer_hooks.reductions.tokens import tokens_message
 from sidestep.trainer_hooks.signals.microbatch import MicroSignals
-from sidestep.trainer_hooks.staging import Staging
+from sidestep.trainer_hooks.staging import Staging, arrays_below
 from sidestep.trainer_hooks.step_counts import StepCounts
 
 Tensors = Mapping[str, torch.Tensor]
@@ -145,11 +144,11 @@ def _stage_small(opened: OpenStep, facts: StepFacts, staging: Staging, counts: S
     step, with_rates = facts.step, rates is not None
 
     def finish(arrays: Arrays) -> Sequence[Message]:
-        made: list[Message] = [*late(_below("answers/", arrays))]
-        if with_rates and not has_overflowed(rates_arrays := _below("rates/", arrays)):
+        made: list[Message] = [*late(arrays_below("answers/", arrays))]
+        if with_rates and not has_overflowed(rates_arrays := arrays_below("rates/", arrays)):
             made.append(learning_rates_message(step=step, arrays=rates_arrays))
         for place, (values, step_key, key_step, reduce) in enumerate(plain):
-            arrived = {name: array.item() for name, array in _below(f"logged{place}/", arrays).items()}
+            arrived = {name: array.item() for name, array in arrays_below(f"logged{place}/", arrays).items()}
             at = step if key_step is None else key_step
             told = {**values, **arrived}
             made.append(Scalars(step=step, values=told, step_key=step_key, key_step=at, reduce=reduce))
@@ -191,7 +190,7 @@ def _stage_batches(
     def finish(arrays: Arrays) -> Sequence[Message]:
         made: list[Message] = []
         for number, kind, reason in plan:
-            parts = _below(f"{number}/{kind.name}/", arrays)
+            parts = arrays_below(f"{number}/{kind.name}/", arrays)
             if kind is Kind.TOKENS:
                 made.append(tokens_message(step=step, microstep=number, arrays=parts))
             else:
@@ -226,9 +225,3 @@ def _groups(batches: Sequence[MicroBatch], facts: StepFacts) -> Iterator[list[tu
         size_bytes += needed
     if group:
         yield group
-
-
-def _below(prefix: str, arrays: Arrays) -> dict[str, NDArray[Any]]:
-    """The arrays whose names begin with a prefix, under the rest of their names."""
-    size = len(prefix)
-    return {name[size:]: np.asarray(array) for name, array in arrays.items() if name.startswith(prefix)}

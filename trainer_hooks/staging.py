@@ -212,3 +212,9 @@ def _to_array(tensor: torch.Tensor, *, owned: bool) -> NDArray[Any]:
         return tensor.float().numpy()
     array: NDArray[Any] = tensor.numpy()
     return array if owned else np.array(array, order="C")
+
+
+def arrays_below(prefix: str, arrays: Mapping[str, NDArray[Any]]) -> Arrays:
+    """Return the arrays whose names begin with a prefix, under the rest of their names."""
+    size = len(prefix)
+    return {name[size:]: np.asarray(array) for name, array in arrays.items() if name.startswith(prefix)}

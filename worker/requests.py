@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
-from sidestep.protocol.messages import Command, Notice
+from sidestep.protocol.messages import COMMAND_LATE, COMMAND_TAKEN, Command, Notice
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -20,8 +20,6 @@ FIRST_MARGIN_STEPS: Final = 20
 """How far ahead of the newest step a command is proposed at first."""
 MAX_PROPOSALS: Final = 6
 """The last one is 640 steps ahead."""
-TAKEN, LATE = "command-taken:", "command-late:"
-"""Codes of a trainer's answers, the command's id behind them."""
 SAMPLE: Final = "sample"
 MAX_OPEN: Final = 64
 
@@ -65,22 +63,16 @@ class Requests:
     def _propose(self, run_id: str, asked: _Open, newest_step: int) -> None:
         agreed = asked.world_size > 1 and asked.command.action != SAMPLE
         margin = FIRST_MARGIN_STEPS << (asked.proposals - 1)
-        command = asked.command
-        asked.command = Command(
-            action=command.action,
-            command_id=command.command_id,
-            reason=command.reason,
-            at_step=newest_step + margin if agreed else -1,
-        )
+        asked.command = replace(asked.command, at_step=newest_step + margin if agreed else -1)
         self._send(run_id, asked.command)
 
     def heard(self, run_id: str, notice: Notice) -> None:
         """Take a trainer's answer in; other notices are none of this."""
-        for prefix in (TAKEN, LATE):
+        for prefix in (COMMAND_TAKEN, COMMAND_LATE):
             if notice.code.startswith(prefix):
                 asked = self._open.get((run_id, notice.code.removeprefix(prefix)))
                 if asked is not None:
-                    self._answered(run_id, asked, notice, is_taken=prefix == TAKEN)
+                    self._answered(run_id, asked, notice, is_taken=prefix == COMMAND_TAKEN)
 
     def _answered(self, run_id: str, asked: _Open, notice: Notice, *, is_taken: bool) -> None:
         if is_taken:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from importlib.metadata import entry_points
 from typing import Final
 
-from sidestep.worker.detectors.plugins import GROUP, load_detectors
+from sidestep.worker.detectors.plugins import installed_references, load_detectors
 from sidestep.worker.detectors.settings import PREFIX, DetectorSettings, apply_assignments
 from sidestep.worker.settings import RunSettings
 from sidestep.worker.watch import Policy, Watch
@@ -47,12 +46,7 @@ def judges_otherwise(before: RunSettings, after: RunSettings) -> bool:
 
 def installed() -> tuple[str, ...]:
     """Return the references of detectors that are installed as entry points; a broken one is left out and said."""
-    found = []
-    for point in sorted(entry_points(group=GROUP), key=lambda each: (each.name, each.value)):
-        try:
-            load_detectors([point.value])
-        except ValueError as error:
-            _LOG.warning("the detector of the entry point %s is left out: %s", point.name, error)
-        else:
-            found.append(point.value)
+    found, problems = installed_references()
+    for problem in problems:
+        _LOG.warning("%s", problem)
     return tuple(found)

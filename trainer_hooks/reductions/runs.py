@@ -7,6 +7,7 @@ torch operations would cost more than the step may spend (docs/trainer.md, secti
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,6 +99,13 @@ class HostRuns:
         bits[starts] |= np.uint8(Role.FIRST)
         bits[~starts & (index <= first_end)] |= np.uint8(Role.LATER)
         return bits
+
+
+def targets_on_host(labels: NDArray[Any], ignore_index: int, *, shifted: bool) -> NDArray[Any]:
+    """Return the target of the logits at each position of labels [B, T]; where they are shifted, these themselves."""
+    if shifted:
+        return labels
+    return np.concatenate((labels[:, 1:], np.full_like(labels[:, :1], ignore_index)), axis=1)
 
 
 def find_runs_on_host(

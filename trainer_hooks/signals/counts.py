@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from sidestep.protocol.messages import SIGNAL_COUNTS
 from sidestep.trainer_hooks.reductions.alignment import AlignedBatch
-from sidestep.trainer_hooks.reductions.runs import find_runs_on_host
+from sidestep.trainer_hooks.reductions.runs import HostRuns, find_runs_on_host, targets_on_host
 
 NUM_COUNTS = len(SIGNAL_COUNTS)
 PADDING = SIGNAL_COUNTS.index("padding")
@@ -37,6 +37,11 @@ class Reading:
         """Whether the padding's id tells padding: where it is not the EOS as well."""
         return self.pad_id is not None and self.pad_id != self.eos_id
 
+    def targets_and_runs(self, labels: NDArray[Any]) -> tuple[NDArray[Any], HostRuns]:
+        """Return the target at each position of labels [B, T] on the host, and the answers among them."""
+        targets = targets_on_host(labels, self.ignore_index, shifted=self.shifted)
+        return targets, find_runs_on_host(targets, None, ignore_index=self.ignore_index, eos_id=self.eos_id)
+
 
 def count_on_host(
     reading: Reading, labels: NDArray[Any], ids: NDArray[Any] | None, mask: NDArray[Any] | None
@@ -49,16 +54,24 @@ def count_on_host(
         ids: int [B, T], or None.
         mask: the attention mask, [B, T], or None.
     """
-    targets = labels
-    if not reading.shifted:
-        targets = np.concatenate((labels[:, 1:], np.full_like(labels[:, :1], reading.ignore_index)), axis=1)
+    targets, runs = reading.targets_and_runs(labels)
+    return count_targets(reading, targets, runs, ids, mask)
+
+
+def count_targets(
+    reading: Reading,
+    targets: NDArray[Any],
+    runs: HostRuns,
+    ids: NDArray[Any] | None,
+    mask: NDArray[Any] | None,
+) -> NDArray[np.int64]:
+    """Count a micro-batch whose ``targets`` [B, T] and ``runs`` are known already (``Reading.targets_and_runs``)."""
     labelled = targets != reading.ignore_index
     real = None
     if mask is not None:
         real = mask != 0
     elif ids is not None and reading.pads_by_id:
         real = ids != reading.pad_id
-    runs = find_runs_on_host(targets, None, ignore_index=reading.ignore_index, eos_id=reading.eos_id)
     num_labelled = int(runs.rows.size)
     before_last = labelled[:, :-1]
     compared = equal = equal_next = 0

@@ -19,7 +19,8 @@ MAX_PIXELS_PER_IMAGE = 1 << 16
 """Of a larger image every so-manieth pixel is read: enough to tell pages of text apart."""
 _IMAGE_AXES = 3
 _NUMBERS = 4
-_FACTORS = (0.7548776662466927, 0.5698402909980532)
+PLACE_FACTORS = (0.7548776662466927, 0.5698402909980532)
+"""Of the two equidistributed sequences that weigh pixels by their places."""
 
 
 def find_images(given: Mapping[str, Any]) -> tuple[str, Any] | None:
@@ -93,7 +94,7 @@ def _numbers(flat: Tensor) -> Tensor:
     # Two equidistributed sequences: no two places weigh the same in both. The mean is taken out, so that pages of
     # paper differ by what is written on them.
     centred = pixels - mean
-    sums = [(centred * (places * factor).frac_().sub_(0.5)).mean(dim=1) for factor in _FACTORS]
+    sums = [(centred * (places * factor).frac_().sub_(0.5)).mean(dim=1) for factor in PLACE_FACTORS]
     return torch.stack((mean.squeeze(1), square, *sums), dim=1)
 
 

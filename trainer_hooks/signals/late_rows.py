@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 
 from sidestep.trainer_hooks.reductions.position_hash import position_hash_on_host
 from sidestep.trainer_hooks.reductions.runs import HostRuns
+from sidestep.trainer_hooks.signals.images import PLACE_FACTORS
+from sidestep.trainer_hooks.signals.rows import LEAST_LOGIT
 
 MAX_LATE_BYTES = 4 << 20
 """Of one micro-batch's rows, images or projector output, each: more is reduced on the spot."""
-_LEAST_LOGIT = np.float32(-1e30)
-_TOKEN_AXES = 3
-_FACTORS = (0.7548776662466927, 0.5698402909980532)
+TOKEN_AXES = 3
+"""Of a projector's output that tells images and their tokens apart; with fewer, each row stands for an image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ def reduce_rows(
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         predictions = logits.argmax(axis=1)
         logits -= logits[each, predictions][:, None]
-        np.maximum(logits, _LEAST_LOGIT, out=logits)
+        np.maximum(logits, np.float32(LEAST_LOGIT), out=logits)
         known = (targets >= 0) & (targets < width)
         of_target = logits[each, np.clip(targets, 0, width - 1)]
         exponentials = np.exp(logits)
@@ -116,7 +117,9 @@ def late_image_numbers(pixels: NDArray[Any]) -> NDArray[np.float32]:
     square = np.square(values).mean(axis=1)
     places = np.arange(values.shape[1], dtype=np.float32)
     centred = values - mean
-    sums = [(centred * (np.modf(places * np.float32(factor))[0] - np.float32(0.5))).mean(axis=1) for factor in _FACTORS]
+    sums = [
+        (centred * (np.modf(places * np.float32(factor))[0] - np.float32(0.5))).mean(axis=1) for factor in PLACE_FACTORS
+    ]
     return np.stack((mean[:, 0], square, *sums), axis=1).astype(np.float32)
 
 
@@ -125,7 +128,7 @@ def late_projector_numbers(value: NDArray[Any]) -> NDArray[np.float32]:
     values = value.astype(np.float32)
     rms = float(np.sqrt(np.square(values).mean()))
     features = values.shape[-1]
-    if values.ndim < _TOKEN_AXES:
+    if values.ndim < TOKEN_AXES:
         means = values.reshape(-1, features)
     else:
         means = values.reshape(values.shape[0], -1, features).mean(axis=1)

@@ -17,8 +17,7 @@ from sidestep.trainer_hooks.capture import Batch
 from sidestep.trainer_hooks.reductions.alignment import AlignedBatch
 from sidestep.trainer_hooks.reductions.cross_entropy import LogitsSource, head_source, logits_source
 from sidestep.trainer_hooks.reductions.host_index import to_device
-from sidestep.trainer_hooks.reductions.runs import find_runs_on_host
-from sidestep.trainer_hooks.signals.counts import DeviceHash, Reading, count_on_device, count_on_host, hash_on_host
+from sidestep.trainer_hooks.signals.counts import DeviceHash, Reading, count_on_device, count_targets, hash_on_host
 from sidestep.trainer_hooks.signals.images import image_numbers, image_rows
 from sidestep.trainer_hooks.signals.late_rows import (
     MAX_LATE_BYTES,
@@ -265,10 +264,7 @@ def _of_host(host: HostCopies, arrays: Arrays) -> MicroArrays:
     reading, window = host.reading, host.window
     labels, ids, mask = (None if t is None else t.numpy() for t in (host.labels, host.ids, host.mask))
     assert labels is not None  # noqa: S101
-    targets = labels
-    if not reading.shifted:
-        targets = np.concatenate((labels[:, 1:], np.full_like(labels[:, :1], reading.ignore_index)), axis=1)
-    runs = find_runs_on_host(targets, None, ignore_index=reading.ignore_index, eos_id=reading.eos_id)
+    targets, runs = reading.targets_and_runs(labels)
     kept, places, answers = whole_answers(window, runs)
     chosen = targets.reshape(-1)[window.index][kept].astype(np.int64)
     numbers, predictions, mean_sum = None, _NO_INTS, None
@@ -279,7 +275,7 @@ def _of_host(host: HostCopies, arrays: Arrays) -> MicroArrays:
     losses = arrays["losses"][kept] if "losses" in arrays else _NO_FLOATS
     has_rows = slice(None) if numbers is not None or losses.size else slice(0)
     return MicroArrays(
-        counts=count_on_host(reading, labels, ids, mask),
+        counts=count_targets(reading, targets, runs, ids, mask),
         hashes=hash_on_host(labels, ids),
         labelled=window.num_labelled,
         targets=chosen[has_rows].astype(np.int32),

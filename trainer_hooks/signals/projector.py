@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from sidestep.trainer_hooks.parameters import unwrapped
-from sidestep.trainer_hooks.signals.late_rows import MAX_LATE_BYTES
+from sidestep.trainer_hooks.signals.late_rows import MAX_LATE_BYTES, TOKEN_AXES
 
 PROJECTOR_NAMES = (
     "multi_modal_projector", "modality_projector", "mm_projector", "MP", "projector", "connector", "merger", "aligner",
     "resampler", "perceiver",
 )  # fmt: skip
 """Last components of the names that the field gives this module, in the order they are looked for."""
-_TOKEN_AXES = 3
 
 
 def find_projector(model: nn.Module) -> tuple[str, nn.Module] | None:
@@ -85,8 +84,8 @@ def projector_numbers(value: Tensor) -> Tensor:
         rows = value.detach()
         features = rows.shape[-1]
         rms = rows.float().square().mean().sqrt()
-        rows = rows.reshape(-1, features) if rows.dim() < _TOKEN_AXES else rows.reshape(rows.shape[0], -1, features)
-        means = rows.float() if rows.dim() < _TOKEN_AXES else rows.float().mean(dim=1)
+        rows = rows.reshape(-1, features) if rows.dim() < TOKEN_AXES else rows.reshape(rows.shape[0], -1, features)
+        means = rows.float() if rows.dim() < TOKEN_AXES else rows.float().mean(dim=1)
         spread = (means - means.mean(dim=0, keepdim=True)).square().mean().sqrt()
         # One image alone differs from none: its spread says nothing.
         return torch.stack((rms, spread if means.shape[0] > 1 else torch.full_like(spread, -1.0)))

@@ -20,7 +20,7 @@ from sidestep.trainer_hooks.reductions.runs import HostRuns
 
 _BYTES_PER_LOGIT = 12
 """Of a chunk's working memory: float32 logits, their exponentials, and one product."""
-_LEAST_LOGIT = -1e30
+LEAST_LOGIT = -1e30
 """Stands for logits of minus infinity: their product with a probability of 0 is then 0 and not NaN."""
 
 
@@ -121,7 +121,7 @@ def _reduce(logits: Tensor, targets: Tensor, eos_id: int | None, weights: Tensor
     width = logits.shape[1]
     logits = logits.to(torch.float32)
     most = logits.max(dim=1, keepdim=True)
-    logits.sub_(most.values).clamp_(min=_LEAST_LOGIT)
+    logits.sub_(most.values).clamp_(min=LEAST_LOGIT)
     of_target = logits.gather(1, targets.clamp(0, width - 1).unsqueeze(1)).squeeze(1)
     known = (targets >= 0) & (targets < width)
     exponentials = logits.exp()

@@ -17,6 +17,7 @@ from sidestep.trainer_hooks.signals.counts import NUM_COUNTS, add_counts
 from sidestep.trainer_hooks.signals.images import describe_images
 from sidestep.trainer_hooks.signals.late_rows import highest_means, late_projector_numbers
 from sidestep.trainer_hooks.signals.microbatch import HostCopies, MicroArrays, MicroSignals, micro_arrays
+from sidestep.trainer_hooks.staging import arrays_below
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -86,7 +87,7 @@ class StepSignals:
 
 def signals_message(facts: StepFacts, copies: Sequence[HostCopies | None], vocabulary: int, arrays: Arrays) -> Signals:
     """Make the message of a step from what was staged."""
-    micros = [micro_arrays(host, _below(f"{place}/", arrays)) for place, host in enumerate(copies)]
+    micros = [micro_arrays(host, arrays_below(f"{place}/", arrays)) for place, host in enumerate(copies)]
     unknown = np.full(NUM_COUNTS, -1, np.int64)  # no forward of the step showed labels
     counts = add_counts(np.stack([micro.counts for micro in micros])) if micros else unknown
     labelled = sum(micro.labelled for micro in micros)
@@ -195,8 +196,3 @@ def _array(arrays: Arrays, name: str) -> NDArray[np.float32]:
 
 def _joined(parts: Sequence[NDArray[Any]], dtype: type[np.generic]) -> NDArray[Any]:
     return np.concatenate(parts).astype(dtype, copy=False) if parts else np.zeros(0, dtype)
-
-
-def _below(prefix: str, arrays: Arrays) -> dict[str, NDArray[Any]]:
-    size = len(prefix)
-    return {name[size:]: array for name, array in arrays.items() if name.startswith(prefix)}

@@ -65,7 +65,6 @@ class SignalWatch:
         self._heartbeat = Heartbeat(model)
         found = find_projector(model)
         self._projector = ProjectorWatch(found[1], lambda: model.training) if found is not None else None
-        self.projector_name = found[0] if found is not None else ""
         self._images: Any = None
         self._gradient_norm: Tensor | None = None
         self._module_norms: Tensor | None = None
@@ -182,8 +181,9 @@ class SignalWatch:
         try:
             ran = probe.run(step)
         finally:
-            self._probed += time.perf_counter() - began
-            self._waited += time.perf_counter() - began
+            took = time.perf_counter() - began
+            self._probed += took
+            self.waited(took)
         if ran is not None:
             tensors, finish = ran
             kinds = (Kind.PROBE,)

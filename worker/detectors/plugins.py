@@ -156,11 +156,17 @@ def load_detectors(references: Sequence[str]) -> list[OwnDetector]:
 
 def installed_detectors() -> tuple[list[OwnDetector], list[str]]:
     """Return an instance of each installed entry point of ``GROUP``, and why others could not be made."""
-    made: list[OwnDetector] = []
+    found, problems = installed_references()
+    return list(found.values()), problems
+
+
+def installed_references() -> tuple[dict[str, OwnDetector], list[str]]:
+    """Return the same, each detector by the reference that loads it again."""
+    made: dict[str, OwnDetector] = {}
     problems: list[str] = []
     for point in sorted(entry_points(group=GROUP), key=lambda each: (each.name, each.value)):
         try:
-            made.append(_made(f"the entry point {point.name} = {point.value}", point.load()))
+            made[point.value] = _made(f"the entry point {point.name} = {point.value}", point.load())
         except Exception as error:  # noqa: BLE001
             problems.append(f"the detector of the entry point {point.name} = {point.value} is left out: {error}")
     return made, problems
