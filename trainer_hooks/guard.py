@@ -11,6 +11,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 
+from sidestep.trainer_hooks import courtesy
 from sidestep.trainer_hooks.console import Console
 
 Params = ParamSpec("Params")
@@ -35,6 +36,12 @@ class Guard:
         """Whether gradients were on where the current call came from."""
         self.failures: Counter[str] = Counter()
         """Exceptions by where they were raised."""
+        courtesy.watch(self)
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the training thread is within a hook; any thread may ask."""
+        return self._depth > 0
 
     def take_seconds(self) -> float:
         """Time in hooks since the last time this was asked, the current call's so far included."""

@@ -6,6 +6,7 @@ from sidestep.protocol.limits import MAX_PUBLISHER_TICK_BYTES, MAX_PUBLISHER_TIC
 from sidestep.trainer_hooks.connection import Connection, Connector
 from sidestep.trainer_hooks.console import Console
 from sidestep.trainer_hooks.conversation import Conversation
+from sidestep.trainer_hooks.courtesy import give_way
 
 _MAX_RECEIVED_PER_TICK = 64
 _BACKOFF_SECONDS = (1.0, 30.0)
@@ -73,6 +74,7 @@ class Link:
 
     def _receive(self, connection: Connection, now: float) -> None:
         for _ in range(_MAX_RECEIVED_PER_TICK):
+            give_way()
             frame = connection.receive()
             if frame is None:
                 return
@@ -83,6 +85,7 @@ class Link:
         num_bytes = 0
         self.is_blocked = False
         for _ in range(MAX_PUBLISHER_TICK_MESSAGES):
+            give_way()
             frame = self._conversation.next_frame(now)
             if frame is None or (num_bytes and num_bytes + len(frame) > MAX_PUBLISHER_TICK_BYTES):
                 return

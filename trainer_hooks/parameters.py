@@ -9,13 +9,14 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sidestep.trainer_hooks.meshes import holds_first, is_distributed, is_partial, largest_mesh, mesh_shape
 from sidestep.trainer_hooks.reductions.gradients import LocalGradient
 
 ROOT = "root"
@@ -88,6 +89,18 @@ class ParameterRow:
     trainable: bool
     group: int
     """Index of its parameter group; -1: the optimizer does not know it."""
+    is_first: bool = True
+    """Whether no rank before this one, within its copy of the model, holds the same share."""
+
+
+class HeldGradients(NamedTuple):
+    """What a look at the gradients of now has found."""
+
+    held: list[LocalGradient]
+    without: list[int]
+    """Rows of trainable parameters that have none."""
+    partial: list[int]
+    """Rows whose gradient is a term of a sum over ranks: no rank has its values."""
 
 
 class ParameterTable:
@@ -111,8 +124,16 @@ class ParameterTable:
         groups = _groups(optimizer)
         self.modules: tuple[str, ...] = tuple(dict.fromkeys(module for module, _ in placed))
         numbers = {module: number for number, module in enumerate(self.modules)}
+        mesh = mesh_shape(largest_mesh(model))
         self.rows: tuple[ParameterRow, ...] = tuple(
-            _row(name, parameter, numbers[module], param, groups.get(id(parameter), -1))
+            _row(
+                name,
+                parameter,
+                numbers[module],
+                param,
+                groups.get(id(parameter), -1),
+                is_first=holds_first(parameter, mesh),
+            )
             for (name, parameter), (module, _), param in zip(named, placed, params, strict=True)
         )
         self._parameters = tuple(weakref.ref(parameter) for _, parameter in named)
@@ -129,19 +150,25 @@ class ParameterTable:
             return None
         return self.modules[self.rows[row].module]
 
-    def gradients(self) -> tuple[list[LocalGradient], list[int]]:
-        """Return this step's gradients, and the rows of trainable parameters that have none."""
-        held: list[LocalGradient] = []
-        without: list[int] = []
+    def gradients(self) -> HeldGradients:
+        """Return this step's gradients: those held here, the missing ones, and those that no rank has."""
+        found = HeldGradients([], [], [])
         for number, (row, reference) in enumerate(zip(self.rows, self._parameters, strict=True)):
             parameter = reference()
             if parameter is None or not parameter.requires_grad:
                 continue
-            if parameter.grad is None:
-                without.append(number)
+            gradient = parameter.grad
+            if gradient is None:
+                found.without.append(number)
+            elif is_distributed(gradient) and is_partial(gradient):
+                found.partial.append(number)
             else:
-                held.append(LocalGradient(number, row.module, parameter.grad))
-        return held, without
+                found.held.append(LocalGradient(number, row.module, gradient))
+        return found
+
+    def of_first_holders(self, held: Iterable[LocalGradient]) -> list[LocalGradient]:
+        """Return those whose share no rank before this one holds: over the ranks, each element is in one of them."""
+        return [each for each in held if self.rows[each.parameter].is_first]
 
     def fits(self, model: nn.Module) -> bool:
         """Tell whether the model still has these parameters, as trainable as they were."""
@@ -217,7 +244,9 @@ def _groups(optimizer: Optimizer | None) -> dict[int, int]:
     return {id(each): index for index, group in enumerate(optimizer.param_groups) for each in group["params"]}
 
 
-def _row(name: str, parameter: nn.Parameter, module: int, param: str, group: int) -> ParameterRow:
+def _row(
+    name: str, parameter: nn.Parameter, module: int, param: str, group: int, *, is_first: bool
+) -> ParameterRow:
     shape = tuple(parameter.shape)
     local_shape, offset = _share(parameter)
     return ParameterRow(
@@ -229,13 +258,14 @@ def _row(name: str, parameter: nn.Parameter, module: int, param: str, group: int
         local_shape=local_shape,
         trainable=parameter.requires_grad,
         group=group,
+        is_first=is_first,
     )
 
 
 def _share(parameter: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return shape and offset of this rank's share; of a DTensor what its mesh and placements say."""
     shape = tuple(int(size) for size in parameter.shape)
-    if not hasattr(parameter, "placements"):
+    if not is_distributed(parameter):
         return shape, (0,) * len(shape)
     # Imported here: torch without distributed has no such module, and then no DTensor either.
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # noqa: PLC0415

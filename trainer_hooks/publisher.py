@@ -24,6 +24,7 @@ from sidestep.trainer_hooks.accounts import KindAccount
 from sidestep.trainer_hooks.connection import Connector, DealerConnector
 from sidestep.trainer_hooks.console import Console
 from sidestep.trainer_hooks.conversation import Conversation, Patience
+from sidestep.trainer_hooks.courtesy import give_way, make_courteous
 from sidestep.trainer_hooks.delivery import Delivery
 from sidestep.trainer_hooks.faults import POINTS, FaultyConnector, FaultyIntake
 from sidestep.trainer_hooks.link import Link
@@ -193,8 +194,10 @@ class Publisher:
     # ------------------------------------------------------------------------------------- the publisher thread
 
     def _run(self) -> None:
+        courtesy = make_courteous()
         try:
             while not self._is_done():
+                courtesy.new_tick()
                 try:
                     self._tick(time.monotonic())
                 except Exception as error:  # noqa: BLE001  (nothing may end this thread; it is counted and said)
@@ -251,6 +254,7 @@ class Publisher:
         """Take what the hooks and staging have; return whether there was anything."""
         num_before, num_steps = self._num_taken, 0
         while self._submissions:
+            give_way()
             message = self._submissions.popleft()
             if isinstance(message, StepEnd):
                 num_steps += 1
@@ -260,6 +264,7 @@ class Publisher:
             self._pace.steps_ended(num_steps, now)
         if self._source is not None:
             for message in self._source.poll():
+                give_way()
                 self._take(message)
             for skip in self._source.take_skips():
                 self._num_taken += 1

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from sidestep.protocol.messages import Kind, Message
 from sidestep.trainer_hooks.accounts import Skip
 from sidestep.trainer_hooks.console import Console
+from sidestep.trainer_hooks.courtesy import give_way
 from sidestep.trainer_hooks.pinned_ring import PinnedRing, Slot, is_capturing
 
 Arrays: TypeAlias = dict[str, NDArray[Any]]
@@ -109,7 +110,8 @@ class Staging:
             False where there is no room, a graph is being captured, or a tensor is on a device other than CPU and
             CUDA; the messages are then counted as dropped.
         """
-        self.advance()
+        if self._copying:
+            self.advance()
         entry = self._launch(tensors, finish, tuple(kinds), step, owned=owned, held_bytes=held_bytes)
         if entry is None:
             self._num_skipped += 1
@@ -152,24 +154,28 @@ class Staging:
         owned: bool,
         held_bytes: int,
     ) -> Entry | None:
-        if not tensors:
-            return Entry({}, None, finish, kinds, step, held_bytes) if self._has_room(held_bytes) else None
-        device = {name: tensor.detach() for name, tensor in tensors.items() if tensor.is_cuda}
-        host = {name: tensor.detach() for name, tensor in tensors.items() if tensor.is_cpu}
-        if len(device) + len(host) < len(tensors):
-            return None  # neither the CPU's nor CUDA's: there is no way that is known not to wait
-        size_bytes = held_bytes + sum(tensor.nbytes for tensor in tensors.values())
+        device: dict[str, torch.Tensor] = {}
+        size_bytes = held_bytes
+        for name, tensor in tensors.items():  # one plain loop: among cold caches each line of it counts
+            size_bytes += tensor.nbytes
+            if tensor.is_cuda:
+                device[name] = tensor.detach()
+            elif not tensor.is_cpu:
+                return None  # neither the CPU's nor CUDA's: there is no way that is known not to wait
         if not self._has_room(size_bytes):
             return None
-        slot = self._ring.copy(device) if device else None
-        if device and slot is None:
-            return None
-        arrays = {name: _to_array(tensor, owned=owned) for name, tensor in host.items()}
+        slot = None
+        if device:
+            slot = self._ring.copy(device)
+            if slot is None:
+                return None
+        arrays = {name: _to_array(tensor, owned=owned) for name, tensor in tensors.items() if name not in device}
         return Entry(arrays, slot, finish, kinds, step, size_bytes)
 
     def _has_room(self, size_bytes: int) -> bool:
-        held_bytes = self._staged_bytes - self._finished_bytes
-        return self.num_pending < _MAX_ENTRIES and held_bytes + size_bytes <= self._max_host_bytes
+        if self._num_staged - self._num_finished >= _MAX_ENTRIES:
+            return False
+        return self._staged_bytes - self._finished_bytes + size_bytes <= self._max_host_bytes
 
     @staticmethod
     def _is_done(entry: Entry) -> bool:
@@ -181,6 +187,7 @@ class Staging:
         """Finish what is ready and return its messages; never waits."""
         messages: list[Message] = []
         while self._ready:
+            give_way()
             entry = self._ready.popleft()
             made = self._finish(entry)
             messages += made
@@ -208,10 +215,12 @@ class Staging:
 
 def _to_array(tensor: torch.Tensor, *, owned: bool) -> NDArray[Any]:
     """Return a CPU tensor as an array of its own; trainers change theirs in place."""
-    if tensor.dtype == torch.bfloat16:
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.dtype is torch.bfloat16:
         return tensor.float().numpy()
     array: NDArray[Any] = tensor.numpy()
-    return array if owned else np.array(array, order="C")
+    return array if owned else array.copy()
 
 
 def arrays_below(prefix: str, arrays: Mapping[str, NDArray[Any]]) -> Arrays:

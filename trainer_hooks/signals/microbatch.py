@@ -14,6 +14,7 @@ from torch import Tensor
 from sidestep.protocol.limits import MAX_SIGNAL_HASHES
 from sidestep.protocol.messages import SIGNAL_COUNTS
 from sidestep.trainer_hooks.capture import Batch
+from sidestep.trainer_hooks.courtesy import give_way
 from sidestep.trainer_hooks.reductions.alignment import AlignedBatch
 from sidestep.trainer_hooks.reductions.cross_entropy import LogitsSource, head_source, logits_source
 from sidestep.trainer_hooks.reductions.host_index import to_device
@@ -257,6 +258,7 @@ _NO_FLOATS: NDArray[np.float32] = np.zeros(0, np.float32)
 
 def micro_arrays(host: HostCopies | None, arrays: Arrays) -> MicroArrays:
     """Put together what was staged of a micro-batch and what was copied of it; on the publisher's thread."""
+    give_way()
     return _of_device(arrays) if host is None else _of_host(host, arrays)
 
 
@@ -265,6 +267,7 @@ def _of_host(host: HostCopies, arrays: Arrays) -> MicroArrays:
     labels, ids, mask = (None if t is None else t.numpy() for t in (host.labels, host.ids, host.mask))
     assert labels is not None  # noqa: S101
     targets, runs = reading.targets_and_runs(labels)
+    give_way()
     kept, places, answers = whole_answers(window, runs)
     chosen = targets.reshape(-1)[window.index][kept].astype(np.int64)
     numbers, predictions, mean_sum = None, _NO_INTS, None
@@ -274,6 +277,7 @@ def _of_host(host: HostCopies, arrays: Arrays) -> MicroArrays:
         numbers, predictions = arrays["numbers"][:, kept], arrays["predictions"][kept].astype(np.int32)
     losses = arrays["losses"][kept] if "losses" in arrays else _NO_FLOATS
     has_rows = slice(None) if numbers is not None or losses.size else slice(0)
+    give_way()
     return MicroArrays(
         counts=count_targets(reading, targets, runs, ids, mask),
         hashes=hash_on_host(labels, ids),

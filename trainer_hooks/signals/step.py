@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sidestep.protocol.limits import MAX_SIGNAL_HASHES, MAX_SIGNAL_MEAN_IDS
 from sidestep.protocol.messages import Signals
+from sidestep.trainer_hooks.courtesy import give_way
 from sidestep.trainer_hooks.signals.counts import NUM_COUNTS, add_counts
 from sidestep.trainer_hooks.signals.images import describe_images
 from sidestep.trainer_hooks.signals.late_rows import highest_means, late_projector_numbers
@@ -91,8 +92,10 @@ def signals_message(facts: StepFacts, copies: Sequence[HostCopies | None], vocab
     unknown = np.full(NUM_COUNTS, -1, np.int64)  # no forward of the step showed labels
     counts = add_counts(np.stack([micro.counts for micro in micros])) if micros else unknown
     labelled = sum(micro.labelled for micro in micros)
+    give_way()
     rows = _rows(micros, facts)
     mean = _mean(micros, arrays, rows["counted"])
+    give_way()
     images = [array for name, array in arrays.items() if name.endswith("/images")]
     images += [micro.image_numbers for micro in micros if micro.image_numbers is not None]
     image_hashes, deviations = describe_images(images)
