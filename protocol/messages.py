@@ -88,7 +88,9 @@ class Hello(Message):
     """The step that the first ``StepEnd`` of this incarnation is expected to carry."""
     world_size: int = 1
     topology: Mapping[str, Json] = field(default_factory=dict)
-    """What rank this is: ``data_parallel_rank``, ``data_parallel_size``, ``local_rank``, ``host``, ``pid``, ..."""
+    """What rank this is: ``local_rank``, ``host``, ``pid``, ``wrapper``; ``data_parallel_rank`` of
+    ``data_parallel_size`` (ranks with the same one see the same batches); since 1.2 ``copy``, the number of the copy of
+    the parameters that it holds one of ``shares`` shares of, and ``mesh``: ``names``, ``shape``, ``coordinate``."""
     settings: Mapping[str, Json] = field(default_factory=dict)
     """``HooksConfig`` as a map: intervals, thresholds and verdict travel with the run, so that a replay has them."""
     run_config: Mapping[str, Json] = field(default_factory=dict)
@@ -213,6 +215,8 @@ class Gradients(Message):
     """The GradScaler's factor that these gradients still carry."""
     clipped: bool = False
     """True where they were taken after clipping, for want of a call before it."""
+    partial: Int32Array = field(default_factory=lambda: empty(np.int32))
+    """Rows whose gradient is a term of a sum over ranks, which no rank has: they are not among ``parameters`` [p]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

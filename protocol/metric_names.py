@@ -146,6 +146,16 @@ sidecar/refused/{kind}|count|messages|sum|those of this kind
 sidecar/resent|count|messages|sum|messages that were sent again
 sidecar/late_parts|count|messages|sum|messages of earlier steps that came since the closing before
 sidecar/ranks_seen|count|ranks|worker|ranks that ended the step, where they are not all
+sidecar/ranks_expected|count|ranks|worker|ranks that should have ended it, where they did not all
+sidecar/ranks/loss|number|nats|max|mean loss of the signals' rows of the rank where it is highest
+sidecar/ranks/loss_gap|number|nats|worker|how far it is above the median over ranks
+sidecar/ranks/loss_rank|count||worker|that rank
+sidecar/ranks/forward_seconds|number|seconds|max|host time to the end of the last forward of the rank that took longest
+sidecar/ranks/forward_seconds_gap|number|seconds|worker|how far it is above the median over ranks
+sidecar/ranks/forward_seconds_rank|count||worker|that rank
+sidecar/ranks/gradient_norm|number||worker|norm of the gradient of the copy of the model that is farthest from the median
+sidecar/ranks/gradient_norm_gap|number||worker|how far it is from the median over copies: 0 where they are alike
+sidecar/ranks/gradient_norm_rank|count||worker|the lowest rank of that copy
 sidecar/lag_seconds|number|seconds|max|from the end of the step to the arrival of its last message
 sidecar/hook_ms|number|milliseconds|max|time of the training thread in hooks during the step, generation left out
 sidecar/overhead|ratio||max|share of the step's time that its signals took of the training thread, or of the device
@@ -158,7 +168,10 @@ sidecar/scalars_left_out|count|values|sum|values that it logged and that a row c
 sidecar/refused_row|text||worker|why W&B was not told the values of this row
 sidecar/table_id|text||worker|which table this is, the same where it had to be sent again
 loss/trainer_nonfinite|count|batches|sum|micro-batches whose loss, as the trainer gave it, is not finite
+gradients/global/coverage|ratio||merge|share of the elements that were reported, where ranks hold shares of parameters
 gradients/global/params_incomplete|count||merge|parameters whose shares did not all come
+gradients/global/params_partial|count||union|parameters whose gradient is a term of a sum over ranks, which no rank has
+gradients/global/params_apart|count||worker|parameters of which ranks hold the same share with other gradients
 train/step|count|steps|worker|the optimizer step that the row belongs to
 train/attempt|count||worker|how often the run was resumed before
 train/epoch|count|epochs|max|the epoch that the step belongs to

@@ -116,6 +116,13 @@ class Signals(Message):
     """Device time of an earlier step's signals, by events; -1: none, or not measured."""
     rows_share: float = 1.0
     """Share of the rows' budget that was in use: below 1 where it was thinned to stay within ``overhead_budget``."""
+    norm_shares: int = 0
+    """Ranks over which the squares of ``module_norms`` add up to those of the whole; 0: they are the whole's."""
+    norms_clipped: bool = False
+    """True where ``module_norms`` were taken after clipping: only their sizes relative to each other are right."""
+    forward_seconds: float = -1.0
+    """Wall time on the host from the end of the step before, waits left out, to the end of this step's last forward:
+    what a rank took before it had to wait for others' backward; -1: not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sidestep.trainer_hooks.heads import find_head, head_sizes, parameter_names
+from sidestep.trainer_hooks.meshes import whole_or_none
 from sidestep.trainer_hooks.parameters import unwrapped
 
 _IDS = ("input_ids", "tokens", "idx", "input")
@@ -22,6 +23,12 @@ _POSITIONS = ("position_ids",)
 _CUMULATED = ("cu_seqlens", "cu_seq_lens_q")
 _PADDED_VOCABULARY_SHARE = 1.1
 _PADDED_VOCABULARY_ROWS = 1024
+
+SPREAD_LOGITS = (
+    "the logits are spread over ranks (loss parallel): no rank has a whole row of them, and joining them would be a "
+    "collective"
+)
+"""Why there are no per-token losses under a loss that is computed on shares of the vocabulary."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -58,6 +65,28 @@ class Batch:
     epoch: int | None = None
     captured: bool = False
     """Seen by the forward hook, not passed by the trainer."""
+    reason: str = ""
+    """Why there are no logits, where that is known."""
+
+
+_TENSOR_FIELDS = (
+    "input_ids", "labels", "attention_mask", "position_ids", "documents", "logits", "loss", "token_losses", "hidden",
+    "cu_seqlens",
+)  # fmt: skip
+
+
+def whole_batch(batch: Batch) -> Batch:
+    """Return the batch with local values for distributed tensors, and without those of which this rank has a part."""
+    spread = {
+        name: value
+        for name in _TENSOR_FIELDS
+        if isinstance(value := getattr(batch, name), torch.Tensor) and type(value) is not torch.Tensor
+    }
+    if not spread:
+        return batch
+    whole: dict[str, Any] = {name: whole_or_none(value) for name, value in spread.items()}
+    lost = "logits" in whole and whole["logits"] is None
+    return replace(batch, **whole, reason=SPREAD_LOGITS if lost else batch.reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +157,7 @@ class ForwardReader:
         logits, loss = self.outputs(output, shape)
         positions = given.get(_POSITIONS[0])
         cumulated = next((value for name in _CUMULATED if isinstance(value := given.get(name), torch.Tensor)), None)
-        return Batch(
+        made = Batch(
             input_ids=ids,
             labels=labels if labels is not None and labels.shape == shape else None,
             attention_mask=_of_shape(given, _MASKS, shape),
@@ -140,6 +169,7 @@ class ForwardReader:
             shifted=None if labels is None else shifted_labels is not None,
             captured=True,
         )
+        return whole_batch(made)
 
     def outputs(self, output: Any, shape: torch.Size | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Logits [b, t, v] and scalar loss of a forward's output: by name, else by shape in a tuple or alone."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sidestep.trainer_hooks.meshes import whole_or_none
 from sidestep.trainer_hooks.open_step import LoggedValues
 
 _INT64 = 1 << 63
@@ -22,7 +23,8 @@ def logged_values(
     """Sort what ``log`` was given; nested maps are flattened with dots, as W&B does.
 
     Returns:
-        The values, and the names of those that are neither number, bool, text nor a tensor of one element.
+        The values, and the names of those that are neither number, bool, text nor a tensor of one element; a DTensor
+        of which this rank has a part is left out too.
 
     Raises:
         TypeError: ``values`` is no mapping.
@@ -35,7 +37,8 @@ def logged_values(
     plain: dict[str, Any] = {}
     tensors: dict[str, torch.Tensor] = {}
     left_out: list[str] = []
-    for name, value in _flattened(values, ""):
+    for name, given in _flattened(values, ""):
+        value = whole_or_none(given) if isinstance(given, torch.Tensor) else given
         if isinstance(value, torch.Tensor) and value.numel() == 1 and value.device.type != "cpu":
             tensors[name] = value.detach().reshape(1).clone()
             continue

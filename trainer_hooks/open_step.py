@@ -56,6 +56,8 @@ class StepGradients:
     tensors: Tensors
     without_gradient: tuple[int, ...]
     clipped: bool
+    partial: tuple[int, ...] = ()
+    """Rows whose gradient no rank has."""
 
 
 @dataclass(slots=True, eq=False)
@@ -108,12 +110,19 @@ def stage_step(opened: OpenStep, facts: StepFacts, staging: Staging) -> StepCoun
         _stage_batches(numbered, len(opened.microbatches), facts, staging, counts)
     gradients = opened.gradients
     if gradients is not None and facts.applied and "gradients" in facts.due:
-        without, clipped, step = gradients.without_gradient, gradients.clipped, facts.step
+        step = facts.step
 
         def finish(arrays: Arrays) -> Sequence[Message]:
             if has_overflowed(arrays):
                 return []  # counted as given up; the step was none
-            return [gradients_message(step=step, arrays=arrays, without_gradient=without, clipped=clipped)]
+            made = gradients_message(
+                step=step,
+                arrays=arrays,
+                without_gradient=gradients.without_gradient,
+                clipped=gradients.clipped,
+                partial=gradients.partial,
+            )
+            return [made]
 
         kinds, tensors = (Kind.GRADIENTS,), with_flag(gradients.tensors, opened.overflow)
         counts.add(kinds, staged=staging.stage(tensors, finish, kinds=kinds, step=step, owned=True))

@@ -170,6 +170,15 @@ class ParameterTable:
         """Return those whose share no rank before this one holds: over the ranks, each element is in one of them."""
         return [each for each in held if self.rows[each.parameter].is_first]
 
+    def places(self) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+        """Return name, offset and local shape of each row: what the worker knows it by."""
+        return [(row.name, row.offset, row.local_shape) for row in self.rows]
+
+    def holds_shares(self) -> bool:
+        """Tell whether it is one of shares, all of which somebody still keeps."""
+        is_of_shares = any(row.local_shape != row.shape for row in self.rows)
+        return is_of_shares and all(reference() is not None for reference in self._parameters)
+
     def fits(self, model: nn.Module) -> bool:
         """Tell whether the model still has these parameters, as trainable as they were."""
         now = [(id(parameter), name, parameter.requires_grad) for name, parameter in named_parameters(model)]
@@ -244,11 +253,9 @@ def _groups(optimizer: Optimizer | None) -> dict[int, int]:
     return {id(each): index for index, group in enumerate(optimizer.param_groups) for each in group["params"]}
 
 
-def _row(
-    name: str, parameter: nn.Parameter, module: int, param: str, group: int, *, is_first: bool
-) -> ParameterRow:
+def _row(name: str, parameter: nn.Parameter, module: int, param: str, group: int, *, is_first: bool) -> ParameterRow:
     shape = tuple(parameter.shape)
-    local_shape, offset = _share(parameter)
+    local_shape, offset = share_of(parameter)
     return ParameterRow(
         name=name,
         module=module,
@@ -262,7 +269,7 @@ def _row(
     )
 
 
-def _share(parameter: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def share_of(parameter: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return shape and offset of this rank's share; of a DTensor what its mesh and placements say."""
     shape = tuple(int(size) for size in parameter.shape)
     if not is_distributed(parameter):

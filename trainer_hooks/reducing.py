@@ -68,7 +68,7 @@ class Reducer:
         if loss_due and batch.labels is not None:
             made.losses = _owned(self._losses(aligned, batch, step * _SEEDS_PER_STEP + microstep), sources)
             if "losses" not in made.losses:
-                made.reason = (
+                made.reason = batch.reason or (
                     "the trainer's forward shows no logits [b, t, v]; pass logits= or token_losses= to on_batch"
                 )
         return made

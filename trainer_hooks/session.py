@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from sidestep.protocol.messages import Command, Kind, Notice, StepEnd
-from sidestep.trainer_hooks.capture import Batch, ForwardReader, Outputs, complete_batch, remember_outputs
+from sidestep.trainer_hooks.capture import Batch, ForwardReader, Outputs, complete_batch, remember_outputs, whole_batch
 from sidestep.trainer_hooks.commands import Commands
 from sidestep.trainer_hooks.config import HooksConfig
 from sidestep.trainer_hooks.generation import Generator
@@ -62,7 +62,9 @@ class Parts:
     scaler: Any
     topology: Topology
     takes_gradients: bool
-    """Whether this rank ships gradients: of replicas, the first alone does."""
+    """Whether this rank ships gradients: of copies of the model, the first alone does."""
+    takes_norms: bool
+    """Whether it takes their norms for the detectors: every copy does, so that those that differ are seen."""
     signals: SignalWatch | None
     """What looks at every step for the detectors, where that is wanted."""
     on_incident: Callable[[Command], object] | None = None
@@ -137,6 +139,7 @@ class Session:
             is_read = opened.due or self._parts.signals is not None
             if is_read and (batch.logits is None or batch.loss is None):
                 batch = complete_batch(batch, outputs)
+        batch = whole_batch(batch)
         if batch.epoch is not None:
             self.epoch = int(batch.epoch)
         if batch.input_ids is None and batch.labels is None:
@@ -241,7 +244,9 @@ class Session:
             self._now().logged.append(made)
         if left_out:
             self.notice(
-                "not-logged", f"log() takes numbers, bools, texts and tensors of one element; left out: {left_out[0]}"
+                "not-logged",
+                "log() takes numbers, bools, texts and tensors of one element (of a DTensor what full_tensor() gives, "
+                f"called on all ranks); left out: {left_out[0]}",
             )
 
     @guarded
@@ -313,23 +318,26 @@ class Session:
             return
         if not self._table.fits(self._parts.model):
             self._table = self._renewed_table()
-        held, without = self._table.gradients()
-        if held:
+        held, without, partial = self._table.gradients()
+        if held or partial:
             scale = carried_scale(self._parts.optimizer, self._parts.scaler)
-            opened.gradients = StepGradients(reduce_gradients(held, scale), tuple(without), clipped)
+            opened.gradients = StepGradients(reduce_gradients(held, scale), tuple(without), clipped, tuple(partial))
 
     def _take_norms(self, opened: OpenStep, *, clipped: bool) -> None:
         watch = self._parts.signals
-        if watch is None or not self._parts.takes_gradients or not watch.wants_gradients(opened.expected):
+        if watch is None or not self._parts.takes_norms or not watch.wants_gradients(opened.expected):
             return
         scale = carried_scale(self._parts.optimizer, self._parts.scaler)
-        watch.gradients(self._table.gradients()[0], len(self._table.modules), scale, clipped=clipped)
+        held = self._table.of_first_holders(self._table.gradients().held)
+        watch.gradients(held, len(self._table.modules), scale, clipped=clipped)
 
     def _renewed_table(self) -> ParameterTable:
         """The table with the parameters of now; rows keep their numbers, which the worker knows."""
         renewed = self._parts.make_table()
-        if [row.name for row in renewed.rows] == [row.name for row in self._table.rows]:
+        if renewed.places() == self._table.places():
             return renewed
+        if self._table.holds_shares():  # gathered for a while by FSDP, which keeps the shares and their gradients
+            return self._table
         self.notice("parameters", "parameters were replaced since attach(): gradients of those known then are shown.")
         return self._table
 

@@ -25,6 +25,7 @@ from sidestep.worker.metrics.answers import count_answers
 from sidestep.worker.metrics.measurement import Value, notice_once
 from sidestep.worker.notice_board import NoticeBoard
 from sidestep.worker.outbox import OutboxEntry, entry
+from sidestep.worker.rank_facts import missing_ranks, rank_facts
 from sidestep.worker.records import AssembledStep, Part, RunContext
 from sidestep.worker.run_accounts import RunAccounts
 from sidestep.worker.run_entry import run_entry
@@ -338,8 +339,11 @@ class RunProjection:
             own["sidecar/scalars_left_out"] = logged.num_left_out
         first, *further = logged.rows
         if own or first or changed(lost, self._lost_written):
-            draft.add_row({**companions, **lost, **first, **own})
+            draft.add_row({**rank_facts(step, self._context), **companions, **lost, **first, **own})
             self._lost_written = lost
+        missing = missing_ranks(step, self._context)
+        if missing is not None:
+            self._tell(missing, draft)
         for row in further:
             draft.add_row(row)
         self._remembered.update({key: (step.step, found.values[key]) for key in REMEMBERED if key in found.values})

@@ -14,6 +14,7 @@ import numpy as np
 
 from sidestep.protocol.messages import Gradients, Kind, LearningRates, Losses, Probe, Signals
 from sidestep.protocol.signals import SIGNAL_COUNTS
+from sidestep.worker.copy_norms import whole_norms
 from sidestep.worker.metrics.measurement import distinct_batches, messages_of
 from sidestep.worker.record_batches import batch_facts
 from sidestep.worker.record_rows import mean_facts, row_facts, sound_rows
@@ -38,7 +39,8 @@ def build_record(step: AssembledStep, context: RunContext) -> StepRecord:
     facts.update(batch_facts(signals))
     facts.update(weight_facts(messages_of(first_of_rank, Signals)))
     facts.update(module_facts(messages_of(first_of_rank, Signals), context))
-    facts.update(_gradient_facts(step, messages_of(first_of_rank, Signals), is_applied=applied is not False))
+    norms = whole_norms(messages_of(first_of_rank, Signals), context)
+    facts.update(_gradient_facts(step, list(norms.values()), is_applied=applied is not False))
     facts.update(_loss_facts(step, signals, facts))
     facts.update(_probe_facts(step))
     return StepRecord(
@@ -106,9 +108,8 @@ def _count(value: float) -> int:
     return int(min(max(value, 0.0), float(MAX_COUNT))) if math.isfinite(value) else 0
 
 
-def _gradient_facts(step: AssembledStep, signals: Sequence[tuple[int, Signals]], *, is_applied: bool) -> dict[str, Any]:
+def _gradient_facts(step: AssembledStep, norms: Sequence[float], *, is_applied: bool) -> dict[str, Any]:
     """Norms of a skipped step are a GradScaler's business: infinite ones are how it finds its factor."""
-    norms = [float(message.gradient_norm[0]) for _, message in signals if message.gradient_norm.size]
     if not is_applied:
         return {"nonfinite_gradients": 0, "gradient_norm": None}
     due = [message for _, message in messages_of(step.parts.get(Kind.GRADIENTS, ()), Gradients)]

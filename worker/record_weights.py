@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sidestep.protocol.messages import Json, Signals
+from sidestep.worker.copy_norms import norms_by_copy
 from sidestep.worker.records import RunContext
 from sidestep.worker.step_record import MAX_MODULES
 
@@ -56,7 +57,7 @@ def module_names(context: RunContext) -> list[str]:
 
 def module_facts(signals: Sequence[tuple[int, Signals]], context: RunContext) -> dict[str, Any]:
     """Merge the modules' norms over ranks: the largest, which is every rank's own where gradients are averaged."""
-    sent = [m.module_norms for _, m in signals if m.module_norms.size and m.module_norms.ndim == 1]
+    sent = [norms for norms, _ in norms_by_copy(signals, context).values()]
     if not sent or len({norms.size for norms in sent}) > 1:
         return {}
     stacked: NDArray[np.float64] = np.stack(sent).astype(np.float64)

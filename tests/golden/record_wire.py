@@ -56,7 +56,7 @@ def every_kind() -> list[m.Message]:
             tags=("a", "b"),
             start_step=7,
             world_size=4,
-            topology={"local_rank": 1, "host": "h"},
+            topology={"local_rank": 1, "host": "h", "data_parallel_rank": 1, "copy": 1, "shares": 2},
             settings={"lr_interval": 25},
             run_config={"lr": 1e-3, "x": [1, None]},
             environment={"python": "3.11"},
@@ -108,6 +108,7 @@ def every_kind() -> list[m.Message]:
             histograms=np.arange(64, dtype=np.int64)[None],
             scale=1024.0,
             clipped=True,
+            partial=i32(3),
         ),
         m.Answers(
             step=7, epoch=1, lengths=i32(1, 4), counts=i64(2, 3), labelled=30, batches=2, batches_without_labels=1
@@ -167,6 +168,9 @@ def every_kind() -> list[m.Message]:
             signal_seconds=0.001,
             device_seconds=0.0005,
             rows_share=0.5,
+            norm_shares=2,
+            norms_clipped=True,
+            forward_seconds=0.25,
         ),
         m.Probe(step=7, loss=1.0, rolled_loss=1.5, labelled=30, images=4, seconds=0.25),
         m.Heartbeat(newest_step=7),

@@ -230,6 +230,7 @@ def gradients_message(
     arrays: Mapping[str, NDArray[Any]],
     without_gradient: Sequence[int] = (),
     clipped: bool = False,
+    partial: Sequence[int] = (),
 ) -> Gradients:
     """Compact what ``reduce_gradients`` returned, once it is on the host.
 
@@ -238,6 +239,7 @@ def gradients_message(
         arrays: host copies, by the names of ``reduce_gradients``.
         without_gradient: rows of trainable parameters that had no gradient.
         clipped: whether the gradients were taken after clipping.
+        partial: rows whose gradient is a term of a sum over ranks.
     """
     sums, counts = arrays["sums"], arrays["counts"]
     not_zero, finite_not_zero = (sums[:, column].astype(np.int64) for column in (_NOT_ZERO, _FINITE_NOT_ZERO))
@@ -263,4 +265,5 @@ def gradients_message(
         histograms=arrays["histograms"],
         scale=float(arrays["scale"][0]),
         clipped=clipped,
+        partial=np.asarray(partial, np.int32),
     )

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sidestep.protocol.limits import MAX_HEARTBEAT_WEIGHTS
-from sidestep.trainer_hooks.parameters import named_parameters
+from sidestep.trainer_hooks.meshes import is_distributed
+from sidestep.trainer_hooks.parameters import named_parameters, share_of
 
 _PARAMETERS = 16
 _LOOK_EVERY = 10
@@ -56,8 +57,14 @@ class Heartbeat:
         every = max(1, len(trained) // _PARAMETERS)
         chosen = trained[every // 2 :: every][:_PARAMETERS]
         self._chosen = [(parameter, _middle(parameter), _memory(parameter)) for _, parameter in chosen]
-        names = ",".join(f"{name}:{tuple(_local(parameter).shape)}" for name, parameter in chosen)
+        names = ",".join(_described(name, parameter) for name, parameter in chosen)
         self.digest = zlib.crc32(names.encode("utf-8"))
+
+
+def _described(name: str, parameter: nn.Parameter) -> str:
+    """Which share this is: other ranks' weights are compared with it only where it is theirs too."""
+    shape, offset = share_of(parameter)
+    return f"{name}:{shape}@{offset}" if is_distributed(parameter) else f"{name}:{shape}"
 
 
 def _local(parameter: Any) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sidestep.trainer_hooks.meshes import whole_or_none
 from sidestep.trainer_hooks.parameters import unwrapped
 from sidestep.trainer_hooks.signals.late_rows import MAX_LATE_BYTES, TOKEN_AXES
 
@@ -56,8 +57,9 @@ class ProjectorWatch:
         if not torch.is_grad_enabled() or not self._is_wanted():
             return
         try:
-            value = output if isinstance(output, Tensor) else next(e for e in output if isinstance(e, Tensor))
-            if value.numel():
+            given = output if isinstance(output, Tensor) else next(e for e in output if isinstance(e, Tensor))
+            value = whole_or_none(given)
+            if value is not None and value.numel():
                 is_small = value.is_cpu and value.nbytes <= MAX_LATE_BYTES // 4
                 # A small one on the host is copied and looked at later, as a training thread's operations are dear.
                 self._seen.append(value.detach().clone() if is_small else projector_numbers(value))

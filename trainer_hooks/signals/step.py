@@ -41,6 +41,9 @@ class StepFacts:
     device_seconds: float = -1.0
     rows_share: float = 1.0
     heartbeat_digest: int = 0
+    norm_shares: int = 0
+    norms_clipped: bool = False
+    forward_seconds: float = -1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -134,6 +137,9 @@ def signals_message(facts: StepFacts, copies: Sequence[HostCopies | None], vocab
         signal_seconds=facts.signal_seconds,
         device_seconds=facts.device_seconds,
         rows_share=facts.rows_share,
+        norm_shares=facts.norm_shares,
+        norms_clipped=facts.norms_clipped,
+        forward_seconds=facts.forward_seconds,
     )
 
 

@@ -68,16 +68,19 @@ class SignalWatch:
         self._images: Any = None
         self._gradient_norm: Tensor | None = None
         self._module_norms: Tensor | None = None
+        self._norms_clipped = False
         self._beat: Tensor | None = None
         self._rates: tuple[float, ...] = ()
         self._num_microbatches = 1
         self._seconds = self._waited = self._probed = 0.0
         self._ended_at: float | None = None
+        self._forward_at: float | None = None
 
     # ------------------------------------------------------------------------------------------------ what is seen
 
     def forward(self, given: Mapping[str, Any], step: int) -> None:
         """Remember the images among a forward's arguments until its micro-batch is read; longer for the probe alone."""
+        self._forward_at = time.perf_counter()
         found = find_images(given)
         self._images = None if found is None else found[1]
         if found is not None and self._probe is not None and self._probe.is_due(step):
@@ -113,10 +116,10 @@ class SignalWatch:
 
     def _rows(self, step: int) -> int:
         """Rows of this micro-batch on this rank: where there are many ranks, a few take turns."""
-        wanted, ranks = self._config.signal_rows_per_step, self._topology.world_size
+        wanted, ranks = self._config.signal_rows_per_step, self._topology.data_size
         lookers = max(1, min(ranks, wanted // LEAST_ROWS_PER_STEP))
         turn = -(-ranks // lookers)
-        if (self._topology.rank + step) % turn:
+        if (self._topology.data_rank + step) % turn:
             return 0
         return max(1, self.budget.rows(wanted, lookers) // max(1, self._num_microbatches))
 
@@ -128,10 +131,15 @@ class SignalWatch:
     def gradients(
         self, held: Sequence[LocalGradient], num_modules: int, scale: Tensor | float | None, *, clipped: bool
     ) -> None:
-        """Take the norms of a step's gradients; of clipped ones their sizes relative to each other are right."""
+        """Take the norms of a step's gradients; of clipped ones their sizes relative to each other are right.
+
+        Of shares, the worker adds up the squares over the ranks: no two of them may hold the same elements.
+        """
         began = time.perf_counter()
         self._module_norms = module_norms(held, num_modules, scale)
-        if self._module_norms is not None and not clipped and self._gradient_norm is None:
+        self._norms_clipped = clipped
+        is_whole = self._topology.num_shares == 1
+        if self._module_norms is not None and is_whole and not clipped and self._gradient_norm is None:
             self._gradient_norm = whole_norm(self._module_norms)
         self._seconds += time.perf_counter() - began
 
@@ -229,9 +237,18 @@ class SignalWatch:
             device_seconds=device_seconds,
             rows_share=self.budget.share,
             heartbeat_digest=self._heartbeat.digest,
+            norm_shares=0 if self._topology.num_shares == 1 else self._topology.num_shares,
+            norms_clipped=self._norms_clipped,
+            forward_seconds=self._forward_seconds(),
         )
         self._ended_at, self._seconds, self._waited, self._rates = now, 0.0, 0.0, ()
+        self._forward_at, self._norms_clipped = None, False
         return facts
+
+    def _forward_seconds(self) -> float:
+        if self._ended_at is None or self._forward_at is None:
+            return -1.0
+        return max(0.0, self._forward_at - self._ended_at - self._waited)
 
     def take_waited(self) -> float:
         """Return the seconds that probes took since the last call, which the hooks' own account leaves out."""

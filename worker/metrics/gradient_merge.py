@@ -25,6 +25,9 @@ _MAX_EXPONENT = 1_100
 
 ShardKey: TypeAlias = tuple[str, tuple[tuple[int, ...], tuple[int, ...]]]
 
+APART = 0.01
+"""Relative difference of the norms from which copies of a share are not the same: rounding of other kernels is less."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
@@ -61,6 +64,14 @@ class MergedGradients:
     incomplete_modules: set[str] = field(default_factory=set)
     """The modules that those belong to."""
     without_gradient: int = 0
+    partial: list[str] = field(default_factory=list)
+    """Names of those whose gradient is a term of a sum over ranks: no rank has its values."""
+    apart: list[Apart] = field(default_factory=list)
+    """Shares that several ranks hold and say different things of, one a parameter."""
+    num_elements: int = 0
+    """Elements of all parameters of which anything was reported."""
+    num_covered: int = 0
+    """Elements that were reported, each share once."""
     histograms: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     """Module to counts of log10 of the absolute value, in bins shifted by ``histogram_shift``."""
     histogram_shift: float = 0.0
@@ -69,31 +80,65 @@ class MergedGradients:
     malformed_parts: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Apart:
+    """Two ranks that hold the same share of a parameter, and whose gradients of it differ."""
+
+    name: str
+    ranks: tuple[int, int]
+    norms: tuple[float, float]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Shares:
+    """What the ranks sent, by parameter and share."""
+
+    rows: dict[str, ParameterRow] = field(default_factory=dict)
+    reports: dict[str, dict[ShardKey, Report]] = field(default_factory=dict)
+    """Of each share the lowest rank's."""
+    holders: dict[ShardKey, int] = field(default_factory=dict)
+    """That rank."""
+    apart: dict[str, Apart] = field(default_factory=dict)
+    missing: set[str] = field(default_factory=set)
+    partial: dict[str, str] = field(default_factory=dict)
+    """Parameters whose values no rank has, to their modules."""
+
+    def add(self, rank: int, part: Gradients, table: Sequence[ParameterRow]) -> None:
+        for place, number in enumerate(part.parameters.tolist()):
+            row = table[number]
+            self.rows.setdefault(row.name, row)
+            key, report = (row.name, row.shard), _report(part, place)
+            kept = self.reports.setdefault(row.name, {}).setdefault(key, report)
+            first = self.holders.setdefault(key, rank)
+            if first != rank and row.name not in self.apart and _is_apart(kept, report):
+                norms = (kept.moments.norm or 0.0, report.moments.norm or 0.0)
+                self.apart[row.name] = Apart(name=row.name, ranks=(first, rank), norms=norms)
+        self.missing.update(table[number].name for number in part.without_gradient.tolist())
+        self.partial.update({table[number].name: table[number].module for number in part.partial.tolist()})
+
+
 def merge_gradients(parts: Sequence[tuple[int, Gradients]], tables: ParameterTables) -> MergedGradients:
     """Merge (rank, ``Gradients``) by parameter and share; a part that breaks its layout is left out and counted."""
     merged = MergedGradients()
     sound = [(rank, part) for rank, part in parts if _is_sound(part, len(tables.rows(rank)))]
     merged.malformed_parts = len(parts) - len(sound)
     merged.clipped = any(part.clipped for _, part in sound)
-    rows: dict[str, ParameterRow] = {}
-    shares: dict[str, dict[ShardKey, Report]] = {}
-    missing: set[str] = set()
+    shares = _Shares()
     for rank, part in sound:
-        table = tables.rows(rank)
-        for place, number in enumerate(part.parameters.tolist()):
-            row = table[number]
-            rows.setdefault(row.name, row)
-            shares.setdefault(row.name, {}).setdefault((row.name, row.shard), _report(part, place))
-        missing.update(table[number].name for number in part.without_gradient.tolist())
-    for name, by_share in shares.items():
-        report = Report.merged([by_share[key] for key in sorted(by_share)])
-        if report.count == rows[name].numel:
-            merged.whole.append((rows[name], report))
-        else:
+        shares.add(rank, part, tables.rows(rank))
+    merged.apart, merged.partial = list(shares.apart.values()), list(shares.partial)
+    merged.incomplete_modules.update(shares.partial.values())
+    for name, by_share in shares.reports.items():
+        row, report = shares.rows[name], Report.merged([by_share[key] for key in sorted(by_share)])
+        merged.num_elements += row.numel
+        merged.num_covered += min(report.count, row.numel)
+        if report.count != row.numel:
             merged.incomplete.append(name)
-            merged.incomplete_modules.add(rows[name].module)
-    merged.without_gradient = len(missing - shares.keys())
-    _merge_histograms(sound, tables, shares, rows, merged)
+            merged.incomplete_modules.add(row.module)
+        elif name not in shares.partial:
+            merged.whole.append((row, report))
+    merged.without_gradient = len(shares.missing - shares.reports.keys() - shares.partial.keys())
+    _merge_histograms(sound, tables, shares.reports, shares.rows, merged)
     return merged
 
 
@@ -103,7 +148,7 @@ def _is_sound(part: Gradients, num_rows: int) -> bool:
         return False
     if not (math.isfinite(part.scale) and part.scale > 0):
         return False
-    numbers = np.concatenate([part.parameters, part.without_gradient])
+    numbers = np.concatenate([part.parameters, part.without_gradient, part.partial])
     if numbers.size and (numbers.min() < 0 or numbers.max() >= num_rows):
         return False
     finite = part.counts - part.nonfinite
@@ -119,6 +164,14 @@ def _is_sound(part: Gradients, num_rows: int) -> bool:
         and np.isfinite(part.absmax[finite > 0]).all()
         and part.histograms.size == part.histogram_modules.size * GRADIENT_HISTOGRAM_BINS
     )
+
+
+def _is_apart(one: Report, other: Report) -> bool:
+    """Whether copies of a share differ by more than rounding; of what is not finite, how many elements are."""
+    if (one.count, one.num_nonfinite) != (other.count, other.num_nonfinite):
+        return True
+    norms = one.moments.norm or 0.0, other.moments.norm or 0.0
+    return abs(norms[0] - norms[1]) > APART * max(norms)
 
 
 def _report(part: Gradients, place: int) -> Report:

@@ -47,6 +47,17 @@ def measure_gradients(parts: Sequence[Part], context: RunContext, *, detail: str
     _measure_groups(merged, detail, _num_charts(received[0][0], tables, detail), step, found)
     _measure_modules(merged, found)
     _measure_all(merged, found)
+    _tell_ranks(merged, tables, [rank for rank, _ in received], step, found)
+    return found
+
+
+def _tell_ranks(
+    merged: MergedGradients, tables: ParameterTables, ranks: Sequence[int], step: int, found: Measurement
+) -> None:
+    """Say how much of the gradients came, and which of it no rank has or several say differently."""
+    are_shares = any(tables.holds_shares(rank) for rank in ranks)
+    if are_shares:
+        found.put_ratio("gradients/global/coverage", merged.num_covered, merged.num_elements)
     if merged.incomplete:
         text = (
             f"gradients of {len(merged.incomplete)} parameters (the first: {merged.incomplete[0]}) came without all "
@@ -54,7 +65,24 @@ def measure_gradients(parts: Sequence[Part], context: RunContext, *, detail: str
         )
         found.put("gradients/global/params_incomplete", len(merged.incomplete))
         found.notices.append(notice_once("gradients_incomplete", text, step))
-    return found
+    if merged.partial:
+        text = (
+            f"gradients of {len(merged.partial)} parameters (the first: {merged.partial[0]}) are partial sums, whose "
+            "values no rank has (sequence parallelism without FSDP): they are left out, and "
+            "gradients/global/total_norm with them"
+        )
+        found.put("gradients/global/params_partial", len(merged.partial))
+        found.notices.append(notice_once("gradients_partial", text, step, level="info"))
+    if merged.apart and are_shares:
+        first = merged.apart[0]
+        text = (
+            f"ranks {first.ranks[0]} and {first.ranks[1]} hold the same share of {first.name}, and its gradient has "
+            f"norm {first.norms[0]:g} on one and {first.norms[1]:g} on the other ({len(merged.apart)} parameters in "
+            "all): the copies drift apart, as where the gradient of a copied parameter is not summed over the "
+            "tensor-parallel ranks; the lowest rank's is shown"
+        )
+        found.put("gradients/global/params_apart", len(merged.apart))
+        found.notices.append(notice_once("gradients_apart", text, step))
 
 
 def _num_charts(rank: int, tables: ParameterTables, detail: str) -> int:
@@ -128,7 +156,7 @@ def _measure_modules(merged: MergedGradients, found: Measurement) -> None:
 def _measure_all(merged: MergedGradients, found: Measurement) -> None:
     reports = [report for _, report in merged.whole]
     norms = [norm for report in reports if (norm := report.moments.norm) is not None]
-    if norms and not merged.incomplete:
+    if norms and not merged.incomplete and not merged.partial:
         found.put("gradients/global/total_norm", root_sum_of_squares(norms))
         found.put("gradients/global/avg_norm", sum(norms) / len(norms))
     num_finite = sum(report.moments.count for report in reports)

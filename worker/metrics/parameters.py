@@ -49,6 +49,11 @@ class ParameterTables:
             self._read[id(table)] = _read_rows(table)
         return self._read[id(table)]
 
+    def holds_shares(self, rank: int) -> bool:
+        """Whether this rank says (since the wire 1.2) that it holds one of several shares of the model."""
+        shares = self._context.topologies.get(rank, {}).get("shares", 1)
+        return isinstance(shares, int) and shares > 1
+
     def module_names(self, rank: int) -> Sequence[str]:
         """Return the names of the modules, by their number."""
         return _names(self._context.parameters_of(rank).get("modules"))

@@ -153,7 +153,8 @@ def test_gradients_of_a_step_and_those_that_are_missing() -> None:
     model = Model()
     table = ParameterTable(model)
     cast("Tensor", model.decoder["embedding"].weight).sum().backward()  # type: ignore[no-untyped-call]
-    held, without = table.gradients()
+    held, without, partial = table.gradients()
+    assert not partial
     assert [(each.parameter, each.module) for each in held] == [(5, 2)]
     assert without == [0, 1, 3, 4]  # the frozen bias is not missed
 
@@ -175,7 +176,7 @@ def test_the_table_keeps_no_parameter_alive() -> None:
     del model
     gc.collect()
     assert reference() is None
-    assert table.gradients() == ([], [])
+    assert table.gradients() == ([], [], [])
 
 
 @pytest.mark.parametrize(("home", "name", "attribute"), _WRAPPERS[:5])
@@ -206,7 +207,7 @@ for row in table.rows:
     print(row.name, row.shape, row.offset, row.local_shape)
 for parameter in model.parameters():
     parameter.grad = torch.ones_like(parameter)
-held, without = table.gradients()
+held, without, _ = table.gradients()
 parts = {name: part.numpy() for name, part in reduce_gradients(held).items()}
 print(gradients_message(step=0, arrays=parts).counts.tolist(), without)
 dist.destroy_process_group()
