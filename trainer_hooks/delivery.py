@@ -125,11 +125,16 @@ class Delivery:
         return len(settled)
 
     def refuse(self, sequence: int) -> bool:
-        """Count the message ``sequence`` as refused; return whether it was waited for."""
+        """Count the message ``sequence`` as refused; return whether it was waited for.
+
+        Its step's ``StepEnd`` is sent again with one part fewer, so that the worker does not wait for it.
+        """
         parcel = self._window.refuse(sequence)
         if parcel is None:
             return False
         self._accounts.refuse(parcel.kind)
+        if parcel.step >= 0:
+            self._correct(self._ledger.part_dropped(parcel.step, parcel.kind, was_queued=False))
         return True
 
     def abandon(self) -> int:
@@ -231,10 +236,12 @@ class Delivery:
         except (ProtocolError, TypeError, ValueError, OverflowError) as error:
             self._not_encodable(unsent, error)
             return
+        step = -1
         if message.kind in _STEP_KINDS:
-            self._ledger.part_sent(_step_of(message))
+            step = _step_of(message)
+            self._ledger.part_sent(step)
         self._sequence += 1
-        self._window.pin(Parcel(self._sequence, message.kind, tuple(pieces)))
+        self._window.pin(Parcel(self._sequence, message.kind, tuple(pieces), step))
         self._make_room()
 
     def _not_encodable(self, unsent: Unsent, error: Exception) -> None:

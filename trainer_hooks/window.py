@@ -22,6 +22,8 @@ class Parcel:
     sequence: int
     kind: Kind
     frames: tuple[bytes, ...]
+    step: int = -1
+    """The step that it is a part of; -1 where it is no part of one."""
     settled: bool = False
     """True once it was acked or refused; nothing more of it is sent."""
     size_bytes: int = field(init=False)

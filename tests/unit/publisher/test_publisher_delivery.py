@@ -99,6 +99,7 @@ class DeliveryMachine(RuleBasedStateMachine):
         self.delivery = Delivery(IDENTITY, window_bytes=window_bytes)
         self.wire = Wire()
         self.settled: set[int] = set()
+        self.refused: Counter[tuple[int, str]] = Counter()
         self.step = 0
         self.handed: Counter[str] = Counter()
         self.ends: dict[int, Counter[str]] = {}
@@ -168,6 +169,9 @@ class DeliveryMachine(RuleBasedStateMachine):
             assert self.delivery.refuse(sequence)
             assert not self.delivery.refuse(sequence)
             self.settled.add(sequence)
+            message = self.wire.messages[sequence]
+            if isinstance(message, Losses | Tokens):
+                self.refused[message.step, message.kind.name.lower()] += 1
 
     @rule()
     def reconnect(self) -> None:
@@ -209,7 +213,7 @@ class DeliveryMachine(RuleBasedStateMachine):
                 staged = max(0, announced_and_late) if name == "losses" else 0
                 if name == "losses" and self.ends[step]["skipped_late"] > 4:
                     continue
-                assert end.sent.get(name, 0) - staged == left[step, name]
+                assert end.sent.get(name, 0) - staged == left[step, name] - self.refused[step, name]
                 assert end.sent.get(name, 0) + end.dropped.get(name, 0) == self.ends[step][name]
 
 
@@ -303,6 +307,19 @@ def test_a_step_end_that_has_left_is_corrected_once_for_many_evictions() -> None
     assert dict(first[0].sent) == {"generation": 2}
     ends = [m for m in second if isinstance(m, StepEnd)]
     assert [(dict(end.sent), dict(end.dropped)) for end in ends] == [({"generation": 0}, {"generation": 2})]
+
+
+def test_a_step_does_not_wait_for_a_part_that_was_refused() -> None:
+    delivery = Delivery(IDENTITY)
+    delivery.take(tokens(5))
+    delivery.take(losses(5))
+    delivery.take(StepEnd(step=5, unix_time=0.0, sent={"tokens": 1, "losses": 1}))
+    wire = Wire()
+    wire.carry(delivery, 100)
+    assert delivery.refuse(next(number for number, m in wire.messages.items() if isinstance(m, Losses)))
+    (end,) = carried(delivery)
+    assert isinstance(end, StepEnd)
+    assert (dict(end.sent), dict(end.dropped)) == ({"tokens": 1, "losses": 0}, {"losses": 1})
 
 
 def test_heads_carry_the_accounts_of_the_moment_of_the_first_send() -> None:
