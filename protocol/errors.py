@@ -8,6 +8,7 @@
     |   +-- LimitExceededError a declared size is over limits.py: refused before anything is allocated
     +-- IncompatibleWireError  the peer speaks another major version: tell it (Reject) and stop talking
     +-- EndpointError          an address that cannot or must not be used: a mistake in the configuration
+        +-- KeyFileError       its keys are missing, unreadable, or readable by others: the text says what to do
 """
 
 from __future__ import annotations
@@ -44,3 +45,7 @@ class IncompatibleWireError(ProtocolError):
 
 class EndpointError(ProtocolError, ValueError):
     """An endpoint that is malformed, too long, or would listen where it must not."""
+
+
+class KeyFileError(EndpointError):
+    """A key file that is missing, is no key, or that others may read; the text says what to do."""

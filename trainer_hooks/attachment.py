@@ -10,7 +10,7 @@ from torch import nn
 
 from sidestep.protocol.faults import Faults
 from sidestep.protocol.messages import Command
-from sidestep.trainer_hooks.agreement import Agreed, agree, new_incarnation
+from sidestep.trainer_hooks.agreement import WAIT_SECONDS, Agreed, agree, host_name, new_incarnation
 from sidestep.trainer_hooks.capture import ForwardReader
 from sidestep.trainer_hooks.checks import check_samples, check_topology
 from sidestep.trainer_hooks.config import HooksConfig
@@ -19,7 +19,7 @@ from sidestep.trainer_hooks.faulty_staging import make_staging
 from sidestep.trainer_hooks.generation import GenerateFunction, Generator, with_prompts
 from sidestep.trainer_hooks.heads import find_head, head_sizes
 from sidestep.trainer_hooks.image_probe import ImageProbe
-from sidestep.trainer_hooks.opening import Introduction, RunNames, choose_run_id, find_worker, introduce
+from sidestep.trainer_hooks.opening import Introduction, RunNames, choose_run_id, find_worker, introduce, way_there
 from sidestep.trainer_hooks.parameters import ParameterTable, unwrapped
 from sidestep.trainer_hooks.reducing import Reducer
 from sidestep.trainer_hooks.reductions.learning_rate import group_names
@@ -123,7 +123,7 @@ def make_introduction(
 
     Raises:
         EncodeError: a table or the run's configuration is too large.
-        EndpointError: the endpoint is malformed.
+        EndpointError: the endpoint is malformed, or can be reached from other hosts and its keys cannot be used.
         ValueError: ``run_config`` is no configuration, or ``faults`` name a point that there is not.
     """
     config, topology, console = training.config, seen.topology, Console()
@@ -144,17 +144,28 @@ def make_introduction(
         step=step,
     )
     told_run_id, is_given = choose_run_id(run_id)
-    address = find_worker(endpoint, topology.rank, console, needed=transport is None)
-    mine = Agreed(run_id=told_run_id, incarnation=new_incarnation(), endpoint=address)
-    agreed = agree(mine, topology.rank, topology.world_size)
+    found = find_worker(endpoint, topology.rank, console, needed=transport is None)
+    mine = Agreed(
+        run_id=told_run_id,
+        incarnation=new_incarnation(),
+        endpoint=found.endpoint,
+        server_key="" if found.keys is None else found.keys.server_key,
+        host=host_name(),
+    )
+    agreed = agree(mine, topology.rank, topology.world_size, console=console)
     if agreed is None:
-        console.line("sidestep: rank 0 was not heard of within 5 s; this rank goes on without hooks.")
+        console.line(f"sidestep: rank 0 was not heard of within {WAIT_SECONDS:.0f} s; this rank goes on without hooks.")
+        return None
+    way = None if transport is not None else way_there(agreed, endpoint, topology.rank, console)
+    if way is None and transport is None:
         return None
     shown = support_line(seen.capabilities) if topology.rank == 0 else ""
     if shown:
         console.line(f"sidestep: {shown}")
     return Introduction(
         agreed=agreed,
+        address="" if way is None else way[0].address,
+        keys=None if way is None else way[1],
         run_id_is_given=is_given,
         rank=topology.rank,
         hello=hello,

@@ -7,7 +7,7 @@ section 5.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Final, Protocol, cast
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -17,12 +17,25 @@ from sidestep.protocol.limits import (
     RECEIVE_HIGH_WATER_MARK_MESSAGES,
     SEND_HIGH_WATER_MARK_MESSAGES,
 )
+from sidestep.trainer_hooks.refusals import Handshake
 
 if TYPE_CHECKING:
     from sidestep.protocol.endpoints import Endpoint
+    from sidestep.protocol.keys import ClientKeys
 
-_FATAL_EVENTS = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-"""After one of these the socket never tries again, even when the worker is set right (libzmq 4.3.5)."""
+_OUTCOMES: Final = {
+    int(zmq.EVENT_HANDSHAKE_SUCCEEDED): Handshake.DONE,
+    int(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL): Handshake.DROPPED,
+    int(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL): Handshake.MISMATCH,
+    int(zmq.EVENT_HANDSHAKE_FAILED_AUTH): Handshake.UNKNOWN_KEY,
+}
+_KEEPALIVE: Final = {
+    zmq.TCP_KEEPALIVE: 1,
+    zmq.TCP_KEEPALIVE_IDLE: 60,
+    zmq.TCP_KEEPALIVE_INTVL: 15,
+    zmq.TCP_KEEPALIVE_CNT: 4,
+}
+"""An idle trainer notices within two minutes that the worker's host is gone; with something to say, within 15 s."""
 
 
 def _is_readable(socket: zmq.Socket[bytes]) -> bool:
@@ -39,8 +52,8 @@ class Connection(Protocol):
     def send(self, frame: bytes) -> bool:
         """Send one frame; False where there is no room for it now."""
 
-    def handshakes(self) -> list[bool]:
-        """Return what became of each handshake since the last call; False: refused, and for good."""
+    def handshakes(self) -> list[Handshake]:
+        """Return what became of each handshake since the last call."""
 
     def close(self) -> None:
         """Close at once; what was not carried is forgotten."""
@@ -59,7 +72,9 @@ class Connector(Protocol):
 class DealerConnection:
     """A DEALER socket and its monitor; made, used and closed by one thread."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint) -> None:
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint, keys: ClientKeys | None = None
+    ) -> None:
         self._socket = context.socket(zmq.DEALER)
         self._socket.linger = 0
         self._socket.sndhwm = SEND_HIGH_WATER_MARK_MESSAGES
@@ -70,7 +85,13 @@ class DealerConnection:
         if endpoint.transport == "tcp":
             self._socket.ipv6 = ":" in endpoint.host
             self._socket.connect_timeout = 2_000
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | _FATAL_EVENTS)
+            for option, value in _KEEPALIVE.items():
+                self._socket.set(option, value)
+        if keys is not None:
+            secret = keys.secret_key.encode("ascii")
+            self._socket.curve_secretkey, self._socket.curve_publickey = secret, zmq.curve_public(secret)
+            self._socket.curve_serverkey = keys.server_key.encode("ascii")
+        self._monitor = self._socket.get_monitor_socket(sum(_OUTCOMES))
         try:
             self._socket.connect(endpoint.address)
         except zmq.ZMQError:
@@ -92,12 +113,13 @@ class DealerConnection:
             return False
         return True
 
-    def handshakes(self) -> list[bool]:
-        """Return what became of each handshake since the last call; False: refused, and for good."""
-        seen: list[bool] = []
+    def handshakes(self) -> list[Handshake]:
+        """Return what became of each handshake since the last call."""
+        seen: list[Handshake] = []
         while _is_readable(self._monitor):
             event = int(recv_monitor_message(self._monitor, zmq.NOBLOCK)["event"])
-            seen.append(not event & _FATAL_EVENTS)
+            if event in _OUTCOMES:  # the monitor's own end is none
+                seen.append(_OUTCOMES[event])
         return seen
 
     def close(self) -> None:
@@ -110,8 +132,9 @@ class DealerConnection:
 class DealerConnector:
     """Makes connections to one endpoint; a host's name is looked up anew whenever one of them is (re)made."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, keys: ClientKeys | None = None) -> None:
         self._endpoint = endpoint
+        self._keys = keys
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
 
     def connect(self) -> Connection:
@@ -122,7 +145,7 @@ class DealerConnector:
         """
         if self._context is None:
             self._context = zmq.Context(io_threads=1)
-        return DealerConnection(self._context, self._endpoint)
+        return DealerConnection(self._context, self._endpoint, self._keys)
 
     def close(self) -> None:
         """End ZeroMQ's own threads."""

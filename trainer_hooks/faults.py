@@ -27,6 +27,7 @@ from sidestep.protocol.faults import Action, Fault, Faults, InjectedFaultError
 from sidestep.protocol.messages import STEP_KINDS, Kind, Message
 from sidestep.trainer_hooks.connection import Connection, Connector
 from sidestep.trainer_hooks.delivery import Delivery
+from sidestep.trainer_hooks.refusals import Handshake
 
 STAGE: Final = "trainer.stage"
 FINISH: Final = "trainer.finish"
@@ -108,10 +109,10 @@ class FaultyConnection:
         self._in.held.popleft()
         return due
 
-    def handshakes(self) -> list[bool]:
+    def handshakes(self) -> list[Handshake]:
         """Return what became of handshakes; a fault that fails is one that was refused."""
         fault = self._ask(HANDSHAKE, "")
-        refused = [False] if fault is not None and fault.action is Action.FAIL else []
+        refused = [Handshake.MISMATCH] if fault is not None and fault.action is Action.FAIL else []
         return [*refused, *self._inner.handshakes()]
 
     def close(self) -> None:

@@ -15,8 +15,10 @@ from urllib.parse import urlsplit
 
 from sidestep.protocol.endpoints import Endpoint, default_endpoint
 from sidestep.protocol.errors import EndpointError
+from sidestep.protocol.keys import ClientKeys, client_keys
 from sidestep.trainer_hooks.console import Console
 from sidestep.trainer_hooks.errors import LaunchError
+from sidestep.trainer_hooks.placement import choose_endpoint
 
 _DEFAULT_WANDB_HOST = "api.wandb.ai"
 
@@ -31,6 +33,8 @@ class Launched:
     """The worker's process, where this one started it."""
     journal: Path | None = None
     """Its journal, where this process chose it; another worker may already serve the endpoint and keep its own."""
+    keys: ClientKeys | None = None
+    """What the worker knows this trainer by, where other hosts can reach it."""
 
 
 def wandb_mode(environment: Mapping[str, str], home: Path | None = None, *, console: Console | None = None) -> str:
@@ -73,6 +77,21 @@ def state_home(environment: Mapping[str, str]) -> Path:
     return (Path(state) if state else Path.home() / ".local" / "state") / "sidestep"
 
 
+def named_endpoint(endpoint: str | None, environment: Mapping[str, str]) -> Endpoint | None:
+    """Return the endpoint that the caller or ``SIDESTEP_ENDPOINT`` names, None where neither does.
+
+    Raises:
+        EndpointError: it is malformed, or names any free port.
+    """
+    named = endpoint or environment.get("SIDESTEP_ENDPOINT")
+    if not named:
+        return None
+    parsed = Endpoint.parse(named)
+    if parsed.transport == "tcp" and not parsed.port:
+        raise EndpointError(f"the endpoint {named!r} names any free port: a trainer needs the worker's own")
+    return parsed
+
+
 def ensure_worker(
     endpoint: str | None = None,
     *,
@@ -82,29 +101,30 @@ def ensure_worker(
 ) -> Launched:
     """Return where to connect: ``endpoint``, else ``SIDESTEP_ENDPOINT``, else a worker that rank 0 starts.
 
-    The worker's own lock keeps it single: a second one at the same endpoint ends at once, and the first serves both
-    trainers. One line says where it is. It ends by itself when this process is gone and all is written.
+    The worker's own lock keeps it single: a second one at the same endpoint hands its owner over and ends, and the
+    first serves both trainers. One line says where it is. It ends by itself once its owners are gone and all is done.
 
     Raises:
-        EndpointError: the endpoint is malformed.
+        EndpointError: the endpoint is malformed, or can be reached from other hosts and its keys cannot be used.
         LaunchError: the worker's process could not be started.
     """
     environment = os.environ if environment is None else environment
-    named = endpoint or environment.get("SIDESTEP_ENDPOINT")
-    if named:
-        parsed = Endpoint.parse(named)
-        if parsed.transport == "tcp" and not parsed.port:
-            raise EndpointError(f"the endpoint {named!r} names any free port: a trainer needs the worker's own")
-        return Launched(endpoint=parsed.address)
-    address = default_endpoint(environment).address
+    named = named_endpoint(endpoint, environment)
+    if named is not None:
+        # Ranks other than 0 may have to be told the server's key; they ask once they have been.
+        keys = client_keys(named, environment) if rank == 0 else None
+        return Launched(endpoint=named.address, keys=keys)
     if rank != 0:
-        return Launched(endpoint=address)
-    folder = state_home(environment) / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+        return Launched(endpoint=default_endpoint(environment).address)
     console = console or Console()
+    chosen = choose_endpoint(environment, console)
+    keys = client_keys(chosen, environment)
+    address = chosen.address
+    folder = state_home(environment) / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     mode = wandb_mode(environment, console=console)
     pid = _start(address, folder, environment, mode)
     console.line(f"sidestep: started a worker (process {pid}, W&B {mode}); its journal and log are in {folder}")
-    return Launched(endpoint=address, pid=pid, journal=folder / "journal")
+    return Launched(endpoint=address, pid=pid, journal=folder / "journal", keys=keys)
 
 
 def _start(address: str, folder: Path, environment: Mapping[str, str], mode: str) -> int:

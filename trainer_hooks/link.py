@@ -7,10 +7,13 @@ from sidestep.trainer_hooks.connection import Connection, Connector
 from sidestep.trainer_hooks.console import Console
 from sidestep.trainer_hooks.conversation import Conversation
 from sidestep.trainer_hooks.courtesy import give_way
+from sidestep.trainer_hooks.refusals import Handshake, why_refused
 
 _MAX_RECEIVED_PER_TICK = 64
 _BACKOFF_SECONDS = (1.0, 30.0)
 _MAX_FAILURES_COUNTED = 10
+_MOST_DROPPED = 5
+"""Handshakes in a row that the other side may break off before it counts as a refusal."""
 
 
 class Link:
@@ -19,16 +22,26 @@ class Link:
     Whatever breaks it, a new one begins with Hello, and nothing else leaves before its Welcome.
     """
 
-    def __init__(self, connector: Connector, conversation: Conversation, *, address: str, console: Console) -> None:
+    def __init__(
+        self,
+        connector: Connector,
+        conversation: Conversation,
+        *,
+        address: str,
+        console: Console,
+        has_keys: bool = False,
+    ) -> None:
         """Begin without a connection."""
         self._connector = connector
         self._conversation = conversation
         self._address = address
         self._console = console
+        self._has_keys = has_keys
         self._connection: Connection | None = None
         self._reopen_at = 0.0
         self._num_refusals_in_a_row = 0
         self._num_handshakes = 0
+        self._num_dropped = 0
         self.is_blocked = False
         """Whether the socket had no room at the last tick."""
         self.num_frames_sent = 0
@@ -69,7 +82,7 @@ class Link:
         self._reopen_at = now + _BACKOFF_SECONDS[1]  # if the next line raises, there is no point in trying each tick
         self._connection = self._connector.connect()
         self.num_connections += 1
-        self._num_handshakes = 0
+        self._num_handshakes = self._num_dropped = 0
         self._conversation.opened(now)
 
     def _receive(self, connection: Connection, now: float) -> None:
@@ -99,27 +112,28 @@ class Link:
 
     def _watch(self, connection: Connection, now: float) -> None:
         """Replace a connection that will never work again, or has been silent for too long."""
-        for succeeded in connection.handshakes():
-            if not succeeded:
-                self._refused(now)
+        for outcome in connection.handshakes():
+            if outcome is Handshake.DONE:
+                self._num_dropped = 0
+                self._num_handshakes += 1
+                if self._num_handshakes > 1:
+                    self._conversation.reconnected(now)
+                continue
+            self._num_dropped += 1
+            if outcome is not Handshake.DROPPED or self._num_dropped >= _MOST_DROPPED:
+                self._refused(outcome, now)
                 return
-            self._num_handshakes += 1
-            if self._num_handshakes > 1:
-                self._conversation.reconnected(now)
         if self._conversation.wants_new_connection(now):
             self._reopen_at = now
             self.disconnect()
-        self._conversation.warn_if_alone(now, self._address)
+        if not self._num_refusals_in_a_row:  # else the console has been told what is wrong, and what to do
+            self._conversation.warn_if_alone(now, self._address)
 
-    def _refused(self, now: float) -> None:
-        """Let go of a socket that never tries again, and try with another one, ever less often."""
+    def _refused(self, outcome: Handshake, now: float) -> None:
+        """Let go of a socket that never tries again, or in vain, and try with another one, ever less often."""
         self.num_handshake_failures += 1
         low, high = _BACKOFF_SECONDS
         self._reopen_at = now + min(high, low * 2.0**self._num_refusals_in_a_row)
         self._num_refusals_in_a_row = min(self._num_refusals_in_a_row + 1, _MAX_FAILURES_COUNTED)
-        self._console.once(
-            "handshake",
-            f"what answers at {self._address} refuses the handshake (is it a worker, with these keys?). Training goes "
-            "on; it is tried again from time to time.",
-        )
+        self._console.once("handshake", why_refused(outcome, self._address, has_keys=self._has_keys))
         self.disconnect()

@@ -12,16 +12,19 @@ import torch
 from torch import nn
 
 from sidestep.protocol import frames
+from sidestep.protocol.endpoints import Endpoint
 from sidestep.protocol.faults import Faults
 from sidestep.protocol.frames import Envelope
+from sidestep.protocol.keys import ClientKeys, client_keys
 from sidestep.protocol.messages import Hello
 from sidestep.protocol.tables import digest, encode_table
-from sidestep.trainer_hooks.agreement import Agreed
+from sidestep.trainer_hooks.agreement import Agreed, host_name
 from sidestep.trainer_hooks.config import HooksConfig
 from sidestep.trainer_hooks.console import Console
 from sidestep.trainer_hooks.environment import snapshot
 from sidestep.trainer_hooks.errors import LaunchError
-from sidestep.trainer_hooks.launcher import ensure_worker
+from sidestep.trainer_hooks.launch_identity import launch_identity
+from sidestep.trainer_hooks.launcher import Launched, ensure_worker, named_endpoint
 from sidestep.trainer_hooks.plain import plain_map
 from sidestep.trainer_hooks.publisher import Publisher
 from sidestep.trainer_hooks.staging import Staging
@@ -45,6 +48,10 @@ class Introduction:
     """Who speaks, and the tables that belong to it; opens the way to the worker."""
 
     agreed: Agreed
+    address: str
+    """Where this rank reaches the worker."""
+    keys: ClientKeys | None
+    """What the worker knows it by, where other hosts can reach that address."""
     run_id_is_given: bool
     """By the caller or the environment: then no checkpoint's id counts."""
     rank: int
@@ -70,7 +77,7 @@ class Introduction:
         if self.open_transport is not None:
             return self.open_transport(identity, hello, self.blobs, self.staging)
         return Publisher(
-            self.agreed.endpoint,
+            self.address,
             identity,
             hello,
             blobs=self.blobs,
@@ -78,6 +85,7 @@ class Introduction:
             console=self.console,
             window_bytes=self.window_bytes,
             faults=self.faults,
+            keys=self.keys,
         ).start()
 
 
@@ -118,24 +126,50 @@ def introduce(
     return hello, {digests[name]: content for name, content in contents.items()}
 
 
-def find_worker(endpoint: str | None, rank: int, console: Console, *, needed: bool) -> str:
+def find_worker(endpoint: str | None, rank: int, console: Console, *, needed: bool) -> Launched:
     """Where the worker listens: given, else in the environment, else at one that rank 0 starts and never waits for.
 
     Raises:
-        EndpointError: the address is malformed.
+        EndpointError: the address is malformed, or its keys cannot be used.
     """
     if not needed:
-        return endpoint or ""
+        return Launched(endpoint=endpoint or "")
     try:
-        return ensure_worker(endpoint, rank=rank, console=console).endpoint
+        return ensure_worker(endpoint, rank=rank, console=console)
     except LaunchError as error:
         console.line(f"sidestep: {error}")
-        return ensure_worker(
-            endpoint, rank=rank + 1, console=console
-        ).endpoint  # where one may still be started by hand
+        return ensure_worker(endpoint, rank=rank + 1, console=console)  # where one may still be started by hand
 
 
 def choose_run_id(run_id: str | None) -> tuple[str, bool]:
-    """The run's id, and whether the caller or the environment gave it."""
+    """The run's id, and whether the caller or the environment gave it.
+
+    Else it is the same for all starts of one launch by torchrun's elastic agent, and random without one.
+    """
     told = run_id or os.environ.get("SIDESTEP_RUN_ID", "")
-    return (told, True) if told else (secrets.token_hex(4), False)
+    if told:
+        return told, True
+    return launch_identity(os.environ)[:8] or secrets.token_hex(4), False
+
+
+def way_there(
+    agreed: Agreed, endpoint: str | None, rank: int, console: Console
+) -> tuple[Endpoint, ClientKeys | None] | None:
+    """Return where this rank reaches the worker that rank 0 uses, and with which keys; None where it cannot.
+
+    An address that this rank itself was given goes before rank 0's: the same worker may be elsewhere from here.
+
+    Raises:
+        EndpointError: the address is malformed, or can be reached from other hosts and its keys cannot be used.
+    """
+    own = named_endpoint(endpoint, os.environ)
+    chosen = own or Endpoint.parse(agreed.endpoint)
+    elsewhere = own is None and rank != 0 and agreed.host != host_name()
+    if elsewhere and chosen.is_private and not (chosen.path is not None and chosen.path.exists()):
+        console.line(
+            f"sidestep: rank {rank} on {host_name()} cannot reach the worker, which listens at {chosen.address} on "
+            f"{agreed.host} alone; it goes on without hooks. Make keys with `sidestep keys DIR` and set "
+            "SIDESTEP_KEYS=DIR on every node, or set SIDESTEP_ENDPOINT there."
+        )
+        return None
+    return chosen, client_keys(chosen, os.environ, told=agreed.server_key)

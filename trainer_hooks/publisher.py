@@ -18,6 +18,7 @@ from dataclasses import replace
 from sidestep.protocol.endpoints import Endpoint
 from sidestep.protocol.faults import Faults
 from sidestep.protocol.frames import Envelope
+from sidestep.protocol.keys import ClientKeys, checked_folder
 from sidestep.protocol.limits import WINDOW_BYTES
 from sidestep.protocol.messages import Command, Goodbye, Hello, Kind, Message, StepEnd
 from sidestep.trainer_hooks.accounts import KindAccount
@@ -63,6 +64,7 @@ class Publisher:
         window_bytes: int = WINDOW_BYTES,
         patience: Patience | None = None,
         faults: Faults | None = None,
+        keys: ClientKeys | None = None,
     ) -> None:
         """Make a publisher that does nothing until ``start``.
 
@@ -76,13 +78,16 @@ class Publisher:
             window_bytes: Bytes of unsent and unacked messages together.
             patience: How long what is waited for.
             faults: What goes wrong on purpose (tests); else what ``SIDESTEP_FAULTS`` says, which is nothing.
+            keys: What the worker knows this trainer by; needed where other hosts can reach the endpoint.
 
         Raises:
-            EndpointError: ``endpoint`` is malformed, or names any free port.
+            EndpointError: ``endpoint`` is malformed, or can be reached from other hosts and there are no ``keys``.
             EncodeError: ``hello`` cannot travel.
             ValueError: ``window_bytes`` is not positive, or the faults name a point that there is not.
         """
         self._endpoint = Endpoint.parse(endpoint)
+        if keys is None:
+            checked_folder(self._endpoint, None)
         self._console = console or Console()
         self._source = source
         self._delivery = Delivery(identity, window_bytes=window_bytes, complain=self._console.once)
@@ -103,7 +108,7 @@ class Publisher:
         self._wakes_to_close = threading.Event()
         self._next_rounds = 0.0
         self._deadline = 0.0
-        connector: Connector = DealerConnector(self._endpoint)
+        connector: Connector = DealerConnector(self._endpoint, keys)
         self._faulty: FaultyIntake | None = None
         faults = Faults.from_environment() if faults is None else faults
         if faults is not None:
@@ -112,7 +117,13 @@ class Publisher:
             connector = FaultyConnector(
                 connector, faults, rank=identity.rank, newest_step=lambda: self._conversation.newest_step
             )
-        self._link = Link(connector, self._conversation, address=self._endpoint.address, console=self._console)
+        self._link = Link(
+            connector,
+            self._conversation,
+            address=self._endpoint.address,
+            console=self._console,
+            has_keys=keys is not None,
+        )
         self._pace = Pace()
         self._statistics = PublisherStatistics()
         self._accounts: dict[Kind, KindAccount] = {}

@@ -1,4 +1,4 @@
-"""The command line: ``sidestep demo | run | worker | status | replay | report``. It parses; commands/ does the work."""
+"""The command line: ``sidestep demo | run | worker | keys | status | replay | report``; commands/ does the work."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ _COMMANDS: Final = {
     "demo": "train the demo with a worker beside it, and write its report",
     "run": "run a training command with a worker beside it, and write its report",
     "worker": "serve trainers until told to end",
+    "keys": "make the key files for a worker that other hosts reach",
     "status": "ask a worker how it is; exit code 0 only when it is healthy",
     "replay": "rebuild runs from their journal alone, and compare with what was recorded",
     "report": "write a run's report as one HTML file",
@@ -97,6 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     made["run"].usage = "sidestep run [worker options] -- COMMAND ..."
     for name in ("run", "worker"):
         _add_worker_options(made[name])
+    made["keys"].add_argument("folder", type=Path, metavar="DIR", help="where they go; none is ever replaced")
     made["status"].add_argument("journal", nargs="?", type=Path, metavar="JOURNAL", help="default: the latest run's")
     made["status"].add_argument("--json", action="store_true", help="print all figures as JSON")
     made["replay"].add_argument("journal", nargs="?", type=Path, metavar="JOURNAL", help="default: the latest run's")

@@ -81,8 +81,10 @@ def _option(default: object, convert: Callable[[Any], Any], metavar: str, meanin
 class WorkerConfig:
     """One worker's options; each field is ``--name``, ``SIDESTEP_NAME`` and a key of the TOML file alike."""
 
-    endpoint: str = _option("", _text, "ADDRESS", "where to listen: ipc://PATH or tcp://127.0.0.1:PORT")
-    """Empty: ``worker.sock`` in the private runtime folder."""
+    endpoint: str = _option("", _text, "ADDRESS", "where to listen: ipc://PATH or tcp://HOST:PORT")
+    """Empty: ``worker.sock`` in the private runtime folder. Off loopback it needs ``keys``."""
+    keys: Path | None = _option(None, _folder, "DIR", "folder of key files, made by `sidestep keys` (for tcp)")  # noqa: RUF009
+    """``server.secret`` and ``clients/*.public`` in it; off loopback nobody is listened to without."""
     journal: Path | None = _option(None, _folder, "DIR", "the journal's folder (default: OUT/journal)")  # noqa: RUF009
     """What arrives is kept here; the same folder continues the same journal."""
     out: Path | None = _option(None, _folder, "DIR", "where W&B's files go (default: a new folder)")  # noqa: RUF009

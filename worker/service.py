@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final, TextIO
 
 from sidestep.protocol.endpoints import Endpoint, default_endpoint
+from sidestep.protocol.keys import server_keys
 from sidestep.protocol.messages import Command, Notice
 from sidestep.worker.advice import warnings
 from sidestep.worker.config import WorkerConfig
@@ -61,6 +62,7 @@ class WorkerService:
             EndpointBusyError: another worker serves it.
             ListenError: it must not be listened on.
             JournalError: the journal cannot be used.
+            KeyFileError: a key file is missing, or others may read it.
         """
         self._config = config
         self._stop = threading.Event()
@@ -68,7 +70,8 @@ class WorkerService:
         self._started_at = time.time()
         mode = wandb_mode(config.wandb_mode)
         endpoint = Endpoint.parse(config.endpoint) if config.endpoint else default_endpoint()
-        self._lock = EndpointLock(endpoint)
+        keys = server_keys(endpoint, config.keys)
+        self._lock = EndpointLock(endpoint, has_keys=keys is not None, owner_pid=config.owner_pid)
         out, folder = _places(config)
         try:
             self.journal = Journal(
@@ -99,7 +102,7 @@ class WorkerService:
             commit_interval_seconds=config.commit_interval_seconds,
             commit_messages=config.commit_messages,
         )
-        self._receiver = Receiver(endpoint, self._reception)
+        self._receiver = Receiver(endpoint, self._reception, keys=keys)
         self._trainers = Trainers(self.journal.index, config.trainer_silence_seconds)
         self._heard = HeardRuns()
         self._requests = Requests(self._reception.send)
@@ -111,6 +114,8 @@ class WorkerService:
         """Why the journal cannot be read at the moment; empty while it can."""
         self._unread = ""
         self._tidied_at = 0.0
+        self._owners_seen_at = 0.0
+        self._has_joined = False
 
     def _judge_by(self, named: str) -> None:
         """Load detectors from elsewhere once, to know that they can be, and record them for replays."""
@@ -191,17 +196,32 @@ class WorkerService:
             return False
         now = time.monotonic()
         self._idle_since = now if self._idle_since is None else self._idle_since
-        return now - self._idle_since >= self._config.idle_exit_seconds
+        if now - self._idle_since < self._config.idle_exit_seconds:
+            return False
+        if not self._lock.close_to_owners():
+            self._idle_since = None  # somebody has joined at the last moment
+            return False
+        return True
 
     def _is_idle(self) -> bool:
-        if self._config.owner_pid and is_alive(self._config.owner_pid):
+        if self._config.owner_pid and self._has_owner():
             return False
         if self._config.until_idle and not self._pipelines:
             return False
         ended = all(pipeline.is_ended for pipeline in self._pipelines.values())
         return ended and not self._deliveries.waiting(self._pipelines)
 
+    def _has_owner(self) -> bool:
+        """Whether a process that this worker stays for lives; those that joined are looked at once a second."""
+        if is_alive(self._config.owner_pid):
+            return True
+        now = time.monotonic()
+        if now - self._owners_seen_at >= _TIDY_SECONDS:
+            self._owners_seen_at, self._has_joined = now, self._lock.has_owner()
+        return self._has_joined
+
     def _end(self) -> int:
+        self._lock.close_to_owners(at_once=True)
         failed = not self._receiver.is_alive and not self._stop.is_set()
         self._receiver.stop()
         until = time.monotonic() + _LAST_TURNS_SECONDS

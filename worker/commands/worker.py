@@ -5,18 +5,30 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import time
 from collections.abc import Callable
+from typing import Final
 
-from sidestep.worker.config import load_config
+from sidestep.protocol.endpoints import Endpoint, default_endpoint
+from sidestep.worker.config import WorkerConfig, load_config
+from sidestep.worker.errors import EndpointBusyError
 from sidestep.worker.garbage import collect_seldom
+from sidestep.worker.intake.listening import owners_at
 from sidestep.worker.service import WorkerService
+from sidestep.worker.trainers import is_alive
+
+_TAKE_OVER_SECONDS: Final = 60.0
+"""An ending worker has 45 s for what is left."""
+_TRY_AGAIN_SECONDS: Final = 0.2
 
 
 def execute(options: argparse.Namespace, say: Callable[[str], None]) -> int:
     """Serve; return 0, or 1 where something was left undelivered."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     config = load_config(vars(options), file=options.config)
-    service = WorkerService(config, console=sys.stdout)
+    service = _the_only(config, say)
+    if service is None:
+        return 0
     service.take_signals()
     collect_seldom()
 
@@ -25,3 +37,27 @@ def execute(options: argparse.Namespace, say: Callable[[str], None]) -> int:
         say(f"sidestep: a trainer finds it with SIDESTEP_ENDPOINT={address}")
 
     return service.run(ready)
+
+
+def _the_only(config: WorkerConfig, say: Callable[[str], None]) -> WorkerService | None:
+    """Return the worker of the endpoint, or None where another one serves it and stays for our owner, too.
+
+    Raises:
+        EndpointBusyError: another one serves it, and there is no owner to hand over.
+    """
+    until = time.monotonic() + _TAKE_OVER_SECONDS
+    while True:
+        try:
+            return WorkerService(config, console=sys.stdout)
+        except EndpointBusyError:
+            if not config.owner_pid or time.monotonic() > until:
+                raise
+            endpoint = Endpoint.parse(config.endpoint) if config.endpoint else default_endpoint()
+            if owners_at(endpoint).join(config.owner_pid):
+                say(
+                    f"sidestep: a worker at {endpoint.address} serves already, and stays for process {config.owner_pid}"
+                )
+                return None
+            if not is_alive(config.owner_pid):
+                return None
+            time.sleep(_TRY_AGAIN_SECONDS)  # it is ending: the endpoint is free in a moment

@@ -7,12 +7,17 @@ socket file left behind by a killed worker can be replaced, and one in use never
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import stat
 from pathlib import Path
+from typing import Final
 
 from sidestep.protocol.endpoints import Endpoint, runtime_folder
 from sidestep.worker.errors import EndpointBusyError, ListenError
+from sidestep.worker.intake.owners import Owners
+
+_LOG: Final = logging.getLogger(__name__)
 
 
 def private_folder(folder: Path) -> None:
@@ -49,33 +54,65 @@ def close_to_others(path: Path) -> None:
 class EndpointLock:
     """Held by the one worker that serves an endpoint, for as long as its process lives."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        """Take the lock; for ``ipc`` also remove a socket that a killed worker left behind.
+    def __init__(self, endpoint: Endpoint, *, has_keys: bool = False, owner_pid: int = 0) -> None:
+        """Take the lock for a worker that stays for ``owner_pid``; remove a socket that a killed worker left behind.
 
         Raises:
             EndpointBusyError: another worker serves it.
-            ListenError: it must not be listened on.
+            ListenError: it must not be listened on: off loopback nobody is, without keys.
         """
-        if not endpoint.is_private:
+        if not (endpoint.is_private or has_keys):
             raise ListenError(
-                f"{endpoint.address} can be reached from other hosts, and this version has no key files for it: "
-                "listen on ipc://PATH or tcp://127.0.0.1:PORT, and tunnel from elsewhere"
+                f"{endpoint.address} can be reached from other hosts, and there are no key files for it: make them "
+                "with `sidestep keys DIR` and give --keys DIR, or listen on ipc://PATH or tcp://127.0.0.1:PORT"
             )
-        folder = endpoint.path.parent if endpoint.path is not None else runtime_folder()
-        private_folder(folder)
-        name = endpoint.path.name if endpoint.path is not None else f"tcp-{endpoint.host}-{endpoint.port}"
+        base = _beside(endpoint)
+        private_folder(base.parent)
         self._descriptor = -1
+        self._owners: Owners | None = None
         if endpoint.transport == "tcp" and endpoint.port == 0:
             return  # any free port: nobody else can have it
-        self._descriptor = _taken(folder / f"{name.replace(':', '_')}.lock", endpoint)
+        self._descriptor = _taken(base.with_name(f"{base.name}.lock"), endpoint)
+        self._owners = owners_at(endpoint)
+        self._owners.begin(owner_pid)
         if endpoint.path is not None:
             _remove_stale(endpoint.path)
+
+    def has_owner(self) -> bool:
+        """Return whether a process lives that the worker stays for."""
+        try:
+            return self._owners is not None and self._owners.any_alive()
+        except ListenError as error:
+            _LOG.warning("nobody is stayed for: %s", error)
+            return False
+
+    def close_to_owners(self, *, at_once: bool = False) -> bool:
+        """Take no further owner where none lives, or ``at_once``; return whether that is so now."""
+        try:
+            return self._owners is None or self._owners.close(at_once=at_once)
+        except ListenError as error:
+            _LOG.warning("nobody is stayed for: %s", error)
+            return True
 
     def release(self) -> None:
         """Let another worker serve the endpoint."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def owners_at(endpoint: Endpoint) -> Owners:
+    """Return whom the worker at ``endpoint`` stays for, for who finds it busy."""
+    base = _beside(endpoint)
+    return Owners(base.with_name(f"{base.name}.owners"))
+
+
+def _beside(endpoint: Endpoint) -> Path:
+    """The place of the files that say who serves an endpoint, without their endings."""
+    if endpoint.path is not None:
+        return endpoint.path
+    name = f"tcp-{endpoint.host}-{endpoint.port}"
+    return runtime_folder() / name.replace(":", "_").replace("*", "any")
 
 
 def _taken(path: Path, endpoint: Endpoint) -> int:

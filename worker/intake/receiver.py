@@ -14,8 +14,10 @@ import zmq
 from sidestep.protocol.endpoints import Endpoint
 from sidestep.protocol.errors import EncodeError
 from sidestep.protocol.frames import encode, split
+from sidestep.protocol.keys import ServerKeys
 from sidestep.protocol.limits import MAX_FRAME_BYTES, RECEIVE_HIGH_WATER_MARK_MESSAGES
 from sidestep.worker.errors import ListenError
+from sidestep.worker.intake.authentication import Authentication
 from sidestep.worker.intake.listening import close_to_others
 from sidestep.worker.intake.reception import Reception, Reply
 
@@ -25,14 +27,23 @@ _BUSY_POLL_MILLISECONDS: Final = 5
 _FRAMES_PER_TURN: Final = 256
 _QUIET_SECONDS: Final = 0.3
 _NOBLOCK: Final = int(zmq.NOBLOCK)
+_KEEPALIVE: Final = {
+    zmq.TCP_KEEPALIVE: 1,
+    zmq.TCP_KEEPALIVE_IDLE: 60,
+    zmq.TCP_KEEPALIVE_INTVL: 15,
+    zmq.TCP_KEEPALIVE_CNT: 4,
+}
+"""Of a host that lost its power the kernel lets go after two minutes; a cut of some seconds goes unnoticed."""
 
 
 class Receiver:
     """Owns the ROUTER socket; the socket is made, used and closed by its thread alone."""
 
-    def __init__(self, endpoint: Endpoint, reception: Reception) -> None:
-        """Prepare to listen at ``endpoint``."""
+    def __init__(self, endpoint: Endpoint, reception: Reception, *, keys: ServerKeys | None = None) -> None:
+        """Prepare to listen at ``endpoint``, with ``keys`` to those alone who prove that they have one of theirs."""
         self._endpoint = endpoint
+        self._keys = keys
+        self._door: Authentication | None = None
         self._reception = reception
         self._thread = threading.Thread(target=self._run, name="sidestep-receiver", daemon=True)
         self._stop = threading.Event()
@@ -70,7 +81,8 @@ class Receiver:
 
     def statistics(self) -> Mapping[str, int]:
         """Return exact counts since the start."""
-        return {**self._reception.statistics(), **self._counts}
+        door = self._door
+        return {**self._reception.statistics(), **self._counts, **({} if door is None else door.statistics())}
 
     # ------------------------------------------------------------------------------------------------ the thread
 
@@ -82,6 +94,12 @@ class Receiver:
             socket.set(zmq.RCVHWM, RECEIVE_HIGH_WATER_MARK_MESSAGES)
             socket.set(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
             socket.set(zmq.ROUTER_MANDATORY, 1)
+            if self._endpoint.transport == "tcp":
+                socket.set(zmq.IPV6, int(":" in self._endpoint.host))
+                for option, value in _KEEPALIVE.items():
+                    socket.set(option, value)
+            if self._keys is not None:
+                self._door = Authentication(context, socket, self._keys)
             socket.bind(self._endpoint.address)
             if self._endpoint.path is not None:
                 close_to_others(self._endpoint.path)
@@ -93,18 +111,26 @@ class Receiver:
             _LOG.exception("the receiver has stopped")
         finally:
             self._bound.set()
+            if self._door is not None:
+                self._door.close()
             socket.close()
             context.term()
 
     def _serve(self, socket: zmq.Socket[bytes]) -> None:
         quiet_since = time.monotonic()
         has_more = False
+        poller = zmq.Poller()
+        poller.register(socket, zmq.POLLIN)
+        if self._door is not None:
+            self._door.watch(poller)
         while True:
             now = self.last_turn = time.monotonic()
+            if self._door is not None:
+                self._door.attend()
             if self._reception.is_full:
                 time.sleep(_IDLE_POLL_MILLISECONDS / 1_000)
                 has_more = False
-            elif has_more or socket.poll(self._patience_milliseconds(), zmq.POLLIN):
+            elif has_more or self._has_come(socket, poller):
                 quiet_since = now
                 has_more = self._read(socket)
             now = time.monotonic()
@@ -115,8 +141,12 @@ class Receiver:
                 self._say(socket, self._reception.commit(now))
                 return
 
-    def _patience_milliseconds(self) -> int:
-        return _BUSY_POLL_MILLISECONDS if self._reception.waits else _IDLE_POLL_MILLISECONDS
+    def _has_come(self, socket: zmq.Socket[bytes], poller: zmq.Poller) -> bool:
+        """Wait a moment for a frame, or for somebody at the door; return whether there is a frame."""
+        patience = _BUSY_POLL_MILLISECONDS if self._reception.waits else _IDLE_POLL_MILLISECONDS
+        if self._door is None:
+            return bool(socket.poll(patience, zmq.POLLIN))
+        return any(each is socket for each, _ in poller.poll(patience))
 
     def _read(self, socket: zmq.Socket[bytes]) -> bool:
         """Read for a turn; return whether more may be there."""

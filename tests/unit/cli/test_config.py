@@ -87,7 +87,7 @@ def test_every_option_has_a_help_text_and_a_default_that_passes_its_own_check() 
 def test_the_options_are_these_and_no_others() -> None:
     """The names are a contract: a script that uses one goes on working."""
     assert [option.name for option in fields(WorkerConfig)] == [
-        "endpoint", "journal", "out", "project", "entity", "wandb_mode", "assembly_deadline_seconds",
+        "endpoint", "keys", "journal", "out", "project", "entity", "wandb_mode", "assembly_deadline_seconds",
         "commit_interval_seconds", "commit_messages", "segment_bytes", "journal_max_bytes", "journal_on_network_fs",
         "feed_bytes", "sink_drain_seconds", "trainer_silence_seconds", "idle_exit_seconds", "owner_pid", "until_idle",
         "detector", "health_port", "health_host",
