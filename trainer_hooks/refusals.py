@@ -12,7 +12,7 @@ class Handshake(Enum):
     DROPPED = "dropped"
     """The other side hung up: it expects other keys, or it went away. The socket tries again by itself."""
     MISMATCH = "mismatch"
-    """One side speaks with keys and the other without. The socket never tries again (libzmq 4.3.5)."""
+    """The worker speaks with keys and this side without. The socket never tries again (libzmq 4.3.5)."""
     UNKNOWN_KEY = "unknown key"
     """The worker does not know this trainer's key. The socket never tries again."""
 
@@ -25,15 +25,10 @@ def why_refused(outcome: Handshake, address: str, *, has_keys: bool) -> str:
             "client.secret that `sidestep keys` made for it to SIDESTEP_KEYS here, or this key's public half to the "
             "worker's clients/ folder"
         )
-    elif outcome is Handshake.MISMATCH and has_keys:
+    elif has_keys:  # a worker without keys hangs up just as one with other keys does
         what = (
-            f"what answers at {address} refuses the handshake: it takes no keys, and this trainer has some. Start the "
-            "worker with the same SIDESTEP_KEYS"
-        )
-    elif has_keys:
-        what = (
-            f"what answers at {address} breaks off the handshake: it does not hold the key that this trainer expects. "
-            "Copy the worker's server.public to SIDESTEP_KEYS here (or SIDESTEP_SERVER_KEY)"
+            f"what answers at {address} breaks off the handshake: it does not hold the key that this trainer expects, "
+            "or none. Start the worker with SIDESTEP_KEYS, and copy its server.public to SIDESTEP_KEYS here"
         )
     else:
         what = (

@@ -31,11 +31,25 @@ def warnings(report: Figures) -> list[str]:
         )
     if journal.get("times_full"):
         found.append("the disk was full; what was acked is kept. Give the journal space, or lower journal_max_bytes")
+    found += _of_the_door(report.get("receiver", {}))
     for run_id, run in report.get("runs", {}).items():
         found += _of_run(run_id, run)
     for run_id, sink in report.get("sinks", {}).get("wandb", {}).items():
         found += _of_sink(run_id, sink)
     return found
+
+
+def _of_the_door(received: Figures) -> Iterator[str]:
+    for name, what in (
+        ("refused_without_key", "connections came without a key: set SIDESTEP_KEYS for every rank"),
+        (
+            "refused_unknown_key",
+            "connections came with a key that is not in clients/: copy client.secret there anew",
+        ),
+        ("refused_wrong_server_key", "connections expect another worker's key: copy this one's server.public there"),
+    ):
+        if received.get(name):
+            yield f"{received[name]} {what}. If no rank is missing, somebody else tries this port"
 
 
 def _of_run(run_id: str, run: Figures) -> Iterator[str]:

@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -18,16 +19,18 @@ from types import FrameType
 from typing import Final
 
 from sidestep.protocol.endpoints import Endpoint, runtime_folder
+from sidestep.protocol.keys import KEYS_VARIABLE
 from sidestep.worker.commands.companion import Companion
 from sidestep.worker.config import WorkerConfig, load_config
 from sidestep.worker.delivery import wandb_mode
-from sidestep.worker.errors import JournalError
+from sidestep.worker.errors import ConfigError, JournalError
 from sidestep.worker.intake.listening import private_folder
 
 EXIT_NOT_FOUND: Final = 127
 EXIT_NOT_EXECUTABLE: Final = 126
 _POLL_SECONDS: Final = 0.2
 _OUT_FOLDER: Final = "sidestep-runs"
+_ANY_ADDRESS: Final = frozenset({"*", "0.0.0.0", "::"})  # noqa: S104  (compared, not bound)
 
 
 def execute(options: argparse.Namespace, say: Callable[[str], None]) -> int:
@@ -52,12 +55,14 @@ def run_command(command: Sequence[str], config: WorkerConfig, say: Callable[[str
         private_folder(sockets.parent)
         private_folder(sockets)
         config = replace(config, endpoint=f"ipc://{sockets}/s")
-    Endpoint.parse(config.endpoint)
+    variables = {"SIDESTEP_ENDPOINT": _as_trainers_reach(Endpoint.parse(config.endpoint))}
+    if config.keys is not None:
+        variables[KEYS_VARIABLE] = str(config.keys)
     run_id = os.environ.get("SIDESTEP_RUN_ID") or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     companion = Companion(config)
     try:
         companion.start()
-        exit_code = _train(command, companion, {"SIDESTEP_ENDPOINT": config.endpoint, "SIDESTEP_RUN_ID": run_id}, say)
+        exit_code = _train(command, companion, {**variables, "SIDESTEP_RUN_ID": run_id}, say)
         is_drained = companion.finish()
     finally:
         companion.end()
@@ -66,6 +71,20 @@ def run_command(command: Sequence[str], config: WorkerConfig, say: Callable[[str
     for line in _closing_lines(config, out, run_id, is_drained=is_drained):
         say(line)
     return exit_code
+
+
+def _as_trainers_reach(endpoint: Endpoint) -> str:
+    """Return the address for trainers of a worker that may listen at all of this host's addresses.
+
+    Raises:
+        ConfigError: it names any free port, which a worker that is started again would choose anew.
+    """
+    if endpoint.transport != "tcp":
+        return endpoint.address
+    if not endpoint.port:
+        raise ConfigError(f"endpoint: {endpoint.address!r} names any free port; name one")
+    host = socket.gethostname() if endpoint.host in _ANY_ADDRESS else endpoint.host
+    return f"tcp://{f'[{host}]' if ':' in host else host}:{endpoint.port}"
 
 
 def _train(

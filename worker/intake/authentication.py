@@ -107,11 +107,10 @@ class Authentication:
     def _count(self, event: Mapping[str, object]) -> None:
         if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._counts["authenticated"] += 1
-        elif event["event"] == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
-            if event["value"] == _MECHANISM_MISMATCH:
-                self._refused("refused_without_key", "something connects without a key (no SIDESTEP_KEYS there)")
-            else:
-                self._refused("refused_wrong_server_key", "a trainer expects another worker's key (server.public)")
+        elif event["event"] == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL and event["value"] != _MECHANISM_MISMATCH:
+            self._refused("refused_wrong_server_key", "a trainer expects another worker's key (server.public)")
+        elif event["event"] != zmq.EVENT_HANDSHAKE_FAILED_AUTH:  # which is counted where the key is looked up
+            self._refused("refused_without_key", "something connects without a key (no SIDESTEP_KEYS there)")
 
     def _refused(self, name: str, text: str) -> None:
         if not self._counts[name]:
