@@ -25,6 +25,7 @@ from sidestep.trainer_hooks.capture import Batch
 from sidestep.trainer_hooks.checks import check_arguments, check_generation, checked_optimizer
 from sidestep.trainer_hooks.config import HooksConfig
 from sidestep.trainer_hooks.generation import GenerateFunction
+from sidestep.trainer_hooks.loader import HashedBatch, WatchedLoader
 from sidestep.trainer_hooks.opening import Introduction, RunNames
 from sidestep.trainer_hooks.samples import Sample
 from sidestep.trainer_hooks.session import Session
@@ -136,6 +137,23 @@ class Hooks:
         """
         if self._session is not None:
             self._session.mark_stage(name)
+
+    def watch_loader(self, loader: Any) -> Any:
+        """Have samples and images hashed by the data loader's worker processes, in place of the training's device.
+
+        Iterate over what this returns in place of the loader: ``for batch in hooks.watch_loader(loader)``. It yields
+        the loader's batches, in their order, and passes everything else on to the loader. Batches are mappings with
+        ``labels`` and ``input_ids`` [b, t] and images under the name that the forward takes them by; others stay as
+        they are, and what the forward is given is hashed as without this. Wrap the loader of the training alone.
+
+        Raises:
+            TypeError: ``loader`` is no ``DataLoader``: it has no ``collate_fn`` to wrap.
+        """
+        return WatchedLoader(loader, self._handed)
+
+    def _handed(self, hashed: HashedBatch) -> None:
+        if self._session is not None:
+            self._session.handed(hashed)
 
     def log(
         self,

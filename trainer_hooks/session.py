@@ -22,6 +22,7 @@ from sidestep.trainer_hooks.config import HooksConfig
 from sidestep.trainer_hooks.generation import Generator
 from sidestep.trainer_hooks.gradient_scale import carried_scale, is_known_overflow, overflow_flag
 from sidestep.trainer_hooks.guard import Guard, guarded
+from sidestep.trainer_hooks.loader import HashedBatch
 from sidestep.trainer_hooks.logged import logged_values
 from sidestep.trainer_hooks.missing_calls import MissingCalls
 from sidestep.trainer_hooks.open_step import LoggedValues, OpenStep, StepFacts, StepGradients, stage_step
@@ -229,6 +230,12 @@ class Session:
             return None
 
     @guarded
+    def handed(self, hashed: HashedBatch) -> None:
+        """Take the hashes that the data loader's workers made of a batch which the loop has taken."""
+        if self._parts.signals is not None:
+            self._parts.signals.handed(hashed)
+
+    @guarded
     def mark_stage(self, name: str) -> None:
         """From the step that goes on, other data or another objective are meant to be."""
         self._stage = str(name)
@@ -328,7 +335,7 @@ class Session:
         if watch is None or not self._parts.takes_norms or not watch.wants_gradients(opened.expected):
             return
         scale = carried_scale(self._parts.optimizer, self._parts.scaler)
-        held = self._table.of_first_holders(self._table.gradients().held)
+        held = [each for each in self._table.gradients().held if each.is_first]
         watch.gradients(held, len(self._table.modules), scale, clipped=clipped)
 
     def _renewed_table(self) -> ParameterTable:

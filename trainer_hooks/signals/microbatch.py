@@ -15,6 +15,7 @@ from sidestep.protocol.limits import MAX_SIGNAL_HASHES
 from sidestep.protocol.messages import SIGNAL_COUNTS
 from sidestep.trainer_hooks.capture import Batch
 from sidestep.trainer_hooks.courtesy import give_way
+from sidestep.trainer_hooks.loader import BatchHashes
 from sidestep.trainer_hooks.reductions.alignment import AlignedBatch
 from sidestep.trainer_hooks.reductions.cross_entropy import LogitsSource, head_source, logits_source
 from sidestep.trainer_hooks.reductions.host_index import to_device
@@ -80,7 +81,15 @@ class MicroSignalReader:
         self._hash = DeviceHash()
 
     def read(
-        self, batch: Batch, aligned: AlignedBatch | None, *, shifted: bool, max_rows: int, seed: int, images: Any = None
+        self,
+        batch: Batch,
+        aligned: AlignedBatch | None,
+        *,
+        shifted: bool,
+        max_rows: int,
+        seed: int,
+        images: Any = None,
+        hashes: BatchHashes | None = None,
     ) -> MicroSignals:
         """Read one micro-batch with labels; launches work and never waits for a device.
 
@@ -91,11 +100,17 @@ class MicroSignalReader:
             max_rows: labelled rows that are looked at.
             seed: of the choice of answers.
             images: the forward's images, or None.
+            hashes: what the data loader's workers made of this batch; it is not hashed again then.
 
         Raises:
             ValueError: shapes that do not go together.
         """
         made = MicroSignals()
+        if hashes is not None:
+            made.tensors["hashes"] = torch.from_numpy(hashes.samples)
+            images = images if hashes.images is None else None
+            if hashes.images is not None:
+                made.tensors["images"] = torch.from_numpy(hashes.images)
         if aligned is None:
             self._read_host(made, batch, self._readings[shifted], max_rows, seed)
         else:
@@ -159,7 +174,8 @@ class MicroSignalReader:
     def _read_device(self, made: MicroSignals, batch: Batch, aligned: AlignedBatch, max_rows: int, seed: int) -> None:
         made.tensors["counts"] = count_on_device(aligned)
         labels = _rows_of(batch.labels)
-        made.tensors["hashes"] = self._hash(aligned.targets if labels is None else labels, aligned.input_ids)
+        if "hashes" not in made.tensors:
+            made.tensors["hashes"] = self._hash(aligned.targets if labels is None else labels, aligned.input_ids)
         index, origins = choose_on_device(aligned, max_rows, seed)
         counted = aligned.labelled.flatten().index_select(0, index)
         targets = aligned.targets.flatten().index_select(0, index).to(torch.int64)
@@ -280,7 +296,7 @@ def _of_host(host: HostCopies, arrays: Arrays) -> MicroArrays:
     give_way()
     return MicroArrays(
         counts=count_targets(reading, targets, runs, ids, mask),
-        hashes=hash_on_host(labels, ids),
+        hashes=arrays["hashes"].astype(np.int64) if "hashes" in arrays else hash_on_host(labels, ids),
         labelled=window.num_labelled,
         targets=chosen[has_rows].astype(np.int32),
         places=places[kept][has_rows],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from sidestep.protocol.messages import Kind, Message
 from sidestep.trainer_hooks.capture import Batch
 from sidestep.trainer_hooks.config import HooksConfig
 from sidestep.trainer_hooks.image_probe import ImageProbe
+from sidestep.trainer_hooks.loader import BatchHashes, HashedBatch
 from sidestep.trainer_hooks.reductions.alignment import AlignedBatch
 from sidestep.trainer_hooks.reductions.gradients import LocalGradient
 from sidestep.trainer_hooks.signals.budget import LEAST_ROWS_PER_STEP, OverheadBudget
@@ -29,6 +31,8 @@ from sidestep.trainer_hooks.topology import Topology
 from sidestep.trainer_hooks.vocabulary import Vocabulary
 
 _SEEDS_PER_STEP = 4096
+_MOST_HANDED = 1_024
+"""Hashed batches that the loop has taken and not trained on: one that collects them all first still has them."""
 CPU_BUDGET = 0.02
 """Share of a step that signals may take where the training runs on the CPU (docs/trainer.md, section 5)."""
 DEVICE_BUDGET = 0.005
@@ -66,6 +70,7 @@ class SignalWatch:
         found = find_projector(model)
         self._projector = ProjectorWatch(found[1], lambda: model.training) if found is not None else None
         self._images: Any = None
+        self._handed: deque[BatchHashes] = deque(maxlen=_MOST_HANDED)
         self._gradient_norm: Tensor | None = None
         self._module_norms: Tensor | None = None
         self._norms_clipped = False
@@ -106,6 +111,7 @@ class SignalWatch:
                 max_rows=self._rows(step),
                 seed=step * _SEEDS_PER_STEP + microstep,
                 images=images,
+                hashes=self._hashes(labels),
             )
         except Exception as error:  # noqa: BLE001  (counted and said; the metrics of the batch are there)
             self.failed("signals", error)
@@ -113,6 +119,24 @@ class SignalWatch:
         finally:
             self._device_time.stop()
             self._seconds += time.perf_counter() - began
+
+    def handed(self, hashed: HashedBatch) -> None:
+        """Keep what the data loader's workers made of a batch until its forward."""
+        if hashed.hashes is not None:
+            self._handed.append(hashed.hashes)
+        else:
+            self._handed.clear()
+            self.failed("watch_loader", ValueError(f"batches could not be hashed in the loader ({hashed.problem})"))
+
+    def _hashes(self, labels: Tensor) -> BatchHashes | None:
+        """Return those of the batch with these labels: batches are trained on in the order in which they are taken."""
+        if not self._handed:
+            return None
+        found = self._handed.popleft()
+        if labels.dim() != 2 or labels.shape[0] != found.samples.shape[0]:
+            self._handed.clear()
+            return None  # another batch, or cut into pieces: the tensors themselves are hashed
+        return found
 
     def _rows(self, step: int) -> int:
         """Rows of this micro-batch on this rank: where there are many ranks, a few take turns."""
