@@ -62,7 +62,7 @@ def fragments_of(folder: Path, run_id: str) -> OfflineRun:
     with tempfile.TemporaryDirectory() as scratch:
         alone = Path(scratch) / "wandb"
         alone.mkdir()
-        for place in (folder / "wandb").glob(f"offline-run-*-{run_id}"):
+        for place in (folder.resolve() / "wandb").glob(f"offline-run-*-{run_id}"):
             (alone / place.name).symlink_to(place)
         return read_fragments(Path(scratch))
 
