@@ -216,7 +216,8 @@ class Gradients(Message):
     clipped: bool = False
     """True where they were taken after clipping, for want of a call before it."""
     partial: Int32Array = field(default_factory=lambda: empty(np.int32))
-    """Rows whose gradient is a term of a sum over ranks, which no rank has: they are not among ``parameters`` [p]."""
+    """Rows whose gradient is a term of a sum over ranks, or lies otherwise than this rank's share: not among
+    ``parameters`` [p]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

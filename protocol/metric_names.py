@@ -153,7 +153,7 @@ sidecar/ranks/loss_rank|count||worker|that rank
 sidecar/ranks/forward_seconds|number|seconds|max|host time to the end of the last forward of the rank that took longest
 sidecar/ranks/forward_seconds_gap|number|seconds|worker|how far it is above the median over ranks
 sidecar/ranks/forward_seconds_rank|count||worker|that rank
-sidecar/ranks/gradient_norm|number||worker|norm of the gradient of the copy of the model that is farthest from the median
+sidecar/ranks/gradient_norm|number||worker|norm of the gradient of the model copy that is farthest from the median
 sidecar/ranks/gradient_norm_gap|number||worker|how far it is from the median over copies: 0 where they are alike
 sidecar/ranks/gradient_norm_rank|count||worker|the lowest rank of that copy
 sidecar/lag_seconds|number|seconds|max|from the end of the step to the arrival of its last message

@@ -49,6 +49,8 @@ class DataPlace:
     copy: int
     """Which copy of the parameters; only shares of copy 0 are reported."""
     num_copies: int
+    wrapper: str = ""
+    """What arranged it, where that is FSDP2: ``fsdp2``, ``hsdp`` or ``replicate``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +61,27 @@ class MeshShape:
     """Of its dimensions, or empty."""
     shape: tuple[int, ...]
     coordinate: tuple[int, ...]
+
+    def place(self, beside: tuple[str, ...] = (), *, copies: CopyDimension | None) -> tuple[int, ...]:
+        """This rank's coordinates within its copy of the model, those of dimensions named in ``beside`` left out."""
+        names = self.names or ("",) * len(self.shape)
+        return tuple(
+            coordinate
+            for index, (name, coordinate) in enumerate(zip(names, self.coordinate, strict=True))
+            if not (name and name in beside) and not (copies is not None and copies.is_at(index, name))
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyDimension:
+    """The dimension of a mesh along which whole copies of the model lie (HSDP, ``replicate``)."""
+
+    index: int
+    name: str
+
+    def is_at(self, index: int, name: str) -> bool:
+        """Whether a dimension is this one: by its name where it has one."""
+        return name == self.name if self.name and name else index == self.index
 
 
 def largest_mesh(model: nn.Module) -> Any:
@@ -90,6 +113,17 @@ def fsdp_place(model: nn.Module) -> DataPlace | None:
     return max(places, key=lambda place: place.size, default=None)
 
 
+def copy_dimension(model: nn.Module) -> CopyDimension | None:
+    """Along which dimension FSDP2 keeps copies; None where it keeps one."""
+    for module in model.modules():
+        for info in _mesh_infos(module):
+            index = getattr(info, "replicate_mesh_dim", None)
+            if index is not None:
+                names = info.mesh.mesh_dim_names
+                return CopyDimension(index=index, name=names[index] if names else "")
+    return None
+
+
 def _mesh_infos(module: nn.Module) -> list[Any]:
     """The ranks' arrangement of a module's parameter groups; the names differ between versions of torch."""
     read_state = getattr(module, "_get_fsdp_state", None)
@@ -105,7 +139,14 @@ def _mesh_infos(module: nn.Module) -> list[Any]:
 def _place_by(info: Any) -> DataPlace:
     num_shares, share = getattr(info, "shard_mesh_size", 1), getattr(info, "shard_mesh_rank", 0)
     num_copies, copy = getattr(info, "replicate_mesh_size", 1), getattr(info, "replicate_mesh_rank", 0)
-    return DataPlace(rank=copy * num_shares + share, size=num_copies * num_shares, copy=copy, num_copies=num_copies)
+    is_copied, is_cut = (getattr(info, f"{kind}_mesh_dim", None) is not None for kind in ("replicate", "shard"))
+    return DataPlace(
+        rank=copy * num_shares + share,
+        size=num_copies * num_shares,
+        copy=copy,
+        num_copies=num_copies,
+        wrapper="hsdp" if is_copied and is_cut else "replicate" if is_copied else "fsdp2",
+    )
 
 
 def tensor_parallel_place(mesh: Any, world_size: int) -> DataPlace:
@@ -132,24 +173,23 @@ def group_place(group: Any) -> DataPlace:
     return DataPlace(rank=rank, size=size, copy=rank, num_copies=size)
 
 
-def holds_first(parameter: Any, largest: MeshShape | None) -> bool:
+def holds_first(parameter: Any, largest: MeshShape | None, copies: CopyDimension | None = None) -> bool:
     """Whether no rank before this one, within its copy of the model, holds the same share of a parameter.
 
     Args:
         parameter: plain or distributed.
         largest: the mesh that the model's parameters are spread over.
+        copies: its dimension along which copies of the model lie.
     """
     if largest is None:
         return True
     if not is_distributed(parameter):
-        return not any(largest.coordinate)
+        return not any(largest.place(copies=copies))
     mesh = mesh_shape(parameter.device_mesh)
     if mesh is None:
         return False
-    copies = zip(parameter.placements, mesh.coordinate, strict=True)
-    if any(coordinate for placement, coordinate in copies if placement.is_replicate()):
-        return False
-    if len(mesh.shape) >= len(largest.shape):
-        return True
-    beside = zip(largest.names, largest.coordinate, strict=True) if largest.names else ()
-    return not any(coordinate for name, coordinate in beside if name not in mesh.names)
+    names = mesh.names or ("",) * len(mesh.shape)
+    for index, (placement, coordinate) in enumerate(zip(parameter.placements, mesh.coordinate, strict=True)):
+        if coordinate and placement.is_replicate() and not (copies is not None and copies.is_at(index, names[index])):
+            return False
+    return len(mesh.shape) >= len(largest.shape) or not any(largest.place(mesh.names, copies=copies))

@@ -9,14 +9,21 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sidestep.trainer_hooks.meshes import holds_first, is_distributed, is_partial, largest_mesh, mesh_shape
+from sidestep.trainer_hooks.meshes import (
+    copy_dimension,
+    holds_first,
+    is_distributed,
+    is_partial,
+    largest_mesh,
+    mesh_shape,
+)
 from sidestep.trainer_hooks.reductions.gradients import LocalGradient
 
 ROOT = "root"
@@ -100,7 +107,7 @@ class HeldGradients(NamedTuple):
     without: list[int]
     """Rows of trainable parameters that have none."""
     partial: list[int]
-    """Rows whose gradient is a term of a sum over ranks: no rank has its values."""
+    """Rows whose gradient is a term of a sum over ranks, or lies where this rank's share is not: no values here."""
 
 
 class ParameterTable:
@@ -125,6 +132,7 @@ class ParameterTable:
         self.modules: tuple[str, ...] = tuple(dict.fromkeys(module for module, _ in placed))
         numbers = {module: number for number, module in enumerate(self.modules)}
         mesh = mesh_shape(largest_mesh(model))
+        copies = copy_dimension(model) if mesh is not None else None
         self.rows: tuple[ParameterRow, ...] = tuple(
             _row(
                 name,
@@ -132,7 +140,7 @@ class ParameterTable:
                 numbers[module],
                 param,
                 groups.get(id(parameter), -1),
-                is_first=holds_first(parameter, mesh),
+                is_first=holds_first(parameter, mesh, copies),
             )
             for (name, parameter), (module, _), param in zip(named, placed, params, strict=True)
         )
@@ -157,18 +165,15 @@ class ParameterTable:
             parameter = reference()
             if parameter is None or not parameter.requires_grad:
                 continue
-            gradient = parameter.grad
-            if gradient is None:
+            if parameter.grad is None:
                 found.without.append(number)
-            elif is_distributed(gradient) and is_partial(gradient):
+                continue
+            gradient = _own_share(parameter.grad, parameter, row)
+            if gradient is None:
                 found.partial.append(number)
             else:
-                found.held.append(LocalGradient(number, row.module, gradient))
+                found.held.append(LocalGradient(number, row.module, gradient, row.is_first))
         return found
-
-    def of_first_holders(self, held: Iterable[LocalGradient]) -> list[LocalGradient]:
-        """Return those whose share no rank before this one holds: over the ranks, each element is in one of them."""
-        return [each for each in held if self.rows[each.parameter].is_first]
 
     def places(self) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
         """Return name, offset and local shape of each row: what the worker knows it by."""
@@ -281,11 +286,34 @@ def share_of(parameter: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(int(size) for size in local), tuple(int(place) for place in offset)
 
 
+def _own_share(gradient: Any, parameter: Any, row: ParameterRow) -> Tensor | None:
+    """Return the gradient of this rank's share of a parameter; None where the rank does not have it.
+
+    A gradient can lie otherwise than its parameter: that of an embedding cut by rows may be whole on every rank. Then
+    the share is cut out of the local values.
+    """
+    if not is_distributed(gradient):
+        whole: Tensor = gradient
+        return whole if not is_distributed(parameter) else None
+    if is_partial(gradient):
+        return None
+    local: Tensor = gradient.to_local()
+    if is_distributed(parameter) and gradient.placements == parameter.placements:
+        return local
+    _, begins = share_of(gradient)
+    for axis, (begin, own, size) in enumerate(zip(begins, row.offset, row.local_shape, strict=True)):
+        start = own - begin if size else 0
+        if start < 0 or start + size > local.shape[axis]:
+            return None
+        local = local.narrow(axis, start, size)
+    return local
+
+
 def _as_json(row: ParameterRow) -> dict[str, Any]:
     numel = 1
     for size in row.shape:
         numel *= size
-    return {
+    table = {
         "name": row.name,
         "module": row.module,
         "param": row.param,
@@ -296,3 +324,4 @@ def _as_json(row: ParameterRow) -> dict[str, Any]:
         "trainable": row.trainable,
         "group": row.group,
     }
+    return table if row.is_first else {**table, "first": False}

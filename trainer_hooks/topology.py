@@ -121,9 +121,8 @@ def _data_place(found: dict[str, nn.Module], wrapper: str, mesh: Any, world_size
 def _named(wrapper: str, by_fsdp: DataPlace | None, mesh: Any) -> str:
     """The wrapper's name; FSDP2 wraps nothing and is told by what it has done to the modules."""
     if by_fsdp is not None and wrapper == "none":
-        many = "replicate" if by_fsdp.num_copies == by_fsdp.size else "hsdp"
-        wrapper = "fsdp2" if by_fsdp.num_copies == 1 else many
-        return f"{wrapper}+tp" if mesh is not None and mesh.size() > by_fsdp.size else wrapper
+        is_cut_further = mesh is not None and mesh.size() > by_fsdp.size
+        return f"{by_fsdp.wrapper}+tp" if is_cut_further else by_fsdp.wrapper
     if mesh is None:
         return wrapper
     return "tp" if wrapper == "none" else f"{wrapper}+tp"

@@ -43,7 +43,7 @@ def rank_facts(step: AssembledStep, context: RunContext) -> dict[str, Value]:
         found.put("sidecar/ranks_expected", step.ranks_expected)
     parts = step.parts.get(Kind.SIGNALS, ())
     signals = messages_of(parts, Signals)
-    if len(signals) < 2 or not any(message.forward_seconds >= 0 for _, message in signals):
+    if len(signals) < 2 or not _says_copies(context):
         return found.values
     batches = messages_of(distinct_batches(parts, context), Signals)
     _put(found, "loss", {rank: loss for rank, message in batches if (loss := _loss(message)) is not None})

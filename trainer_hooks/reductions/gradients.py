@@ -38,6 +38,8 @@ class LocalGradient(NamedTuple):
     """The module of that row."""
     gradient: Tensor
     """Any shape, floating, dense; a DTensor stands for its local share."""
+    is_first: bool = True
+    """Whether its elements count in the module's histogram: another rank's copy of the same share does not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,13 +76,15 @@ def reduce_gradients(gradients: Sequence[LocalGradient], scale: Tensor | float |
     by_device: dict[torch.device, list[_Piece]] = {}
     for slot, (each, flat) in enumerate(zip(gradients, flats, strict=True)):
         if flat.shape[0]:
-            by_device.setdefault(flat.device, []).append(_Piece(slot=slot, module=number[each.module], values=flat))
+            module = number[each.module] if each.is_first else len(modules)  # a histogram that nobody reads
+            by_device.setdefault(flat.device, []).append(_Piece(slot=slot, module=module, values=flat))
     home = next((device for device in by_device if device.type != "cpu"), torch.device("cpu"))
     sums = torch.zeros((len(flats), _COLUMNS), dtype=torch.float64, device=home)
-    histograms = torch.zeros((len(modules), GRADIENT_HISTOGRAM_BINS), dtype=torch.int64, device=home)
+    num_histograms = len(modules) + any(not each.is_first for each in gradients)
+    histograms = torch.zeros((num_histograms, GRADIENT_HISTOGRAM_BINS), dtype=torch.int64, device=home)
     with torch.no_grad():
         for device, pieces in by_device.items():
-            part, counts = _reduce_on(device, pieces, len(flats), len(modules))
+            part, counts = _reduce_on(device, pieces, len(flats), num_histograms)
             sums += part.to(home, non_blocking=True)  # a parameter lies on one device: elsewhere its sums are 0
             histograms += counts.to(home, non_blocking=True)
     sizes = np.array([flat.shape[0] for flat in flats], np.int64)
@@ -90,7 +94,7 @@ def reduce_gradients(gradients: Sequence[LocalGradient], scale: Tensor | float |
         "rows": torch.from_numpy(-(-sizes // ROW_ELEMENTS)),
         "histogram_modules": torch.tensor(modules, dtype=torch.int32),
         "sums": sums,
-        "histograms": histograms,
+        "histograms": histograms.narrow(0, 0, len(modules)),
         "scale": _one_element(scale, home),
     }
 

@@ -213,7 +213,8 @@ def _merge_histograms(
         table, modules = tables.rows(rank), tables.module_names(rank)
         held: dict[str, set[ShardKey]] = {}
         for row in (table[number] for number in part.parameters[part.counts > 0].tolist()):
-            held.setdefault(row.module, set()).add((row.name, row.shard))
+            if row.is_first:
+                held.setdefault(row.module, set()).add((row.name, row.shard))
         for place, number in enumerate(part.histogram_modules.tolist()):
             module = modules[number] if 0 <= number < len(modules) else ""
             keys, done = held.get(module, set()), counted.setdefault(module, set())

@@ -67,9 +67,9 @@ def _tell_ranks(
         found.notices.append(notice_once("gradients_incomplete", text, step))
     if merged.partial:
         text = (
-            f"gradients of {len(merged.partial)} parameters (the first: {merged.partial[0]}) are partial sums, whose "
-            "values no rank has (sequence parallelism without FSDP): they are left out, and "
-            "gradients/global/total_norm with them"
+            f"gradients of {len(merged.partial)} parameters (the first: {merged.partial[0]}) are partial sums "
+            "(sequence parallelism without FSDP) or lie otherwise than their parameter: no rank has their values, they "
+            "are left out, and gradients/global/total_norm with them"
         )
         found.put("gradients/global/params_partial", len(merged.partial))
         found.notices.append(notice_once("gradients_partial", text, step, level="info"))

@@ -27,6 +27,8 @@ class ParameterRow:
     shard: tuple[tuple[int, ...], tuple[int, ...]]
     """Where this rank's share begins and how large it is: replicas have the same."""
     trainable: bool
+    is_first: bool = True
+    """Whether the rank counts its elements in the module's histogram: it does not where a lower rank holds them too."""
 
     @property
     def block(self) -> str:
@@ -81,4 +83,5 @@ def _read_row(row: Mapping[str, Any], modules: Sequence[str]) -> ParameterRow:
         numel=int(row.get("numel", math.prod(shape))),
         shard=(tuple(map(int, row.get("offset") or ())), tuple(map(int, row.get("local_shape") or ()))),
         trainable=bool(row.get("trainable", True)),
+        is_first=bool(row.get("first", True)),
     )
