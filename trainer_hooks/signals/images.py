@@ -53,6 +53,8 @@ def num_images(value: Any) -> int:
 
 def image_rows(value: Any) -> list[Tensor]:
     """Return the images as tensors [n, pixels] in their order; those of one size that follow each other together."""
+    if isinstance(value, Tensor) and value.dim() > _IMAGE_AXES:  # the common case, without the ways of the others
+        return [value.detach().flatten(0, value.dim() - _IMAGE_AXES - 1).flatten(1)] if value.numel() else []
     groups = groupby(image_leaves(value), key=lambda leaf: (leaf.shape, leaf.dtype, leaf.device))
     rows = []
     for _, group in groups:

@@ -20,7 +20,7 @@ from sidestep.trainer_hooks.reductions.alignment import AlignedBatch
 from sidestep.trainer_hooks.reductions.cross_entropy import LogitsSource, head_source, logits_source
 from sidestep.trainer_hooks.reductions.host_index import to_device
 from sidestep.trainer_hooks.signals.counts import DeviceHash, Reading, count_on_device, count_targets, hash_on_host
-from sidestep.trainer_hooks.signals.images import image_numbers, image_rows
+from sidestep.trainer_hooks.signals.images import image_leaves, image_numbers, image_rows
 from sidestep.trainer_hooks.signals.late_rows import (
     MAX_LATE_BYTES,
     RowWindow,
@@ -134,7 +134,9 @@ class MicroSignalReader:
         if made.host is not None:
             rows = image_rows(images)
             if len(rows) == 1 and rows[0].is_cpu and rows[0].nbytes <= MAX_LATE_BYTES:
-                made.host.images = rows[0].narrow(0, 0, min(MAX_SIGNAL_HASHES, rows[0].shape[0])).clone()
+                few = rows[0].narrow(0, 0, min(MAX_SIGNAL_HASHES, rows[0].shape[0]))
+                is_own = few.untyped_storage().data_ptr() != next(image_leaves(images)).untyped_storage().data_ptr()
+                made.host.images = few if is_own else few.clone()  # a list of images was copied to be one tensor
                 return
         numbers = image_numbers(images)
         if numbers is not None:

@@ -17,6 +17,7 @@ from sidestep.protocol.messages import SIGNAL_COUNTS, Kind, Probe, Signals, Step
 from sidestep.trainer_hooks.capture import Batch
 from sidestep.trainer_hooks.config import HooksConfig
 from sidestep.trainer_hooks.reductions.alignment import align
+from sidestep.trainer_hooks.signals.images import image_numbers
 from sidestep.trainer_hooks.signals.microbatch import MicroSignalReader, micro_arrays
 from sidestep.trainer_hooks.signals.step import StepFacts, StepSignals, signals_message
 from sidestep.trainer_hooks.transport import InProcessTransport
@@ -228,6 +229,23 @@ def test_labels_on_a_device_are_read_like_labels_on_the_host(shifted: bool, max_
         assert on_host.targets.size == 3
         assert on_device.targets.size == 5
         assert on_device.places.tolist()[:3] in ([0, 1, 2], [0, 1, 0])
+
+
+@pytest.mark.parametrize("form", ["tensor", "list", "one image"])
+def test_a_trainer_may_change_its_images_once_they_were_read(form: str) -> None:
+    ids, images, targets = next(batches(3, 1))
+    count = 1 if form == "one image" else 6
+    given = images if form == "tensor" else list(images)[:count]
+    reader = MicroSignalReader(eos_id=EOS, pad_id=None, ignore_index=IGNORE)
+    batch = Batch(input_ids=ids, labels=targets)
+    wanted = image_numbers(given)
+    made = reader.read(batch, None, shifted=True, max_rows=100, seed=7, images=given)
+    images.zero_()
+    numbers = micro_arrays(made.host, {}).image_numbers
+    assert wanted is not None
+    assert numbers is not None
+    assert numbers.shape == (count, 4)
+    np.testing.assert_allclose(numbers, wanted.numpy(), rtol=1e-4, atol=1e-6)
 
 
 def test_only_the_trainers_own_losses() -> None:
