@@ -84,6 +84,8 @@ class RunPipeline:
         self._ended: set[str] = set()
         self._contexts: dict[int, ContextRecord] = {}
         self._context_since: dict[int, float] = {}
+        self._found_wanting: set[int] = set()
+        """Attempts of which a Hello or a table was missing when they were looked at, and none has come since."""
         self._heard_at: dict[str, float] = {}
         self._followed_at: dict[str, float] = {}
         self._survey_due = True
@@ -140,6 +142,7 @@ class RunPipeline:
     def refresh(self) -> None:
         """A Hello or a table of this run has come."""
         self._survey_due = True
+        self._found_wanting.clear()
         for incarnation in self._journal.index.incarnations(self.run_id):
             if incarnation.incarnation not in self._assemblers:
                 self._assemblers[incarnation.incarnation] = self._assembler(incarnation)
@@ -313,9 +316,13 @@ class RunPipeline:
         known = self._contexts.get(incarnation.attempt)
         if known is not None and (not self._survey_due or is_whole(known, incarnation)):
             return True
-        record = survey(self._journal.index, incarnation, 0 if known is None else known.revision + 1)
         waited = now - self._context_since.setdefault(incarnation.attempt, now)
-        if known is None and not at_once and not is_whole(record, incarnation) and waited < self._deadline_seconds:
+        waits = known is None and not at_once and waited < self._deadline_seconds
+        if waits and not self._may_be_whole(incarnation):
+            return False
+        record = survey(self._journal.index, incarnation, 0 if known is None else known.revision + 1)
+        if waits and not is_whole(record, incarnation):
+            self._found_wanting.add(incarnation.attempt)
             return False
         self._survey_due = False
         if known is None or (record.ranks, record.missing) != (known.ranks, known.missing):
@@ -323,6 +330,12 @@ class RunPipeline:
             self._contexts[incarnation.attempt] = record
             self._append(record, Projection())
         return True
+
+    def _may_be_whole(self, incarnation: Incarnation) -> bool:
+        """Whether looking at an attempt can find it whole: while its ranks come, nobody reads all Hellos every turn."""
+        if incarnation.attempt in self._found_wanting:
+            return False
+        return self._journal.index.num_hellos(incarnation.incarnation) >= incarnation.world_size
 
     def _end(self, assembler: Assembler, *, is_clean: bool, reason: str) -> None:
         exit_code = 1

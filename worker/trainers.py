@@ -77,13 +77,13 @@ class Trainers:
         for incarnation in incarnations:
             name = incarnation.incarnation
             silent = now - last_heard.get(name, self._born)
+            if not at_once and silent < self._silence_seconds:
+                continue  # its processes, which are named by all ranks' Hellos, are looked for when they matter
             pids = self._local_pids(name)
             if pids is None:
                 if silent >= ELSEWHERE_FACTOR * self._silence_seconds:
                     gone[name] = f"nothing was heard of the trainer for {silent:.0f} s"
-            elif (at_once or silent >= self._silence_seconds) and not any(
-                self._is_there(pid, incarnation.first_seen) for pid in pids
-            ):
+            elif not any(self._is_there(pid, incarnation.first_seen) for pid in pids):
                 gone[name] = f"the trainer's process {pids[0]} is gone"
         return gone
 

@@ -155,6 +155,10 @@ class Index:
         rows = self._rows("SELECT rank, body FROM hello WHERE incarnation = ? ORDER BY rank", incarnation)
         return {int(rank): bytes(body) for rank, body in rows}
 
+    def num_hellos(self, incarnation: str) -> int:
+        """Return how many ranks' Hellos are here; they are not read."""
+        return int(self._rows("SELECT COUNT(*) FROM hello WHERE incarnation = ?", incarnation)[0][0])
+
     def hello_arrivals(self, incarnation: str) -> dict[int, tuple[float, bytes]]:
         """Return rank to when its Hello came, in unix seconds, and the frame of it."""
         query = "SELECT rank, received_at, body FROM hello WHERE incarnation = ? ORDER BY rank"

@@ -10,7 +10,7 @@ from sidestep.worker.metrics.answer_counts import AnswerCounts
 from sidestep.worker.metrics.measurement import (
     Measurement,
     Value,
-    is_copy,
+    copies,
     length_histogram,
     messages_of,
     same_length,
@@ -27,8 +27,10 @@ def count_answers(parts: Sequence[Part], context: RunContext, attempt: int, coun
     The measurement holds no values; its ``malformed_parts`` are those left out.
     """
     found = Measurement()
-    for rank, message in messages_of(parts, Answers):
-        if is_copy(rank, context):
+    sent = messages_of(parts, Answers)
+    left_out = copies([rank for rank, _ in sent], context) if sent else set()
+    for rank, message in sent:
+        if rank in left_out:
             continue
         if not _is_sound(message):
             found.malformed_parts += 1

@@ -78,10 +78,16 @@ def distinct_batches(parts: Sequence[Part], context: RunContext) -> list[Part]:
     return [part for part in parts if speaker[_data_parallel_rank(part.rank, context)] == part.rank]
 
 
-def is_copy(rank: int, context: RunContext) -> bool:
-    """Whether a lower rank of the run sees the same batches; for what comes one by one and must count once."""
-    place = _data_parallel_rank(rank, context)
-    return any(other < rank and _data_parallel_rank(other, context) == place for other in context.topologies)
+def copies(ranks: Iterable[int], context: RunContext) -> set[int]:
+    """Return which of ``ranks`` see the same batches as a lower rank of the run, whether or not that one is among them.
+
+    For what comes one by one and must count once.
+    """
+    lowest: dict[int, int] = {}
+    for rank in context.topologies:
+        place = _data_parallel_rank(rank, context)
+        lowest[place] = min(rank, lowest.get(place, rank))
+    return {rank for rank in ranks if lowest.get(_data_parallel_rank(rank, context), rank) < rank}
 
 
 def _data_parallel_rank(rank: int, context: RunContext) -> int:
