@@ -87,7 +87,7 @@ CAUSES: Final[tuple[Cause, ...]] = (
     ),
     _cause(
         "data_repeats",
-        "dup_in_batch data_repeats",
+        "dup_in_batch",
         "the sampler draws the same few samples",
         "look at the sampler, the shuffling buffer and the shards that are read",
     ),
@@ -96,6 +96,12 @@ CAUSES: Final[tuple[Cause, ...]] = (
         "image_constant",
         "images are lost or overwritten before the model: a failed download's stand-in, a wrong index, a blank frame",
         "look at the pixel values of the named batch, as the model gets them",
+    ),
+    _cause(
+        "data_repeats",
+        "data_repeats",
+        "the sampler draws the same few samples",
+        "look at the sampler, the shuffling buffer and the shards that are read",
     ),
     _cause(
         "replicas_apart",
@@ -108,30 +114,6 @@ CAUSES: Final[tuple[Cause, ...]] = (
         "lr_zero",
         "the schedule gives 0: its length is in other units than the steps, or it was not restored",
         "print the schedule's rate over the steps to come",
-    ),
-    _cause(
-        "steps_skipped",
-        "updates_skipped",
-        "the gradient overflows at every scale, or its scale is lost",
-        "train in bfloat16, or lower the rate; look at the GradScaler's scale",
-    ),
-    _cause(
-        "projector_silent",
-        "image_embed_zero image_embed_constant",
-        "the projector's output tells nothing of the image: zero or dead weights, or its input is constant",
-        "look at the projector's weights and at what the vision encoder gives it",
-    ),
-    _cause(
-        "module_detached",
-        "module_dead no_gradient",
-        "a module is cut off from the loss: detach(), no_grad(), or a flag that freezes it",
-        "look for what lies between the named module and the loss; call mark_stage() when it is frozen on purpose",
-    ),
-    _cause(
-        "weights_stand",
-        "no_update",
-        "the optimizer does not hold these weights, or its steps are lost",
-        "compare the optimizer's parameters with the model's",
     ),
     _cause(
         "bad_start",
@@ -159,6 +141,30 @@ CAUSES: Final[tuple[Cause, ...]] = (
         "nonfinite",
         "an operation gave NaN or infinity: a division by 0, a log of 0, an overflow in half precision",
         "run the named batch again in float32 with anomaly detection",
+    ),
+    _cause(
+        "steps_skipped",
+        "updates_skipped",
+        "the gradient overflows at every scale, or its scale is lost",
+        "train in bfloat16, or lower the rate; look at the GradScaler's scale",
+    ),
+    _cause(
+        "projector_silent",
+        "image_embed_zero image_embed_constant",
+        "the projector's output tells nothing of the image: zero or dead weights, or its input is constant",
+        "look at the projector's weights and at what the vision encoder gives it",
+    ),
+    _cause(
+        "module_detached",
+        "module_dead no_gradient",
+        "a module is cut off from the loss: detach(), no_grad(), or a flag that freezes it",
+        "look for what lies between the named module and the loss; call mark_stage() when it is frozen on purpose",
+    ),
+    _cause(
+        "weights_stand",
+        "no_update",
+        "the optimizer does not hold these weights, or its steps are lost",
+        "compare the optimizer's parameters with the model's",
     ),
     _cause(
         "data_collapsed",
@@ -198,6 +204,14 @@ CAUSES: Final[tuple[Cause, ...]] = (
         "image_lost image_unused",
         "the model does not use the images: shuffled against their questions, or cut off",
         "check that each image still belongs to its question; look at the projector's gradient",
+    ),
+    _cause(
+        "labels_or_inputs_wrong",
+        "cal_up loss_cusum loss_spike loss_regress confidence_gap mass_excess mass_deficit worse_than_uniform "
+        "worse_than_prior gen_repetition",
+        "targets or inputs are wrong from the first step named on: the targets themselves are others than they were",
+        "decode the named batch: do question, image and answer belong together, and is the answer one?",
+        facts="targets_changed",
     ),
     _cause(
         "labels_or_inputs_wrong",

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 from sidestep.protocol.messages import Json
-from sidestep.worker.detectors.catalogue import DetectorKind, Severity
+from sidestep.worker.detectors.catalogue import DetectorKind, Severity, kind_of
 from sidestep.worker.detectors.persistence import Firing
 from sidestep.worker.incident_causes import Cause, likely_cause
 from sidestep.worker.step_record import StepRecord
@@ -26,6 +26,8 @@ EXACT_FOLLOWING_STEPS: Final = 200
 """The same for exact checks: what they find is sooner a story of its own."""
 CAUSAL_STEPS: Final = 30
 """Steps after an incident's first one in which what speaks may tell its cause: later, it is a consequence."""
+EXACT_STEPS: Final = 8
+"""The same for exact checks, where one of them has told it: the slowest takes five readings."""
 STALE_STEPS: Final = 1_000
 """Steps without news after which an incident is closed: what judged it does not judge any more."""
 MAX_OPEN: Final = 8
@@ -230,17 +232,34 @@ def _add_evidence(incident: Incident, firing: Firing) -> None:
 
 
 def _cause_of(incident: Incident, suspicious: AbstractSet[str]) -> Cause:
-    """What has spoken says more than what is only suspicious: that is asked where the first does not know."""
-    spoken = frozenset(
-        each.detector for each in incident.evidence if each.first_step <= incident.first_step + CAUSAL_STEPS
-    )
-    cause = likely_cause(spoken, frozenset(incident.facts))
+    """What has spoken says more than what is only suspicious: that is asked where the first does not know.
+
+    Of exact checks those tell the cause that held from the first steps on: what follows them is a consequence.
+    """
+    facts = frozenset(incident.facts)
+    at_once = _spoken_within(incident, EXACT_STEPS)
+    if any(kind_of(name).is_exact for name in at_once):
+        cause = likely_cause(at_once, facts)
+        if any(kind_of(name).is_exact for name in cause.any_of):
+            return cause
+    spoken = _spoken_within(incident, CAUSAL_STEPS)
+    cause = likely_cause(spoken, facts)
     if cause.name in GENERAL_CAUSES and suspicious:
-        wider = likely_cause(spoken | suspicious, frozenset(incident.facts))
+        wider = likely_cause(spoken | suspicious, facts)
         return wider if wider.name in TELLING_CAUSES else cause
     return cause
 
 
+def _spoken_within(incident: Incident, num_steps: int) -> frozenset[str]:
+    """Return the detectors whose first reading beyond came within so many steps of the incident's first one."""
+    spoken = {each.detector for each in incident.evidence if each.first_step <= incident.first_step + num_steps}
+    if incident.evidence[0].detector in RISES:
+        spoken -= {"cal_down"}  # what falls after a rise recovers
+    return frozenset(spoken)
+
+
+RISES: Final = frozenset({"cal_up", "loss_cusum", "loss_spike", "loss_regress", "confidence_gap", "worse_than_prior"})
+"""Detectors that say that the loss is higher than it was."""
 GENERAL_CAUSES: Final = frozenset({"unknown", "optimisation", "labels_or_inputs_wrong", "weights_damaged"})
 """Causes that a suspicion may make more precise."""
 TELLING_CAUSES: Final = frozenset(

@@ -44,7 +44,8 @@ from sidestep.worker.watch_verdict import (
 
 __all__ = ["Announcement", "Policy", "Request", "Watch", "WatchVerdict"]
 
-STATE_VERSION: Final = 1
+STATE_VERSION: Final = 2
+READ_VERSIONS: Final = (1, STATE_VERSION)
 GRACE_STEPS: Final = 100
 """Steps of an announced stage in which what compares with the past does not speak (docs/detection.md)."""
 ROLLBACK_STEPS: Final = 50
@@ -78,6 +79,7 @@ class Watch:
         self._families = make_families(self._settings)
         self._own = OwnDetectors(detectors)
         self._persistence: dict[str, Persistence] = {}
+        self._known: dict[str, tuple[DetectorKind, Rule]] = {}  # what does not change in a run, looked up once
         self._facts = OnsetFacts()
         self._incidents = IncidentLog()
         self._newest = -1
@@ -125,7 +127,7 @@ class Watch:
         view = StepView(record, context, generated)
         readings = [reading for family in self._families for reading in family.read(view)]
         own, failures = self._own.read(record)
-        self._facts.take(record)
+        self._facts.take(record, view.target_cost)
         readings += own
         spoken = self._judge(record.step, readings, context)
         spoken += self._judge_user_rules(record.step, verdict, findings)
@@ -160,8 +162,7 @@ class Watch:
         spoken: list[tuple[Firing, DetectorKind]] = []
         seen: set[str] = set()
         for reading in readings:
-            kind = self._own.kind(reading.name) or kind_of(reading.name)
-            rule = self._rule(reading.name)
+            kind, rule = self._known.get(reading.name) or self._look_up(reading.name)
             is_graced = step < self._grace_until and not kind.is_exact
             if not rule.enabled or is_graced or reading.name in seen:
                 continue
@@ -189,6 +190,11 @@ class Watch:
         )
         firing = kept.take(step, reading)
         return [(firing, KINDS[USER_RULES])] if firing is not None else []
+
+    def _look_up(self, name: str) -> tuple[DetectorKind, Rule]:
+        found = (self._own.kind(name) or kind_of(name), self._rule(name))
+        self._known[name] = found
+        return found
 
     def _rule(self, name: str) -> Rule:
         return self._own.rule(name) or self._settings.rule(name) or Rule()
@@ -293,7 +299,7 @@ class Watch:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over a state; raises KeyError, TypeError or ValueError where it is none of this version."""
-        if state["version"] != STATE_VERSION:
+        if state["version"] not in READ_VERSIONS:
             raise ValueError(f"a state of the detectors of version {state['version']}")
         for family in self._families:
             if family.name in state["families"]:

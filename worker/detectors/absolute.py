@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+import numpy as np
+
 from sidestep.protocol.messages import Json
 from sidestep.worker.detectors.reading import Reading
 from sidestep.worker.detectors.settings import DetectorSettings
@@ -42,7 +44,8 @@ class AbsoluteChecks:
         over = record.loss - uniform
         evidence = f"the loss is {record.loss:.2f} nats; a uniform guess costs {uniform:.2f}"
         if record.attempt == 0 and self._num_readings <= FIRST_STEPS:
-            limit = self._settings.init_loss.threshold
+            rule = self._settings.init_loss
+            limit = rule.threshold + rule.errors * _error_over_targets(view)
             found.append(Reading(name="init_loss", value=over, limit=limit, is_beyond=over > limit, evidence=evidence))
         if self._num_readings > UNIFORM_FROM:
             limit = self._settings.worse_than_uniform.threshold
@@ -72,3 +75,11 @@ class AbsoluteChecks:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over a state."""
         self._num_readings, self._has_left = int(state["readings"]), bool(state["left"])
+
+
+def _error_over_targets(view: StepView) -> float:
+    """Return the standard error of the mean loss in nats, were other ids the targets: few distinct ones say little."""
+    _, which, counts = view.distinct
+    shares = counts / view.num_rows
+    deviations = np.bincount(which, weights=view.losses) / counts - float(view.losses.mean())
+    return math.sqrt(float(np.square(shares * deviations).sum()))

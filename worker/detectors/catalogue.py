@@ -111,5 +111,7 @@ KINDS: Final[Mapping[str, DetectorKind]] = {kind.name: kind for kind in map(_kin
 
 def kind_of(name: str) -> DetectorKind:
     """Return a detector's kind; one from outside (``plugins.py``) is a warning of its own past until it says more."""
-    unknown = DetectorKind(name=name, severity=Severity.WARNING, nature="self", is_collapse=False, title=name)
-    return KINDS.get(name, unknown)
+    known = KINDS.get(name)
+    if known is not None:
+        return known
+    return DetectorKind(name=name, severity=Severity.WARNING, nature="self", is_collapse=False, title=name)

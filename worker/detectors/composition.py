@@ -119,7 +119,7 @@ class CompositionAdjusted:
             "costs": self._costs.state(),
             "centre": self._centre.state(),
             "level": self._level.state(),
-            "sum": self._up.total,
+            "sum": self._up.state(),
             "last": [self._last.values, self._last_losses.values],
             "frozen": self._freeze.steps,
             "rows": self._usual_rows,
@@ -130,7 +130,7 @@ class CompositionAdjusted:
         self._costs.restore(state["costs"])
         self._centre.restore(state["centre"])
         self._level.restore(state["level"])
-        self._up.total = float(state["sum"])
+        self._up.restore(state["sum"])
         self._last.values, self._last_losses.values = ([float(value) for value in each] for each in state["last"])
         self._freeze.steps = int(state["frozen"])
         self._usual_rows = float(state["rows"])

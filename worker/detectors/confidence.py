@@ -70,10 +70,10 @@ class Confidence:
 
     def state(self) -> Json:
         """Return all that ``restore`` needs."""
-        return {"own": self._own.state(), "sum": self._sum.total, "frozen": self._freeze.steps}
+        return {"own": self._own.state(), "sum": self._sum.state(), "frozen": self._freeze.steps}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over a state."""
         self._own.restore(state["own"])
-        self._sum.total = float(state["sum"])
+        self._sum.restore(state["sum"])
         self._freeze.steps = int(state["frozen"])

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from sidestep.protocol.messages import Json
 from sidestep.worker.detectors.reading import Reading
-from sidestep.worker.detectors.running import RunningMoments, Window, median
+from sidestep.worker.detectors.running import RunningMoments, Window
 from sidestep.worker.detectors.settings import DetectorSettings
 from sidestep.worker.detectors.token_table import Shares, pooled
 from sidestep.worker.detectors.view import StepView
@@ -132,8 +132,8 @@ class DataShift:
         size = record.samples or record.count("answers") or 0
         if not size:
             return
-        if len(self._samples.values) >= rule.warmup:
-            usual = median(self._samples.values)
+        if len(self._samples) >= rule.warmup:
+            usual = self._samples.median()
             limit = rule.threshold * usual
             is_beyond = usual >= rule.min_rows and size < limit
             evidence = f"{size} samples in the step, usually {usual:g}"

@@ -2,7 +2,8 @@
 
 ``rate_raised``: the learning rate stood well above what it was. ``outputs_unchanged``: the loss rose though the model
 was as sure as before: the targets or inputs changed, the model not yet. ``outputs_changed``: it was not as sure.
-``gradient_up``: the gradient rose with it.
+``gradient_up``: the gradient rose with it. ``targets_changed``: by what stands where in the answers, or by their
+length, the targets were others.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ RATE_RISE: Final = 2.5
 REMEMBERED_STEPS: Final = 24
 CHANGED: Final = 4.0
 """Standard deviations of the entropy, or of the logarithm of the gradient's norm, from which it changed."""
-NEAR: Final = 3
+TARGET_STEPS: Final = 2
+"""Steps whose targets must be others: a single batch may be made of rare ones."""
+NEAR: Final = 5
 """Steps around a failure's first one that facts are looked for in."""
 
 
@@ -32,10 +35,17 @@ class OnsetFacts:
         self._rates = Window(RATE_READINGS)
         self._entropy = RunningMoments(rate=0.02, floor=0.01)
         self._norm = RunningMoments(rate=0.02, floor=0.05)
-        self._last: list[list[float]] = []  # step, rate's rise, z of the entropy, z of the norm
+        self._cost = RunningMoments(rate=0.02, floor=0.05)
+        self._length = RunningMoments(rate=0.02, floor=0.05)
+        self._last: list[list[float]] = []  # step, rate's rise, z of the entropy, of the norm, and of the targets
 
-    def take(self, record: StepRecord) -> None:
-        """Take a step in."""
+    def take(self, record: StepRecord, target_cost: float | None = None) -> None:
+        """Take a step in.
+
+        Args:
+            record: the step.
+            target_cost: what its targets cost by counting them (``StepView.target_cost``).
+        """
         rise = z_entropy = z_norm = 0.0
         rate = float(record.rates.max()) if record.rates.size else 0.0
         if rate > 0:
@@ -49,7 +59,21 @@ class OnsetFacts:
             norm = math.log(record.gradient_norm)
             z_norm = self._norm.z(norm) if self._norm.count >= 16 else 0.0
             self._norm.update(norm)
-        self._last = [*self._last, [float(record.step), rise, z_entropy, z_norm]][-REMEMBERED_STEPS:]
+        z_targets = self._targets(record, target_cost)
+        self._last = [*self._last, [float(record.step), rise, z_entropy, z_norm, z_targets]][-REMEMBERED_STEPS:]
+
+    def _targets(self, record: StepRecord, cost: float | None) -> float:
+        """Return by how many standard deviations the targets' cost, or their answers' mean length, is another."""
+        found = 0.0
+        if cost is not None:
+            found = abs(self._cost.z(cost)) if self._cost.count >= 16 else 0.0
+            self._cost.update(cost)
+        answers, labelled = record.count("answers"), record.count("labelled")
+        if answers and labelled:
+            length = math.log(labelled / answers)
+            found = max(found, abs(self._length.z(length)) if self._length.count >= 16 else 0.0)
+            self._length.update(length)
+        return found
 
     def around(self, step: int) -> frozenset[str]:
         """Return the facts of the steps around ``step``, as far as they are remembered."""
@@ -63,19 +87,25 @@ class OnsetFacts:
             found.add("outputs_changed" if any(abs(each[2]) > CHANGED for each in onset) else "outputs_unchanged")
         if any(each[3] > CHANGED for each in near):
             found.add("gradient_up")
+        if sum(each[4] > CHANGED for each in near) >= TARGET_STEPS:
+            found.add("targets_changed")
         return frozenset(found)
 
     def state(self) -> Json:
         """Return all that ``restore`` needs."""
-        return [self._rates.values, self._entropy.state(), self._norm.state(), self._last]
+        moments = (self._entropy, self._norm, self._cost, self._length)
+        return [self._rates.values, *(each.state() for each in moments), self._last]
 
     def restore(self, state: Any) -> None:
         """Take over a state."""
-        rates, entropy, norm, last = state
+        rates, entropy, norm, *targets, last = state
         self._rates.values = [float(rate) for rate in rates]
         self._entropy.restore(entropy)
         self._norm.restore(norm)
-        self._last = [[float(value) for value in each] for each in last]
+        if targets:  # there are none in a state of version 1 of the watch
+            self._cost.restore(targets[0])
+            self._length.restore(targets[1])
+        self._last = [[*(float(value) for value in each), 0.0][:5] for each in last]
 
 
 FACTS: Final[Mapping[str, str]] = {
@@ -83,5 +113,6 @@ FACTS: Final[Mapping[str, str]] = {
     "outputs_unchanged": "the model was as sure as before when it began",
     "outputs_changed": "the model's own certainty changed when it began",
     "gradient_up": "the gradient rose with it",
+    "targets_changed": "the targets were others when it began",
 }
 """Each fact in words."""

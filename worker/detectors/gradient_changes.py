@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from sidestep.protocol.messages import Json
 from sidestep.worker.detectors.reading import Reading
-from sidestep.worker.detectors.running import Window, median
+from sidestep.worker.detectors.running import Window
 from sidestep.worker.detectors.settings import DetectorSettings
 from sidestep.worker.detectors.view import StepView
 from sidestep.worker.record_weights import TRAINABLE, VISUAL
@@ -49,7 +49,7 @@ class GradientChanges:
         if record.applied is False:
             return ()
         rule = self._settings.grad_spike
-        is_quiet = len(self._losses.values) >= QUIET_FROM and median(self._losses.values) < rule.least_loss
+        is_quiet = len(self._losses) >= QUIET_FROM and self._losses.median() < rule.least_loss
         if record.loss is not None:
             self._losses.add(record.loss)
         self._has_seen_images = self._has_seen_images or record.images > 0
@@ -62,8 +62,8 @@ class GradientChanges:
         value = math.log(norm)
         z = self._norms.robust_z(value, LOG_FLOOR)
         up, down = self._settings.grad_spike, self._settings.grad_vanish
-        if z is not None and len(self._norms.values) >= up.warmup and not is_quiet:
-            rise = value - median(self._norms.values)
+        if z is not None and len(self._norms) >= up.warmup and not is_quiet:
+            rise = value - self._norms.median()
             evidence = f"gradient norm {norm:.3g}, {math.exp(rise):.3g} times the median of the last"
             yield Reading(
                 name="grad_spike", value=z, limit=up.threshold, is_beyond=z > up.threshold and rise > up.rise,
@@ -114,7 +114,7 @@ class GradientChanges:
         norm = float(record.module_norms[place])
         if math.isnan(norm) or (flags & VISUAL and self._has_seen_images and not record.images):
             return False
-        had = bool(self._shares[place].values)
+        had = len(self._shares[place]) > 0
         is_never = norm <= 0 and not had
         if is_never and (not flags & TRAINABLE or self._is_new_stage):
             return False
@@ -124,20 +124,20 @@ class GradientChanges:
         """The module's norm in parts of its median; 0 without a gradient, None where that cannot be told yet."""
         rule = self._settings.module_dead
         self._without[place] = min(self._without[place] + 1, 1 << 20) if norm <= 0 else 0
-        values = self._shares[place].values
+        shares = self._shares[place]
         if norm <= 0:
-            is_told = bool(values) or norm == 0 or self._without[place] >= rule.never_hits - rule.hits
+            is_told = len(shares) > 0 or norm == 0 or self._without[place] >= rule.never_hits - rule.hits
             return 0.0 if is_told else None
-        if len(values) < rule.hits:
+        if len(shares) < rule.hits:
             return None
-        usual = median(values)
+        usual = shares.median()
         # The whole gradient may shrink as the task is learned: only what shrinks more than all of it is dead.
         return max(norm / math.exp(usual), share)
 
     def _spike(self, place: int, norm: float) -> tuple[float, int, float]:
-        values = self._shares[place].values
-        z = self._shares[place].robust_z(math.log(norm), LOG_FLOOR)
-        return (z, place, math.log(norm) - median(values)) if z is not None else (-math.inf, -1, 0.0)
+        shares, value = self._shares[place], math.log(norm)
+        z = shares.robust_z(value, LOG_FLOOR)
+        return (z, place, value - shares.median()) if z is not None else (-math.inf, -1, 0.0)
 
     def forget(self) -> None:
         """Another stage may freeze other modules: what has no gradient at its start is taken for frozen."""

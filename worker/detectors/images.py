@@ -80,8 +80,9 @@ class Images:
         pooled = self._gains[-unused.pooled :]
         mean = sum(pooled) / len(pooled)
         evidence = f"with the images of other samples the loss is only {mean:+.3f} nats higher ({len(pooled)} probes)"
-        if self._num_probes >= unused.warmup and (knowledge is None or knowledge >= unused.knowledge):
+        if len(pooled) == unused.pooled and (knowledge is None or knowledge >= unused.knowledge):
             self._unused = self._unused + 1 if max(mean, gain) < unused.threshold else 0
+        if self._num_probes >= unused.warmup and (knowledge is None or knowledge >= unused.knowledge):
             is_beyond = self._unused >= unused.lasting and record.step >= unused.first_step
             yield Reading(
                 name="image_unused", value=mean, limit=unused.threshold, is_beyond=is_beyond,

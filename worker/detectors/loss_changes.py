@@ -74,10 +74,9 @@ class LossChanges:
     def _spiked(self, loss: float) -> Iterator[Reading]:
         rule = self._settings.loss_spike
         z = self._window.robust_z(loss, floor=self._settings.loss_cusum.floor)
-        if z is None or len(self._window.values) < rule.warmup:
+        if z is None or len(self._window) < rule.warmup:
             return
-        ordered = sorted(self._window.values)
-        middle = ordered[len(ordered) // 2]
+        middle = self._window.median()
         is_beyond = z > rule.threshold and loss - middle > rule.rise
         evidence = f"loss {loss:.3f}, {z:.1f} robust standard deviations over the recent median {middle:.3f}"
         yield Reading(
@@ -92,7 +91,7 @@ class LossChanges:
         """Return all that ``restore`` needs."""
         return {
             "moments": self._moments.state(),
-            "sum": self._sum.total,
+            "sum": self._sum.state(),
             "frozen": self._freeze.steps,
             "smooth": self._smooth.state(),
             "best": self._best,
@@ -102,7 +101,7 @@ class LossChanges:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over a state."""
         self._moments.restore(state["moments"])
-        self._sum.total = float(state["sum"])
+        self._sum.restore(state["sum"])
         self._freeze.steps = int(state["frozen"])
         self._smooth.restore(state["smooth"])
         self._best = float(state["best"])

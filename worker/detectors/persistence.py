@@ -44,15 +44,19 @@ class Persistence:
     def take(self, step: int, reading: Reading) -> Firing | None:
         """Take a reading in; returns what is to be said now, if anything."""
         self._num_readings += 1
-        self._recent = [*self._recent, step if reading.is_beyond else -1 - step][-max(self._rule.window, 1) :]
+        self._recent.append(step if reading.is_beyond else -1 - step)
+        if len(self._recent) > self._rule.window:
+            del self._recent[: -max(self._rule.window, 1)]
         self._clean = 0 if reading.is_beyond else self._clean + 1
         if not self._is_armed and self._clean >= self._rule.armed:
             self._is_armed = True
         if self.is_active:
             self.is_active = self._clean < self._rule.rearm
             return None
+        if not reading.is_beyond:
+            return None
         hits = [each for each in self._recent if each >= 0]
-        if len(hits) < self._rule.hits or not reading.is_beyond or not self._may_speak(step):
+        if len(hits) < self._rule.hits or not self._may_speak(step):
             return None
         if not self._is_armed:
             self._said_never = True
@@ -80,7 +84,7 @@ class Persistence:
     def state(self) -> Json:
         """Return all that ``restore`` needs."""
         flags = self._is_armed + 2 * self._said_never + 4 * self.is_active
-        return [self._recent, self._num_readings, self._clean, flags, self._spoke_at]
+        return [list(self._recent), self._num_readings, self._clean, flags, self._spoke_at]
 
     def restore(self, state: Sequence[Any]) -> None:
         """Take over a state."""

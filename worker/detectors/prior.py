@@ -56,6 +56,7 @@ class PriorKnowledge:
         if self._num_readings >= rule.warmup:
             costs = self._table.costs(ids, which, places, vocabulary=record.vocabulary, smoothing=SMOOTHING)
             cost, loss = float(costs.mean()), float(view.losses.mean())
+            view.target_cost = cost
             found = [*self._worse(cost - loss), *self._fallen_back(cost, loss, view)]
             view.knowledge = self._usual.mean
         self._table.learn(ids, which, places)

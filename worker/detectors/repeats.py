@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from sidestep.protocol.messages import Json
+from sidestep.worker.detectors.images import FLAT_SHARE
 from sidestep.worker.detectors.reading import Reading
 from sidestep.worker.detectors.running import RunningMoments
 from sidestep.worker.detectors.settings import DetectorSettings
@@ -62,7 +63,7 @@ class RepeatedData:
 
     def _within(self, record: StepRecord) -> Iterator[Reading]:
         """Few of the samples differ. Questions alike on many images are told apart by their images."""
-        if record.samples < MIN_SAMPLES:
+        if record.samples < MIN_SAMPLES or _is_blank(record):
             return
         limit = self._settings.dup_in_batch.threshold
         shares = [record.distinct_samples / record.samples]
@@ -76,7 +77,7 @@ class RepeatedData:
         """Share of the sketched samples that were there within the last steps, against what is usual."""
         rule = self._settings.data_repeats
         sketch = record.sketch.tolist()
-        if len(sketch) < rule.min_rows:
+        if len(sketch) < rule.min_rows or _is_blank(record):
             return
         known = {key for earlier in self._sketches for key in earlier}
         share = sum(key in known for key in sketch) / len(sketch)
@@ -115,3 +116,8 @@ class RepeatedData:
         self._num_distinct = int(state["distinct"])
         self._sketches = [[int(key) for key in sketch] for sketch in state["sketches"]]
         self._usual.restore(state["usual"])
+
+
+def _is_blank(record: StepRecord) -> bool:
+    """Whether the images do not tell samples apart because they show nothing: ``image_constant`` says that."""
+    return record.images > 0 and record.flat_images >= FLAT_SHARE * record.images

@@ -8,6 +8,7 @@ memory is what is saved, bit for bit.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -17,6 +18,8 @@ MAD_TO_SD: Final = 1.4826
 """Standard deviations in a median absolute deviation of a normal distribution."""
 
 
+SUSPECT_CLIP: Final = 6.0
+"""Largest z-score that one step adds to a suspicion."""
 FIRST: Final = 3.0
 """How much faster than their mean the first values are forgotten: a run's first steps, in which everything falls, must
 not stand for its noise (real logs: 0 false alarms in 184,576 steps with 2, 3 and 4)."""
@@ -79,11 +82,16 @@ class Cusum:
     def __init__(self, *, allowance: float, limit: float, clip: float = 6.0) -> None:
         self.allowance, self.limit, self.clip = allowance, limit, clip
         self.total = 0.0
+        self._suspicion = 0.0  # the same sum, clipped at SUSPECT_CLIP: one step may be enough to suspect
 
     def add(self, z: float) -> float:
         """Take a step's z-score in; returns the sum."""
-        self.total = min(max(0.0, self.total + min(z, self.clip) - self.allowance), 3.0 * self.limit)
+        self.total = self._moved(self.total, min(z, self.clip))
+        self._suspicion = self._moved(self._suspicion, min(z, SUSPECT_CLIP))
         return self.total
+
+    def _moved(self, total: float, z: float) -> float:
+        return min(max(0.0, total + z - self.allowance), 3.0 * self.limit)
 
     @property
     def is_beyond(self) -> bool:
@@ -92,27 +100,62 @@ class Cusum:
 
     @property
     def is_suspicious(self) -> bool:
-        """Whether it is over half of it: references are not to learn from what is under suspicion."""
-        return self.total > self.limit / 2
+        """Whether it may come to that: references are not to learn from what is under suspicion."""
+        return self._suspicion > self.limit / 2
+
+    def state(self) -> Json:
+        """Return all that ``restore`` needs."""
+        return [self.total, self._suspicion]
+
+    def restore(self, state: Any) -> None:
+        """Take over a state; a number alone is one from before suspicions had a sum of their own."""
+        self.total, self._suspicion = map(float, state if isinstance(state, Sequence) else (state, state))
 
 
 class Window:
-    """The last values, for medians."""
+    """The last values, in their order and sorted, for medians: a step moves one value, and nothing is sorted anew."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.values: list[float] = []
+        self._values: list[float] = []
+        self._ordered: list[float] = []
+
+    def __len__(self) -> int:
+        """Return how many values there are."""
+        return len(self._values)
+
+    @property
+    def values(self) -> list[float]:
+        """A copy of the last values, oldest first."""
+        return list(self._values)
+
+    @values.setter
+    def values(self, values: list[float]) -> None:
+        self._values = values
+        self._ordered = sorted(values)
 
     def add(self, value: float) -> None:
-        """Take a value in; the oldest one goes."""
-        self.values = [*self.values, value][-self.size :]
+        """Take a value in, unless it is none; the oldest one goes."""
+        if math.isnan(value):
+            return
+        self._values.append(value)
+        insort(self._ordered, value)
+        if len(self._values) > self.size:
+            oldest = self._values.pop(0)
+            del self._ordered[bisect_left(self._ordered, oldest)]
+
+    def median(self) -> float:
+        """Return the median of at least one value."""
+        return _middle(self._ordered)
 
     def robust_z(self, value: float, floor: float) -> float | None:
         """Return the deviation from the median in robust standard deviations; None below 16 values."""
-        if len(self.values) < 16:
+        ordered = self._ordered
+        if len(ordered) < 16:
             return None
-        middle = median(self.values)
-        spread = MAD_TO_SD * median([abs(each - middle) for each in self.values])
+        middle = _middle(ordered)
+        # Sorted values fall towards their middle and rise from it: two runs, which sorted() only has to merge.
+        spread = MAD_TO_SD * _middle(sorted([abs(each - middle) for each in ordered]))
         return (value - middle) / max(spread, floor)
 
 
@@ -131,6 +174,9 @@ class Freeze:
 
 def median(values: Sequence[float]) -> float:
     """Return the median of at least one value."""
-    ordered = sorted(values)
+    return _middle(sorted(values))
+
+
+def _middle(ordered: Sequence[float]) -> float:
     half = len(ordered) // 2
     return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2

@@ -27,6 +27,7 @@ from sidestep.worker.detectors.rules import (
     Shift,
     SingleAnswer,
     Spike,
+    Start,
     StopToken,
     Stuck,
 )
@@ -60,7 +61,7 @@ class DetectorSettings:
     module_dead: ModuleShare = field(default_factory=ModuleShare)
     rank_desync: Rule = field(default_factory=lambda: Rule(hits=2, window=2))
     # absolute
-    init_loss: Limit = field(default_factory=lambda: Limit(threshold=1.0))
+    init_loss: Start = field(default_factory=Start)
     worse_than_uniform: Limit = field(default_factory=lambda: Limit(hits=3, window=5, threshold=0.5))
     uniform_predictions: Limit = field(default_factory=lambda: Limit(hits=4, window=5, threshold=0.1))
     # self-referenced
@@ -72,9 +73,9 @@ class DetectorSettings:
     cal_up: Composition = field(default_factory=Composition)
     loss_cusum: Cumulative = field(default_factory=lambda: Cumulative(floor=0.05))  # as for cal_up
     loss_regress: Regress = field(default_factory=Regress)
-    loss_spike: Spike = field(default_factory=lambda: Spike(hits=2, window=3, rearm=20))
+    loss_spike: Spike = field(default_factory=lambda: Spike(hits=4, window=5, rearm=20))
     confidence_gap: Gap = field(default_factory=Gap)
-    grad_spike: Spike = field(default_factory=lambda: Spike(hits=3, window=4, threshold=6.0, rise=1.6))
+    grad_spike: Spike = field(default_factory=lambda: Spike(hits=5, window=6, threshold=6.0, rise=1.6))
     grad_vanish: Spike = field(default_factory=lambda: Spike(hits=3, window=3, threshold=8.0, rise=6.9))
     module_spike: Spike = field(
         default_factory=lambda: Spike(hits=2, window=3, threshold=8.0, rise=2.3, rearm=10, median_readings=64)

@@ -62,8 +62,8 @@ class Updates:
 
     def _movement(self, record: StepRecord) -> Iterator[Reading]:
         """No sampled weight changed, though the step was applied with a rate that should move it."""
-        if not record.weights_digest:
-            return
+        if not record.weights_digest or record.nonfinite_weight_ranks:
+            return  # NaN stays NaN: `nonfinite` says that
         is_known = record.weights_kind == self._kind
         is_same = is_known and record.weights_digest == self._weights
         self._weights, self._kind = record.weights_digest, record.weights_kind

@@ -12,7 +12,7 @@ from sidestep.protocol.metric_names import COLLAPSE_LINE, COLLAPSE_RULES, NO_TOK
 from sidestep.worker.detectors.base import Finding, Observation, Verdict
 from sidestep.worker.detectors.binomial import is_clearly_below
 from sidestep.worker.metrics.measurement import Measurement, most_common
-from sidestep.worker.metrics.sequences import TokenSequence, target_sequences
+from sidestep.worker.metrics.sequences import GeneratedSamples, TokenSequence, sample_row, target_sequences
 from sidestep.worker.records import TokenText
 from sidestep.worker.settings import RunSettings
 
@@ -111,6 +111,21 @@ def target_rules_of(
     return rules
 
 
+def answers_once(samples: Mapping[str, Json], generated: GeneratedSamples) -> list[TokenSequence]:
+    """Return the generated sequences, those that are alike and whose question and image are alike as well, once.
+
+    A model that decodes greedily answers a prompt that stands there 16 times 16 times alike: that is no collapse.
+    """
+    kept: dict[tuple[object, ...], TokenSequence] = {}
+    for row, sequence in zip(generated.samples, generated.sequences, strict=True):
+        asked = sample_row(samples, row)
+        image = asked.get("image")
+        shown = (str(image.get("shape")), image.get("pixels")) if isinstance(image, Mapping) else ()
+        prompt = (str(asked["question"]), *shown) if "question" in asked else (row,)
+        kept.setdefault((*prompt, sequence.content, sequence.has_ended), sequence)
+    return list(kept.values())
+
+
 def reason_of(rules: Mapping[str, bool], target_rules: Mapping[str, bool], verdict: str) -> str:
     """Return ``none``, or the rules behind the verdict joined by ``+`` in the user's order.
 
@@ -143,7 +158,10 @@ class UserRules:
         targets = target_sequences(context.samples, generated.samples, context.eos_id)
         counts = SequenceCounts.of(generated.sequences)
         rules = rules_of(counts, settings)
-        reason = reason_of(rules, target_rules_of(targets, generated.sequences, settings), settings.collapse_verdict)
+        excused = target_rules_of(targets, generated.sequences, settings)
+        once = rules_of(SequenceCounts.of(answers_once(context.samples, generated)), settings)
+        excused = {name: is_true or not once[name] for name, is_true in excused.items()}
+        reason = reason_of(rules, excused, settings.collapse_verdict)
         is_loud = self._advance(observation.step, is_collapsed=reason != "none", deadline=settings.collapse_deadline)
         values = _values(counts, rules, reason, context.text)
         if context.eos_id is None:

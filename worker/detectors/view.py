@@ -34,6 +34,8 @@ class StepView:
         self.generated = generated
         self.knowledge: float | None = None
         """What the model usually knows beyond counting its targets, in nats; set by the prior's detectors."""
+        self.target_cost: float | None = None
+        """What the targets cost by counting them at their places, in nats a row; set by the prior's detectors."""
         self.residuals: NDArray[np.float64] | None = None
         """Loss of each row minus what its target usually costs [n]; set by the composition's detectors."""
 

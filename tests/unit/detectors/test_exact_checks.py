@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from tests.support.detector_traces import (
     EOS,
     IMAGE,
@@ -15,6 +16,7 @@ from tests.support.detector_traces import (
     Failure,
     Task,
     changed,
+    context,
     counted,
     trace,
     watched,
@@ -23,6 +25,7 @@ from tests.support.detector_traces import (
 
 from sidestep.protocol.messages import Kind, Losses, StepEnd
 from sidestep.worker.records import Part
+from sidestep.worker.step_record import StepRecord
 from sidestep.worker.watch import Watch
 
 ONSET = 8
@@ -262,3 +265,54 @@ def test_a_tail_is_not_judged() -> None:
     step = next(trace(TASK, 1, failure=changed(trainer_losses=NAN)))
     told = watched([replace(step, reason="tail", ends={0: StepEnd(step=0, unix_time=0.0)})], watch)
     assert told.openings == []
+
+
+def start(losses: NDArray[np.float64], targets: NDArray[np.int64]) -> list[tuple[int, str]]:
+    record = StepRecord(
+        vocabulary=768,
+        loss=float(losses.mean()),
+        targets=targets.astype(np.int32),
+        losses=losses.astype(np.float16),
+        places=np.zeros(targets.size, np.uint8),
+        rank_rows=np.array([targets.size], np.int32),
+        ranks=np.zeros(1, np.int32),
+    )
+    found = Watch().observe_record(record, context())
+    return [(record.step, each.title.partition(":")[0]) for each in found.announcements]
+
+
+def test_a_start_over_few_distinct_targets_says_little() -> None:
+    """Multiple choice: a letter, EOS and little else; logits with a deviation of 1 make their mean cost vary by 0.4."""
+    few = np.tile([10, 11, 1, 1], 12)
+    cost = np.log(768) + np.tile([2.4, 2.1, 0.2, 0.2], 12)
+    assert cost.mean() > np.log(768) + 1.0
+    assert start(cost, few) == []
+    many = np.arange(48)
+    assert start(np.full(48, np.log(768)) + 1.5 + 0.01 * (many % 7), many) == [(0, "init_loss")]
+    assert start(np.tile([90.0, 120.0, 60.0, 75.0], 12), few) == [(0, "init_loss")], "embeddings far too large"
+
+
+def test_weights_that_are_nan_are_not_said_to_stand() -> None:
+    def fail(drawn: Drawn) -> None:
+        changed(heartbeat=np.full(8, np.nan, np.float32), trainer_losses=NAN)(drawn)
+
+    told = watched(trace(TASK, ONSET + 20, failure=fail, onset=ONSET))
+    assert told.openings == [(ONSET, "nonfinite")]
+    assert "no_update" not in told.blocks
+    assert "an operation gave NaN" in told.blocks
+
+
+def test_blank_images_do_not_make_their_samples_repeats() -> None:
+    def fail(drawn: Drawn) -> None:
+        rng = np.random.default_rng(drawn.step)
+        changed(
+            sample_hashes=rng.choice([1, 2, 3, 4, 5], drawn.task.batch),
+            image_hashes=np.full(drawn.task.batch, 77),
+            image_deviations=np.zeros(drawn.task.batch, np.float32),
+        )(drawn)
+
+    told = watched(trace(TASK, 100, failure=fail, onset=70))
+    assert told.openings[0] == (72, "image_constant")
+    assert "images are lost or overwritten" in told.blocks
+    assert "dup_in_batch" not in told.blocks
+    assert "data_repeats" not in told.blocks

@@ -131,6 +131,33 @@ def test_only_what_speaks_early_tells_the_cause() -> None:
     assert late.take(50, "module_dead") == [("evidence", "cal_up")], "a consequence"
 
 
+def test_of_exact_checks_the_first_steps_tell_the_cause() -> None:
+    log = Log()
+    log.take(5, "label_alignment")
+    log.take(8, "cal_up")
+    assert log.take(17, "image_tokens_labelled") == [("evidence", "label_alignment")]
+    assert log.log.open[0].cause == "label_shift"
+    both = Log()
+    both.take(5, "label_alignment")
+    both.take(9, "image_tokens_labelled")
+    assert both.log.open[0].cause == "image_tokens_labelled", "within eight steps the order of trust decides"
+    after = Log()
+    after.take(5, "loss_spike")
+    after.take(25, "no_stop_token")
+    assert after.log.open[0].cause == "stop_token_missing", "a statistic gives way to it"
+
+
+def test_a_fall_after_a_rise_is_a_recovery_and_no_leak() -> None:
+    log = Log()
+    log.take(5, "cal_up", facts=frozenset({"outputs_unchanged"}))
+    assert log.take(20, "cal_down") == [("evidence", "cal_up")]
+    assert log.log.open[0].cause == "labels_or_inputs_wrong"
+    fallen = Log()
+    fallen.take(5, "cal_down")
+    fallen.take(9, "confidence_gap")
+    assert fallen.log.open[0].cause == "leak"
+
+
 @pytest.mark.parametrize(
     ("detectors", "facts", "cause"),
     [
@@ -143,6 +170,12 @@ def test_only_what_speaks_early_tells_the_cause() -> None:
         ("dup_batch cal_up", "", "loader_stuck"),
         ("dup_ranks dup_in_batch", "", "ranks_share_data"),
         ("image_constant image_embed_constant cal_up", "", "images_alike"),
+        ("image_constant data_repeats", "", "images_alike"),
+        ("image_constant dup_in_batch", "", "data_repeats"),
+        ("data_repeats", "", "data_repeats"),
+        ("nonfinite no_update updates_skipped", "", "numbers_lost"),
+        ("init_loss nonfinite", "", "bad_start"),
+        ("cal_up mass_excess", "targets_changed outputs_changed", "labels_or_inputs_wrong"),
         ("rank_desync rank_outlier", "", "replicas_apart"),
         ("lr_zero no_update", "", "rate_is_zero"),
         ("image_embed_zero module_dead", "", "projector_silent"),
@@ -335,6 +368,30 @@ def test_facts_tell_targets_from_the_model() -> None:
     assert facts.around(99) == {"outputs_unchanged"}
     facts.take(StepRecord(step=100, entropy=3.0, gradient_norm=30.0, rates=np.array([3e-2])))
     assert facts.around(100) == {"outputs_changed", "gradient_up", "rate_raised"}
+
+
+@pytest.mark.parametrize("what", ["cost", "length"])
+def test_facts_say_that_the_targets_are_others(what: str) -> None:
+    facts = OnsetFacts()
+    rng = np.random.default_rng(0)
+
+    def take(step: int, *, is_other: bool) -> None:
+        cost = 2.0 + 0.1 * float(rng.normal()) + (1.5 if is_other and what == "cost" else 0.0)
+        labelled = 300 if is_other and what == "length" else 96 + int(rng.integers(8))
+        facts.take(StepRecord(step=step, counts={"answers": 32, "labelled": labelled}), cost)
+
+    for step in range(100):
+        take(step, is_other=False)
+    take(100, is_other=True)
+    assert "targets_changed" not in facts.around(100), "one batch may be made of rare ones"
+    take(101, is_other=True)
+    assert "targets_changed" in facts.around(100)
+    kept = OnsetFacts()
+    kept.restore(facts.state())
+    assert kept.state() == facts.state()
+    rates, entropy, norm, _, _, last = facts.state()
+    kept.restore([rates, entropy, norm, [row[:4] for row in last]])
+    assert "targets_changed" not in kept.around(100), "a state from before targets were compared"
 
 
 def test_a_warm_up_is_no_raised_rate() -> None:

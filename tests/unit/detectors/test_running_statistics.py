@@ -40,14 +40,30 @@ def test_the_floor_is_the_smallest_deviation() -> None:
     assert moments.z(0.012) == pytest.approx(0.5)
 
 
-def test_a_sum_takes_two_large_steps_or_ten_middling_ones() -> None:
-    for z, steps in ((6.0, 2), (100.0, 2), (2.0, 10), (1.0, None)):
-        cusum = Cusum(allowance=1.0, limit=9.9)
+def test_a_sum_takes_as_many_steps_as_its_clip_says() -> None:
+    for clip, z, steps in ((6.0, 100.0, 2), (3.0, 100.0, 5), (3.0, 3.0, 5), (3.0, 2.0, 10), (3.0, 1.0, None)):
+        cusum = Cusum(allowance=1.0, limit=9.9, clip=clip)
         reached = next((step for step in range(1, 100) if cusum.add(z) > 9.9), None)
         assert reached == steps
     for _ in range(1_000):
         cusum.add(50.0)
     assert cusum.total <= 3 * 9.9, "it comes down again in bounded time"
+
+
+def test_one_large_step_is_suspicious_whatever_the_clip_and_two_ordinary_ones_are_not() -> None:
+    cusum = Cusum(allowance=1.0, limit=9.9, clip=3.0)
+    cusum.add(6.0)
+    assert cusum.is_suspicious
+    assert not cusum.is_beyond
+    again = Cusum(allowance=1.0, limit=9.9, clip=3.0)
+    again.restore(cusum.state())
+    assert (again.is_suspicious, again.state()) == (True, cusum.state())
+    again.restore(3.5)
+    assert again.state() == [3.5, 3.5], "a state from before there were two sums"
+    calm = Cusum(allowance=1.0, limit=9.9, clip=3.0)
+    calm.add(2.5)
+    calm.add(2.5)
+    assert not calm.is_suspicious
 
 
 def test_references_stand_still_for_a_bounded_time() -> None:
@@ -66,6 +82,21 @@ def test_a_robust_z_does_not_see_its_own_outliers() -> None:
     assert z > 5
     assert Window(8).robust_z(1.0, floor=0.1) is None
     assert median([3.0, 1.0, 2.0, 10.0]) == 2.5
+
+
+def test_a_window_s_median_is_that_of_its_last_values() -> None:
+    rng = np.random.default_rng(4)
+    window = Window(21)
+    values = [float(value) for value in rng.integers(0, 9, 200)]  # many ties
+    for number, value in enumerate(values, start=1):
+        window.add(value)
+        assert window.values == values[max(0, number - 21) : number]
+        assert window.median() == median(window.values)
+    window.add(float("nan"))
+    assert window.values == values[-21:], "no number is no value"
+    kept = Window(21)
+    kept.values = window.values
+    assert kept.robust_z(20.0, 0.1) == window.robust_z(20.0, 0.1)
 
 
 def judged(losses: list[float]) -> dict[str, list[int]]:
@@ -92,8 +123,9 @@ def test_a_step_a_ramp_and_a_spike_are_told_apart() -> None:
     assert 400 <= step["loss_cusum"][0] <= 405
     ramp = judged([value + max(0.0, place - 300) * 0.004 for place, value in enumerate(noisy(3.0, 600))])
     assert "loss_regress" in ramp or "loss_cusum" in ramp
-    spike = judged([*noisy(3.0, 300), 6.0, 5.0, *noisy(3.0, 60, seed=2)])
-    assert spike["loss_spike"] == [301]
+    spike = judged([*noisy(3.0, 300), 6.0, 5.0, 5.0, 5.0, 5.0, *noisy(3.0, 60, seed=2)])
+    assert spike["loss_spike"] == [303]
+    assert judged([*noisy(3.0, 300), 4.0, 6.0, 5.0, 3.8, *noisy(3.0, 60, seed=2)]) == {}, "an instability that passes"
     assert judged([*noisy(3.0, 300), 6.0, *noisy(3.0, 60, seed=2)]) == {}, "one batch is one batch"
     assert judged(noisy(3.0, 500)) == {}
     assert judged((np.array(noisy(0.0, 500)) * 0.01 + 0.002).tolist()) == {}, "memorised"

@@ -114,13 +114,13 @@ FAILURES: dict[str, tuple[Task, Failure, str, int]] = {
     "two tokens": (CHOICE, two_tokens, "mass_excess", 12),
     "a class forgotten": (CHOICE, forgetting, "mass_deficit", 20),
     "the token before, again": (WORDS, copying, "copying", 12),
-    "shuffled answers": (CHOICE, shuffled_targets, "cal_up", 3),
+    "shuffled answers": (CHOICE, shuffled_targets, "cal_up", 6),
     "fallen back to the prior": (CHOICE, to_prior, "back_to_prior", 15),
     "surer than right": (SLOW, scaled(4.0), "confidence_gap", 10),
     "one rank": (RANKS, one_rank, "rank_outlier", 14),
     "the answer in the prompt": (WORDS, leaking, "cal_down", 5),
     "one answer in the data": (CHOICE, becoming_one_answer, "target_single", 12),
-    "a gradient that explodes": (SLOW, exploding, "grad_spike", 3),
+    "a gradient that explodes": (SLOW, exploding, "grad_spike", 5),
     "one module's gradient": (SLOW, one_module_exploding, "module_spike", 3),
 }
 
@@ -175,6 +175,15 @@ def test_nothing_is_said_of_data_that_are_so(task: Task) -> None:
     assert watched(trace(task, 300, seed=3)).lines == []
 
 
+def test_an_instability_that_passes_within_three_steps_is_none() -> None:
+    def passing(drawn: Drawn) -> None:
+        if drawn.step < ONSET + 3:
+            shuffled_targets(drawn)
+            exploding(drawn)
+
+    assert failing(CHOICE, passing).lines == []
+
+
 def test_other_data_are_news_and_announced_ones_are_none() -> None:
     def switch(drawn: Drawn) -> None:
         drawn.ids = drawn.ids + np.array([100] * 4 + [0, 0])
@@ -210,10 +219,9 @@ def with_probes(gains: dict[int, float], steps: int, task: Task = Task(batch=8))
     return watched(found, watch)
 
 
-def test_images_that_were_never_looked_at_are_found_within_eight_probes() -> None:
-    told = with_probes({step: 0.01 * (-1) ** step for step in range(0, 480, 60)}, 430)
-    assert [name for _, name in told.openings] == ["image_unused"]
-    assert told.openings[0][0] <= 7 * 60
+def test_images_that_were_never_looked_at_are_found_at_the_sixth_probe() -> None:
+    told = with_probes({step: 0.01 * (-1) ** step for step in range(0, 640, 80)}, 430)
+    assert told.openings == [(5 * 80, "image_unused")]
 
 
 def test_a_model_that_has_learned_nothing_yet_is_not_called_blind() -> None:
@@ -241,7 +249,7 @@ def test_without_logits_the_loss_alone_is_judged() -> None:
         )(drawn)  # fmt: skip
 
     told = watched(trace(CHOICE, 110, failure=fused))
-    assert told.lines[0][0] in {100, 101}
+    assert told.lines[0][0] in {103, 104}
     assert set(told.verdicts[90].readings) & {"loss_cusum", "cal_up", "mass_excess"} == {"loss_cusum"}
 
 

@@ -270,3 +270,41 @@ def test_targets_of_few_tokens_are_no_witness_of_diversity() -> None:
     said = judge(longer, where=context(targets=answers), collapse_verdict="target_relative")
     assert said["collapse/rule/low_diversity"] == 1
     assert said["collapse/is_collapsed"] == 0
+
+
+def asked(*prompts: tuple[str, bytes | None], answers: Sequence[Sequence[int]]) -> RunContext:
+    """A context with a question, an image or none, and a target for each sample."""
+    rows = [
+        {
+            "question": question,
+            "target_ids": list(answer),
+            "image": None if pixels is None else {"shape": [1, 1, 3], "pixels": pixels},
+        }
+        for (question, pixels), answer in zip(prompts, answers, strict=True)
+    ]
+    return RunContext(run_id="r", attempt=0, text=Letters(), tokenizer={"eos_id": EOS}, samples={"samples": rows})
+
+
+TARGETS = [[i, i + 1, i + 2, i + 3, EOS] for i in range(40, 104, 4)]
+
+
+def test_one_prompt_answered_alike_again_and_again_is_no_collapse() -> None:
+    said = [[20, 21, 22, 23, EOS]] * 16
+    same = asked(*[("Continue.", None)] * 16, answers=TARGETS)
+    values = judge(said, where=same)
+    assert values["collapse/is_collapsed"] == 0
+    assert values["collapse/rule/identical_sequences"] == 1, "each rule is shown literally"
+    assert judge(said, where=same, collapse_verdict="literal")["collapse/is_collapsed"] == 1
+
+
+def test_other_images_under_one_question_are_other_prompts() -> None:
+    said = [[20, 21, 22, 23, EOS]] * 16
+    shown = asked(*[("What is it?", bytes([i, 0, 0])) for i in range(16)], answers=TARGETS)
+    assert judge(said, where=shown)["collapse/collapse_reason"] == "low_diversity+identical_sequences"
+    alike = asked(*[("What is it?", b"abc")] * 16, answers=TARGETS)
+    assert judge(said, where=alike)["collapse/is_collapsed"] == 0
+
+
+def test_one_token_to_one_prompt_is_still_one_token() -> None:
+    same = asked(*[("Continue.", None)] * 16, answers=TARGETS)
+    assert judge([[A, A, A, EOS]] * 16, where=same)["collapse/collapse_reason"] == "single_token_dominance"
