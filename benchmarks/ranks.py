@@ -101,6 +101,22 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def cpu_by_thread(pid: int) -> Counter[str]:
+    """Return the CPU seconds of a worker's threads: ``assembly`` (main), ``sockets`` (ZeroMQ's own), ``rest``.
+
+    The rest is the receiver, but for what health and W&B's supervisor take. It shares an interpreter with ``assembly``,
+    so that the two together have one core at most but for what SQLite and compression do outside it.
+    """
+    found: Counter[str] = Counter()
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):
+            head, _, rest = (task / "stat").read_text(encoding="ascii").rpartition(")")
+            fields = rest.split()
+            name = "sockets" if "ZMQ" in head else "assembly" if task.name == str(pid) else "rest"
+            found[name] += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return found
+
+
 def descendants(pid: int) -> list[int]:
     """Return the processes that a process has begun, and theirs."""
     found: list[int] = []
@@ -200,7 +216,7 @@ def _train(
     for pipe in pipes:
         pipe.send((num_steps, begin_at, INTERVAL_SECONDS, spread_seconds))
     others = descendants(pid)
-    before, others_before = cpu_seconds(pid), cpu_of_all(others)
+    before, others_before, threads_before = cpu_seconds(pid), cpu_of_all(others), cpu_by_thread(pid)
     said: list[dict[str, Any]] = []
     until = begin_at + num_steps * INTERVAL_SECONDS + _LAST_ROWS_SECONDS
     while len(said) < len(pipes) or len(looker.closed_at) < num_steps:
@@ -217,6 +233,7 @@ def _train(
         "begin_at": begin_at,
         "seconds": end_at - begin_at,
         "worker_cpu_seconds": cpu_seconds(pid) - before,
+        "worker_threads_cpu_seconds": cpu_by_thread(pid) - threads_before,
         "wandb_cpu_seconds": cpu_of_all(others) - others_before,
     }
 
@@ -250,6 +267,9 @@ def _figures(said: Mapping[str, Any], looker: Looker, num_steps: int) -> dict[st
         "row_lags_seconds": [round(lag, 3) for lag in row_lags],
         "worker_cpu_share": cpu / seconds,
         "worker_cpu_us_per_message": 1e6 * cpu / messages,
+        "worker_threads_cpu_share": {
+            name: taken / seconds for name, taken in sorted(said["worker_threads_cpu_seconds"].items())
+        },
         "wandb_cpu_share": said["wandb_cpu_seconds"] / seconds,
         "ranks_cpu_share": sum(each["cpu_seconds"] for each in crowds) / seconds,
         "late_p99_seconds": percentile(late_by, 0.99),
