@@ -90,13 +90,16 @@ def look_at(training: Training, tokenizer: Any, samples: Sequence[Sample] | None
 
 
 def make_generator(training: Training, seen: Seen, generate_fn: GenerateFunction | None) -> Generator | None:
-    """Where generation or the collapse rules are wanted and possible; on rank 0 alone, as replicas say the same.
+    """Where generation or the collapse rules are wanted and possible: on one rank, or each on its part of the samples.
+
+    Of a sharded model all ranks have one, which they run together.
 
     Raises:
         ValueError: the samples cannot be joined, or the model offers no way to generate.
     """
     wanted = EXACT in {seen.capabilities["generation"], seen.capabilities["collapse"]}
-    if not wanted or seen.topology.rank != 0:
+    topology, is_split = seen.topology, training.config.split_generation
+    if not wanted or not (is_split or topology.sharded or topology.copy == 0):
         return None
     return Generator(
         training.model,
@@ -105,6 +108,8 @@ def make_generator(training: Training, seen: Seen, generate_fn: GenerateFunction
         pad_id=seen.vocabulary.pad_id,
         max_new_tokens=training.config.max_new_tokens,
         generate_fn=generate_fn,
+        share=(topology.copy, topology.data_size) if is_split and not topology.sharded else (topology.copy, 1),
+        is_collective=topology.sharded,
     )
 
 
@@ -166,6 +171,7 @@ def make_introduction(
         agreed=agreed,
         address="" if way is None else way[0].address,
         keys=None if way is None else way[1],
+        placed=found,
         run_id_is_given=is_given,
         rank=topology.rank,
         hello=hello,

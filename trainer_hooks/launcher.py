@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -21,6 +22,8 @@ from sidestep.trainer_hooks.errors import LaunchError
 from sidestep.trainer_hooks.placement import choose_endpoint
 
 _DEFAULT_WANDB_HOST = "api.wandb.ai"
+_TIME_CHARACTERS = len("20260101-120000")
+_FOLDER_NAME = re.compile(r"[A-Za-z0-9_.-]{1,100}\Z")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +38,8 @@ class Launched:
     """Its journal, where this process chose it; another worker may already serve the endpoint and keep its own."""
     keys: ClientKeys | None = None
     """What the worker knows this trainer by, where other hosts can reach it."""
+    is_to_start: bool = False
+    """Whether this process is to start it, once it knows the run."""
 
 
 def wandb_mode(environment: Mapping[str, str], home: Path | None = None, *, console: Console | None = None) -> str:
@@ -92,21 +97,17 @@ def named_endpoint(endpoint: str | None, environment: Mapping[str, str]) -> Endp
     return parsed
 
 
-def ensure_worker(
+def place_worker(
     endpoint: str | None = None,
     *,
     rank: int = 0,
     environment: Mapping[str, str] | None = None,
     console: Console | None = None,
 ) -> Launched:
-    """Return where to connect: ``endpoint``, else ``SIDESTEP_ENDPOINT``, else a worker that rank 0 starts.
-
-    The worker's own lock keeps it single: a second one at the same endpoint hands its owner over and ends, and the
-    first serves both trainers. One line says where it is. It ends by itself once its owners are gone and all is done.
+    """Return where to connect: ``endpoint``, else ``SIDESTEP_ENDPOINT``, else where rank 0 is to start a worker.
 
     Raises:
         EndpointError: the endpoint is malformed, or can be reached from other hosts and its keys cannot be used.
-        LaunchError: the worker's process could not be started.
     """
     environment = os.environ if environment is None else environment
     named = named_endpoint(endpoint, environment)
@@ -116,15 +117,57 @@ def ensure_worker(
         return Launched(endpoint=named.address, keys=keys)
     if rank != 0:
         return Launched(endpoint=default_endpoint(environment).address)
+    chosen = choose_endpoint(environment, console or Console())
+    return Launched(endpoint=chosen.address, keys=client_keys(chosen, environment), is_to_start=True)
+
+
+def start_worker(
+    placed: Launched,
+    run_id: str = "",
+    *,
+    environment: Mapping[str, str] | None = None,
+    console: Console | None = None,
+) -> Launched:
+    """Start the worker of a place, on the journal that holds the run where there is one; nothing is waited for.
+
+    The worker's own lock keeps it single: a second one at the same endpoint hands its owner over and ends, and the
+    first serves both trainers. One line says where it is. It ends by itself once its owners are gone and all is done.
+
+    Raises:
+        LaunchError: the worker's process could not be started.
+    """
+    environment = os.environ if environment is None else environment
     console = console or Console()
-    chosen = choose_endpoint(environment, console)
-    keys = client_keys(chosen, environment)
-    address = chosen.address
-    folder = state_home(environment) / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    folder = run_folder(state_home(environment) / "runs", run_id)
     mode = wandb_mode(environment, console=console)
-    pid = _start(address, folder, environment, mode)
+    pid = _start(placed.endpoint, folder, environment, mode)
     console.line(f"sidestep: started a worker (process {pid}, W&B {mode}); its journal and log are in {folder}")
-    return Launched(endpoint=address, pid=pid, journal=folder / "journal", keys=keys)
+    return replace(placed, pid=pid, journal=folder / "journal", is_to_start=False)
+
+
+def ensure_worker(
+    endpoint: str | None = None,
+    *,
+    rank: int = 0,
+    environment: Mapping[str, str] | None = None,
+    console: Console | None = None,
+) -> Launched:
+    """Return where to connect, with a worker started there where nobody names one and this is rank 0.
+
+    Raises:
+        EndpointError: as ``place_worker``.
+        LaunchError: as ``start_worker``.
+    """
+    placed = place_worker(endpoint, rank=rank, environment=environment, console=console)
+    return start_worker(placed, environment=environment, console=console) if placed.is_to_start else placed
+
+
+def run_folder(runs: Path, run_id: str) -> Path:
+    """Return the folder of a run that was begun before, else a new one: a run that goes on goes on in its journal."""
+    name = run_id if _FOLDER_NAME.match(run_id) else secrets.token_hex(3)
+    named = [folder for folder in runs.glob(f"*-{name}") if folder.name[_TIME_CHARACTERS:] == f"-{name}"]
+    known = [folder for folder in named if name == run_id and (folder / "journal").is_dir()]
+    return max(known, default=runs / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}")
 
 
 def _start(address: str, folder: Path, environment: Mapping[str, str], mode: str) -> int:
@@ -134,7 +177,7 @@ def _start(address: str, folder: Path, environment: Mapping[str, str], mode: str
     ]  # fmt: skip
     inherited = {name: value for name, value in environment.items() if name not in _NOT_INHERITED}
     try:
-        folder.mkdir(parents=True, mode=0o700)
+        folder.mkdir(parents=True, mode=0o700, exist_ok=True)
         with (folder / "worker.log").open("ab") as log:
             process = subprocess.Popen(
                 command,

@@ -24,7 +24,7 @@ from sidestep.trainer_hooks.console import Console
 from sidestep.trainer_hooks.environment import snapshot
 from sidestep.trainer_hooks.errors import LaunchError
 from sidestep.trainer_hooks.launch_identity import launch_identity
-from sidestep.trainer_hooks.launcher import Launched, ensure_worker, named_endpoint
+from sidestep.trainer_hooks.launcher import Launched, named_endpoint, place_worker, start_worker
 from sidestep.trainer_hooks.plain import plain_map
 from sidestep.trainer_hooks.publisher import Publisher
 from sidestep.trainer_hooks.staging import Staging
@@ -52,6 +52,8 @@ class Introduction:
     """Where this rank reaches the worker."""
     keys: ClientKeys | None
     """What the worker knows it by, where other hosts can reach that address."""
+    placed: Launched
+    """The worker, which this rank may have to start."""
     run_id_is_given: bool
     """By the caller or the environment: then no checkpoint's id counts."""
     rank: int
@@ -76,6 +78,8 @@ class Introduction:
         hello = replace(self.hello, start_step=start_step)
         if self.open_transport is not None:
             return self.open_transport(identity, hello, self.blobs, self.staging)
+        if self.placed.is_to_start:
+            self._start_worker(identity.run_id)
         return Publisher(
             self.address,
             identity,
@@ -87,6 +91,13 @@ class Introduction:
             faults=self.faults,
             keys=self.keys,
         ).start()
+
+    def _start_worker(self, run_id: str) -> None:
+        """Never waited for; where none can be started, one may still be by hand, at the same address."""
+        try:
+            start_worker(self.placed, run_id, console=self.console)
+        except LaunchError as error:
+            self.console.line(f"sidestep: {error}")
 
 
 def introduce(
@@ -127,18 +138,12 @@ def introduce(
 
 
 def find_worker(endpoint: str | None, rank: int, console: Console, *, needed: bool) -> Launched:
-    """Where the worker listens: given, else in the environment, else at one that rank 0 starts and never waits for.
+    """Where the worker listens: given, else in the environment, else where rank 0 starts one when the run is known.
 
     Raises:
         EndpointError: the address is malformed, or its keys cannot be used.
     """
-    if not needed:
-        return Launched(endpoint=endpoint or "")
-    try:
-        return ensure_worker(endpoint, rank=rank, console=console)
-    except LaunchError as error:
-        console.line(f"sidestep: {error}")
-        return ensure_worker(endpoint, rank=rank + 1, console=console)  # where one may still be started by hand
+    return place_worker(endpoint, rank=rank, console=console) if needed else Launched(endpoint=endpoint or "")
 
 
 def choose_run_id(run_id: str | None) -> tuple[str, bool]:
