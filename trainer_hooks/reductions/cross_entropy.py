@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sidestep.trainer_hooks.kernels.choice import kernels
+from sidestep.trainer_hooks.kernels.row_launch import DTYPES, fits, read_logits
+
 CHUNK_BYTES = 64 << 20
 """Memory that a chunk's logits may take, all copies of them together."""
 
@@ -25,6 +28,14 @@ class LogitsSource:
     """Positions of a row that have logits."""
     read: Callable[[Tensor, Tensor], Tensor]
     """Rows and positions, int64 [n] each, to a new tensor of logits [n, vocabulary_size] of any float dtype."""
+    logits: Tensor | None = None
+    """All of them [B, T, V], where they are there."""
+
+    @property
+    def suits_kernel(self) -> bool:
+        """Whether the kernel takes the place of ``read``."""
+        logits = self.logits
+        return logits is not None and fits(logits) and kernels.can_run("row", [logits], DTYPES)
 
 
 def logits_source(logits: Tensor, rows: int, positions: int) -> LogitsSource:
@@ -44,6 +55,7 @@ def logits_source(logits: Tensor, rows: int, positions: int) -> LogitsSource:
         row_bytes=logits.shape[2] * (logits.element_size() + 4),
         positions=logits.shape[1],
         read=lambda row, position: _taken(logits, row, position),
+        logits=logits,
     )
 
 
@@ -92,14 +104,44 @@ def cross_entropy(source: LogitsSource, row: Tensor, position: Tensor, targets: 
         position: int64 [n]; brought within the positions that have logits.
         targets: int64 [n]; outside the vocabulary the loss is NaN, which is counted, and never an index error.
     """
-    position = position.clamp(max=source.positions - 1)
-    step = max(1, CHUNK_BYTES // source.row_bytes)
     count = row.shape[0]
     if not count:
         return torch.zeros(0, dtype=torch.float32, device=source.device)
+    losses = kernel_losses(source, targets, listed=(row, position))
+    if losses is not None:
+        return losses
+    position = position.clamp(max=source.positions - 1)
+    step = max(1, CHUNK_BYTES // source.row_bytes)
     chunks = zip(*(torch.split(each, step) for each in (row, position, targets)), strict=True)
     with torch.no_grad(), torch.autocast(source.device.type, enabled=False):
         return torch.cat([_reduced(source.read(of_row, at), wanted) for of_row, at, wanted in chunks])
+
+
+def kernel_losses(
+    source: LogitsSource,
+    targets: Tensor,
+    *,
+    listed: tuple[Tensor, Tensor] | None = None,
+    positions: int = 0,
+    labelled: Tensor | None = None,
+) -> Tensor | None:
+    """Return the losses by the kernel, 0 where ``labelled`` is False; float32 [n], None where it does not run.
+
+    Args:
+        source: where logits come from.
+        targets: int64 [n].
+        listed: rows and positions, int64 [n] each; None: all, B * ``positions`` of them.
+        positions: of a row of labels, where none are listed.
+        labelled: bool [n], None: all are.
+    """
+    logits = source.logits
+    if logits is None or not source.suits_kernel:
+        return None
+    read = kernels.attempt(
+        "row",
+        lambda: read_logits(logits, targets, listed=listed, positions=positions, weights=labelled, with_mean=False),
+    )
+    return None if read is None else read.numbers[0]
 
 
 def _taken(values: Tensor, row: Tensor, position: Tensor) -> Tensor:

@@ -18,6 +18,9 @@ from torch import Tensor
 
 from sidestep.protocol.limits import GRADIENT_HISTOGRAM_BINS, GRADIENT_HISTOGRAM_LOG10_RANGE
 from sidestep.protocol.messages import Gradients
+from sidestep.trainer_hooks.kernels.choice import kernels
+from sidestep.trainer_hooks.kernels.chunk_table import Stretch
+from sidestep.trainer_hooks.kernels.gradient_launch import DTYPES, reduce_stretches
 
 ROW_ELEMENTS = 1024
 """Elements of a row; a tensor's last row is filled up with NaN, which is not counted."""
@@ -132,6 +135,19 @@ def _blocks(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
 
 def _reduce_on(device: torch.device, pieces: Sequence[_Piece], slots: int, modules: int) -> tuple[Tensor, Tensor]:
     """Sum the rows of every gradient on one device; float64 [slots, 6] and int64 [modules, bins]."""
+    if kernels.can_run("gradient", [piece.values for piece in pieces], DTYPES):
+        stretches = [Stretch(piece.slot, piece.module, piece.values) for piece in pieces]
+        made = kernels.attempt(
+            "gradient",
+            lambda: reduce_stretches(device, stretches, slots=slots, modules=modules, filled_to=ROW_ELEMENTS),
+        )
+        if made is not None:
+            return made
+    return _reduce_by_rows(device, pieces, slots, modules)
+
+
+def _reduce_by_rows(device: torch.device, pieces: Sequence[_Piece], slots: int, modules: int) -> tuple[Tensor, Tensor]:
+    """Do the same by operations of torch."""
     sums = torch.zeros((slots, _COLUMNS - 1), dtype=torch.float64, device=device)
     largest = torch.zeros(slots, dtype=torch.float32, device=device)
     histograms = torch.zeros((modules, GRADIENT_HISTOGRAM_BINS), dtype=torch.int64, device=device)

@@ -8,6 +8,7 @@ labels                losses from             what travels
 anywhere              ``token_losses``        all labelled positions
 on the host           ``logits``              all labelled positions: the host lists them
 on the host           ``hidden`` and ``head`` at most ``max_rows`` of them
+on the device alone   ``logits``, by kernel   all positions, those without a label marked and not read
 on the device alone   ``logits`` or ``head``  ``max_rows`` positions by the largest hash, those without a label marked
 anywhere              nothing                 the number of labelled positions and the trainer's own loss
 ====================  ======================  =====================================================================
@@ -22,7 +23,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sidestep.trainer_hooks.reductions.alignment import AlignedBatch
-from sidestep.trainer_hooks.reductions.cross_entropy import LogitsSource, cross_entropy, head_source, logits_source
+from sidestep.trainer_hooks.reductions.cross_entropy import (
+    LogitsSource,
+    cross_entropy,
+    head_source,
+    kernel_losses,
+    logits_source,
+)
 from sidestep.trainer_hooks.reductions.host_index import to_device
 from sidestep.trainer_hooks.reductions.position_hash import position_hash, position_hash_on_host
 
@@ -104,6 +111,12 @@ def _on_device(
     parts = {"labelled": batch.labelled.sum().reshape(1)}
     if isinstance(source, Tensor):
         return parts | _all_positions(batch, source)
+    if source is not None and source.suits_kernel and source.device == batch.targets.device:
+        targets = batch.targets.flatten().to(torch.int64)
+        labelled, positions = batch.labelled.flatten(), batch.targets.shape[1]
+        losses = kernel_losses(source, targets, positions=positions, labelled=labelled)
+        if losses is not None:
+            return parts | _all_positions(batch, losses)
     return parts if source is None else parts | _sampled(batch, source, min(max_rows, batch.labelled.numel()), seed)
 
 

@@ -1,5 +1,7 @@
 """Which labelled rows are looked at, and what the model says there: one pass over their logits, a chunk at a time.
 
+On a CUDA device with Triton the kernel reads them where they lie (``kernels/``), with the same results.
+
 Whole answers are chosen, by a hash of where each begins, so that what is said of an answer (its end, its length, its
 repetitions) holds for the sample. On the host the answers are listed; on a device the choice has a fixed shape.
 """
@@ -13,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sidestep.trainer_hooks.kernels.choice import kernels
+from sidestep.trainer_hooks.kernels.row_launch import read_logits
 from sidestep.trainer_hooks.reductions.alignment import AlignedBatch
 from sidestep.trainer_hooks.reductions.cross_entropy import CHUNK_BYTES, LogitsSource
 from sidestep.trainer_hooks.reductions.position_hash import position_hash, position_hash_on_host
@@ -94,12 +98,20 @@ def row_signals(
         position: int64 [n]; brought within the positions that have logits.
         targets: int64 [n]; outside the vocabulary the loss is NaN.
         eos_id: the id whose probability is wanted.
-        weights: float32 [n], 0 for rows that do not count in the mean; None: all count.
+        weights: float32 [n], 0 for rows that do not count in the mean, whose numbers the kernel leaves at 0; None: all
+            count.
     """
     width = source.vocabulary_size
+    eos = eos_id if eos_id is not None and eos_id < width else None
+    logits = source.logits
+    if logits is not None and source.suits_kernel:
+        read = kernels.attempt(
+            "row", lambda: read_logits(logits, targets, listed=(row, position), weights=weights, eos_id=eos)
+        )
+        if read is not None and read.mean_sum is not None:
+            return RowSignals(read.numbers, read.predictions, read.mean_sum)
     step = max(1, CHUNK_BYTES // (source.row_bytes - 4 * width + _BYTES_PER_LOGIT * width))
     position = position.clamp(max=source.positions - 1)
-    eos = eos_id if eos_id is not None and eos_id < width else None
     with torch.no_grad(), torch.autocast(source.device.type, enabled=False):
         chunks = [torch.split(each, step) for each in (row, position, targets)]
         weighted = [None] * len(chunks[0]) if weights is None else torch.split(weights, step)

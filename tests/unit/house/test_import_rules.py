@@ -19,6 +19,7 @@ TRAINER_SIDE = {"numpy", "torch", "zmq", "sidestep", "sidestep.protocol"}
 ALLOWED_BY_PACKAGE = {
     "protocol": {"numpy", "msgpack"},
     "trainer_hooks": TRAINER_SIDE,
+    "trainer_hooks.kernels": TRAINER_SIDE | {"triton"},
     "trainer_hooks.integrations": TRAINER_SIDE | {"transformers", "lightning", "pytorch_lightning"},
     "worker": {
         "numpy",
@@ -38,6 +39,7 @@ DOORS = {
     ("trainer_hooks", "lightning"): ("trainer_hooks.integrations.lightning",),
     ("trainer_hooks", "pytorch_lightning"): ("trainer_hooks.integrations.lightning",),
     ("trainer_hooks", "transformers"): ("trainer_hooks.integrations.transformers",),
+    ("trainer_hooks", "triton"): ("trainer_hooks.kernels.*_kernel", "trainer_hooks.kernels.gradient_launch"),
     ("trainer_hooks", "zmq"): ("trainer_hooks.connection",),
     ("worker", "zmq"): ("worker.intake.receiver", "worker.intake.authentication", "worker.keys"),
     ("worker", "wandb"): ("worker.sinks.wandb_sink",),
