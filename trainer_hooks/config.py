@@ -87,6 +87,13 @@ class HooksConfig:
     """Longest generation, in tokens."""
     generation_samples: int = 16
     """Samples that are generated from; further ones are left out."""
+    split_generation: bool = False
+    """True: under DDP each rank generates from a part of the samples, in place of the first rank from all of them."""
+    generate_when_sharded: bool = False
+    """True: a sharded model (FSDP2, tensor parallel) is generated from on all ranks, to a fixed length.
+
+    An exception in it ends the rank, since the others wait for it (docs/distributed.md).
+    """
     ignore_index: int = -100
     """The label of a position without a target."""
     shifted: bool | None = None

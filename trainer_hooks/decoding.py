@@ -44,6 +44,18 @@ def choose_decoding(model: nn.Module, eos_id: int | None, pad_id: int) -> Decodi
     return RecomputingLoop(model, eos_id) if parameter_names(model.forward) else None
 
 
+def choose_collective_decoding(model: nn.Module, pad_id: int) -> Decoding | None:
+    """The way for a sharded model, of which every rank must call the same forwards; None where it offers none.
+
+    Ways around the model's own forward would miss what gathers its parameters, and one that ends when all rows have
+    ended could end earlier on one rank than on another: so transformers' ``generate`` with its own agreement on the
+    end, else the forward alone to the longest answer.
+    """
+    if callable(getattr(model, "generate", None)) and hasattr(model, "generation_config"):
+        return LibraryGenerate(model, pad_id, synced=True)
+    return RecomputingLoop(model, None) if parameter_names(model.forward) else None
+
+
 def greedy_loop(
     start: Callable[[], torch.Tensor], advance: Callable[[torch.Tensor], torch.Tensor], eos_id: int | None, limit: int
 ) -> list[list[int]]:
@@ -128,15 +140,21 @@ class LibraryGenerate:
     masked = True
     names: tuple[str, ...] = ()
 
-    def __init__(self, model: nn.Module, pad_id: int) -> None:
+    def __init__(self, model: nn.Module, pad_id: int, *, synced: bool = False) -> None:
         self._model: Any = model
         self._pad_id = pad_id
+        self._further = {"synced_gpus": True} if synced else {}
 
     def decode(self, prompts: Prompts, max_new_tokens: int) -> list[list[int]]:
         """New ids of each prompt; the prompt is taken off where the model returns it."""
         arguments = {"input_ids": prompts.input_ids, "attention_mask": prompts.attention_mask, **prompts.inputs}
         out: torch.Tensor = self._model.generate(
-            **arguments, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, pad_token_id=self._pad_id
+            **arguments,
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=self._pad_id,
+            **self._further,
         )
         return without_prompt(out, prompts.input_ids, max_new_tokens)
 

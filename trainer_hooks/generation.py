@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from sidestep.protocol.messages import Generation
-from sidestep.trainer_hooks.decoding import Decoding, choose_decoding, cut
+from sidestep.trainer_hooks.collective_generation import CollectiveGenerationError, put_shares_back
+from sidestep.trainer_hooks.decoding import Decoding, choose_collective_decoding, choose_decoding, cut
 from sidestep.trainer_hooks.heads import takes_any_keyword
 from sidestep.trainer_hooks.isolation import undisturbed
 from sidestep.trainer_hooks.parameters import unwrapped
@@ -38,6 +39,8 @@ class Generator:
         pad_id: what prompts are padded with on the left.
         max_new_tokens: longest answer.
         generate_fn: the caller's own way.
+        share: which of how many ranks this is that generate from every so-many-th sample each.
+        is_collective: the model is sharded: all ranks generate the same, to a fixed length.
 
     Raises:
         ValueError: the samples cannot be joined, or the model offers no way to generate.
@@ -52,38 +55,50 @@ class Generator:
         pad_id: int | None,
         max_new_tokens: int,
         generate_fn: GenerateFunction | None = None,
+        share: tuple[int, int] = (0, 1),
+        is_collective: bool = False,
     ) -> None:
         self._model = unwrapped(model)
         self._samples = tuple(samples)
+        self.is_collective = is_collective
+        """Whether every rank must run it at the same steps."""
+        self.is_first = share[0] == 0
+        """Whether this rank generates where one rank alone does."""
+        self._share = tuple(range(share[0], len(self._samples), share[1]))
         self._max_new_tokens = max_new_tokens
         self._generate_fn = generate_fn
         configured: Any = getattr(getattr(self._model, "generation_config", None), "eos_token_id", None)
         further = configured if isinstance(configured, list | tuple) else [configured]
         self._eos_ids = frozenset(int(i) for i in (eos_id, *further) if i is not None)
         self._pad_id = next((i for i in (pad_id, eos_id) if i is not None), 0)
-        self._decoding = None if generate_fn is not None else choose_decoding(self._model, eos_id, self._pad_id)
+        if generate_fn is not None:
+            self._decoding = None
+        elif is_collective:
+            self._decoding = choose_collective_decoding(self._model, self._pad_id)
+        else:
+            self._decoding = choose_decoding(self._model, eos_id, self._pad_id)
         if generate_fn is None and self._decoding is None:
             raise ValueError("the model offers no way to generate: pass generate_fn=, or no samples")
         if not takes_any_keyword(self._model.forward):
             _check_inputs(self._samples, self._decoding)
         self._single = [Prompts.joined([sample], self._pad_id) for sample in samples] if self._decoding else []
         together = self._decoding is not None and self._decoding.masked
-        self._batch = Prompts.joined(samples, self._pad_id) if together else None
+        self._joined = {} if not together else {
+            places: Prompts.joined([self._samples[place] for place in places], self._pad_id)
+            for places in {tuple(range(len(self._samples))), self._share}
+            if places
+        }  # fmt: skip
 
-    def run(self, step: int) -> Generation:
-        """Generate for all samples; one that raises is counted and shown, never raised here."""
+    def run(self, step: int, *, alone: bool = False) -> Generation:
+        """Generate for this rank's samples, or ``alone`` for all; one that raises is counted and shown, not raised.
+
+        Raises:
+            CollectiveGenerationError: where all ranks generate together, whatever was raised.
+        """
         began = time.perf_counter()
-        rows: dict[int, list[int]] = {}
-        failures: dict[int, str] = {}
+        places = tuple(range(len(self._samples))) if alone or self.is_collective else self._share
         with undisturbed(self._model):
-            try:
-                rows = dict(enumerate(self._all_at_once()))
-            except Exception:  # noqa: BLE001  (whatever it was, each sample's own attempt tells it again)
-                for place in range(len(self._samples)):
-                    try:
-                        rows[place] = self._alone(place)
-                    except Exception as error:  # noqa: BLE001  (counted, and shown in the run)
-                        failures[place] = f"{type(error).__name__}: {error}"[:_MAX_FAILURE_CHARACTERS]
+            rows, failures = self._by_all_ranks(places) if self.is_collective else self._by_this_rank(places)
         lengths = [len(rows[place]) for place in rows]
         return Generation(
             step=step,
@@ -96,14 +111,37 @@ class Generator:
             seconds=time.perf_counter() - began,
         )
 
-    def _all_at_once(self) -> list[list[int]]:
+    def _by_all_ranks(self, places: Sequence[int]) -> tuple[dict[int, list[int]], dict[int, str]]:
+        try:
+            return dict(zip(places, self._all_at_once(places), strict=True)), {}
+        except Exception as error:
+            raise CollectiveGenerationError(
+                f"generation failed on this rank ({type(error).__name__}: {error}). Every forward of a sharded model "
+                "is a collective that the others wait in, so this rank cannot go on. Leave it out with "
+                "HooksConfig(generate_when_sharded=False)."
+            ) from error
+        finally:
+            put_shares_back(self._model)
+
+    def _by_this_rank(self, places: Sequence[int]) -> tuple[dict[int, list[int]], dict[int, str]]:
+        rows: dict[int, list[int]] = {}
+        failures: dict[int, str] = {}
+        try:
+            rows = dict(zip(places, self._all_at_once(places), strict=True)) if places else {}
+        except Exception:  # noqa: BLE001  (whatever it was, each sample's own attempt tells it again)
+            for place in places:
+                try:
+                    rows[place] = self._alone(place)
+                except Exception as error:  # noqa: BLE001  (counted, and shown in the run)
+                    failures[place] = f"{type(error).__name__}: {error}"[:_MAX_FAILURE_CHARACTERS]
+        return rows, failures
+
+    def _all_at_once(self, places: Sequence[int]) -> list[list[int]]:
         if self._generate_fn is not None:
-            return self._checked(
-                self._generate_fn(self._model, self._samples, self._max_new_tokens), len(self._samples)
-            )
-        if self._batch is None:
-            return [self._alone(place) for place in range(len(self._samples))]
-        return self._decoded(self._batch)
+            chosen = tuple(self._samples[place] for place in places)
+            return self._checked(self._generate_fn(self._model, chosen, self._max_new_tokens), len(chosen))
+        joined = self._joined.get(tuple(places))
+        return [self._alone(place) for place in places] if joined is None else self._decoded(joined)
 
     def _alone(self, place: int) -> list[int]:
         if self._generate_fn is not None:

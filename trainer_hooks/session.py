@@ -17,6 +17,7 @@ from torch import nn
 
 from sidestep.protocol.messages import Command, Kind, Notice, StepEnd
 from sidestep.trainer_hooks.capture import Batch, ForwardReader, Outputs, complete_batch, remember_outputs, whole_batch
+from sidestep.trainer_hooks.collective_generation import EveryRank
 from sidestep.trainer_hooks.commands import Commands
 from sidestep.trainer_hooks.config import HooksConfig
 from sidestep.trainer_hooks.generation import Generator
@@ -96,6 +97,9 @@ class Session:
         if parts.signals is not None:
             parts.signals.failed = self.guard.failed
         model, optimizer = parts.model, parts.optimizer
+        is_collective = parts.generator is not None and parts.generator.is_collective
+        incarnation, world_size = parts.introduction.agreed.incarnation, parts.topology.world_size
+        self._every_rank = EveryRank(incarnation, world_size) if is_collective else None
         self._removable = [
             model.register_forward_hook(self.on_forward, with_kwargs=True),
             optimizer.register_step_pre_hook(self.before_optimizer),
@@ -400,15 +404,23 @@ class Session:
         )
 
     def _generate(self, step: int, due: tuple[str, ...], counts: StepCounts) -> None:
-        if self._parts.generator is None:
+        generator = self._parts.generator
+        if generator is None:
             return
-        wished = self._commands is not None and self._commands.take_sample(step)
-        if not wished and "generation" not in due and "collapse" not in due:
+        is_due = "generation" in due or "collapse" in due
+        if not is_due and not self._is_wished(generator, step):
+            return
+        if self._every_rank is not None and not self._every_rank.take_part():
+            self.notice(
+                "generation", "not all ranks have hooks: nothing is generated, as the others would be waited for."
+            )
             return
         began = time.perf_counter()
         try:
-            self._way().submit(self._parts.generator.run(step))
-            counts.add((Kind.GENERATION,), staged=True)
+            made = generator.run(step, alone=not is_due)
+            if not generator.is_collective or self._parts.topology.rank == 0:
+                self._way().submit(made)
+                counts.add((Kind.GENERATION,), staged=True)
         except Exception as error:  # noqa: BLE001  (its samples' failures are its own; this is another: counted, said)
             self.guard.failed("generation", error)
         finally:
@@ -416,6 +428,11 @@ class Session:
             self.guard.exclude(waited)
             if self._parts.signals is not None:
                 self._parts.signals.waited(waited)
+
+    def _is_wished(self, generator: Generator, step: int) -> bool:
+        """Whether the worker wishes for samples now: of ranks that generate together, not all would hear of it."""
+        may_be = self._commands is not None and generator.is_first and not generator.is_collective
+        return may_be and self._commands is not None and self._commands.take_sample(step)
 
     def _look_back(self, opened: OpenStep) -> None:
         """Learn from the step how the trainer uses the hooks, and say once what it seems to have forgotten."""

@@ -13,6 +13,7 @@ from sidestep.trainer_hooks.vocabulary import Vocabulary
 EXACT = "exact"
 _ABSENT = "absent: "
 _SWITCHED_OFF = "absent: its interval is 0"
+_SHARDED = "absent: the model is sharded, where {} on one rank would hang the others"
 _TEXTS = "a table of texts: this one cannot be written as JSON"
 
 _FAMILY_ANCHORS = {"tokens": "tokens", "loss": "loss", "answers": "answers", "lr": "lr"}
@@ -33,10 +34,14 @@ def capabilities(
     if not num_ids:
         known["tokens"] = "absent: neither a tokenizer nor the model's head tells how many ids there are"
     known["gradients"] = gradients_support(topology)
-    known["generation"] = known["collapse"] = generation_support(topology, has_samples=has_samples)
+    known["generation"] = known["collapse"] = generation_support(
+        topology, has_samples=has_samples, when_sharded=config.generate_when_sharded
+    )
     for family in known:
         if schedule.shortest_interval_steps(family) == 0:
             known[family] = _SWITCHED_OFF
+    if topology.sharded and config.signal_rows_per_step and config.image_probe_interval:
+        known["image probe"] = _SHARDED.format("a probe")
     known["labels"] = _labels(config, reader)
     if vocabulary.texts:
         known["tokenizer"] = _TEXTS
@@ -65,12 +70,14 @@ def gradients_support(topology: Topology) -> str:
     return EXACT
 
 
-def generation_support(topology: Topology, *, has_samples: bool) -> str:
-    """Whether the model can be generated from without its other ranks."""
+def generation_support(topology: Topology, *, has_samples: bool, when_sharded: bool = False) -> str:
+    """Whether the model can be generated from: without its other ranks, or with all of them where that is wanted."""
     if not has_samples:
         return "absent: no samples were given"
-    if topology.sharded:
-        return "absent: the model is sharded, where a generation on one rank would hang the others"
+    if topology.sharded and topology.mesh is None:
+        return "absent: the model is sharded, and its forward cannot be called beside the training's"
+    if topology.sharded and not when_sharded:
+        return _SHARDED.format("a generation")
     return EXACT
 
 
