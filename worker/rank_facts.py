@@ -59,7 +59,7 @@ def _put(found: Measurement, name: str, by_rank: Mapping[int, float]) -> None:
     if len(finite) < 2:
         return
     middle = median(finite.values())
-    farthest = max(finite, key=lambda rank: (_outlying(name, finite[rank], middle), -rank))
+    farthest = max(finite, key=lambda rank: (_outlying(name, finite[rank], middle), finite[rank], -rank))
     found.put(f"sidecar/ranks/{name}", finite[farthest])
     found.put(f"sidecar/ranks/{name}_gap", finite[farthest] - middle)
     found.put(f"sidecar/ranks/{name}_rank", farthest)

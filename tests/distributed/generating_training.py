@@ -1,7 +1,7 @@
 """One rank of trainings with generation, one after another: ``torchrun generating_training.py OUT CASE...``.
 
-Cases: a wrapper of ``sharded_training.py`` (``fsdp2``, ``tp``, ``ddp``: split over ranks), with ``-off`` as it is unless
-it is asked for, with ``-raises`` where the forward of the last rank raises in the second generation.
+Cases: a wrapper of ``sharded_training.py`` (``fsdp2``, ``tp``; ``ddp``: split over ranks); with ``-off`` nobody asks
+for it; with ``-raises`` the forward of the last rank raises in the second generation.
 """
 
 from __future__ import annotations

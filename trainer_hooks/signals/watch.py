@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -260,7 +261,7 @@ class SignalWatch:
             signal_seconds=self._seconds,
             device_seconds=device_seconds,
             rows_share=self.budget.share,
-            heartbeat_digest=self._heartbeat.digest,
+            heartbeat_digest=self._weights_digest(),
             norm_shares=0 if self._topology.num_shares == 1 else self._topology.num_shares,
             norms_clipped=self._norms_clipped,
             forward_seconds=self._forward_seconds(),
@@ -268,6 +269,12 @@ class SignalWatch:
         self._ended_at, self._seconds, self._waited, self._rates = now, 0.0, 0.0, ()
         self._forward_at, self._norms_clipped = None, False
         return facts
+
+    def _weights_digest(self) -> int:
+        """Which weights were looked at; of pieces whose place nobody knows (FSDP1), this rank's own alone."""
+        is_known = self._topology.mesh is not None or not self._topology.sharded
+        digest = self._heartbeat.digest
+        return digest if is_known else zlib.crc32(f"{digest} of rank {self._topology.rank}".encode())
 
     def _forward_seconds(self) -> float:
         if self._ended_at is None or self._forward_at is None:

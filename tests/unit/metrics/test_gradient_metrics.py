@@ -191,6 +191,76 @@ def test_a_missing_shard_is_said_and_its_parameter_left_out() -> None:
     assert "net.w" in found.notices[0].text
 
 
+SHARING = {rank: {"copy": 0, "shares": 2} for rank in range(2)}
+
+
+def halves(*, first: bool) -> dict[int, dict[str, Any]]:
+    """Two ranks with half of ``w`` each, and ``bias`` whole on both, of which the first one counts."""
+    whole = {**row("bias", 1, (3,)), **({} if first else {"first": True})}
+    copy = {**row("bias", 1, (3,)), "first": False}
+    return {
+        0: table([row("w", 1, (6, 4), ((0, 0), (3, 4))), whole]),
+        1: table([row("w", 1, (6, 4), ((3, 0), (3, 4))), copy]),
+    }
+
+
+def sharing(tables: dict[int, dict[str, Any]]) -> RunContext:
+    return replace(context(tables[0], tables), topologies=SHARING)
+
+
+def without_copies(sent: Gradients, gradients: Sequence[NDArray[np.float64]]) -> Gradients:
+    """The histogram of what the rank holds first alone."""
+    counts = np.sum([counts_of_log10(gradient.ravel()) for gradient in gradients], axis=0)
+    return replace(sent, histograms=counts[None].astype(np.int64))
+
+
+def test_a_share_that_two_ranks_hold_is_in_the_first_ones_histogram_alone() -> None:
+    parts = [
+        Part(rank=0, message=report({0: WEIGHT[:3], 1: BIAS}, {0: 1, 1: 1})),
+        Part(rank=1, message=without_copies(report({0: WEIGHT[3:], 1: BIAS}, {0: 1, 1: 1}), [WEIGHT[3:]])),
+    ]
+    for first in (True, False):
+        found = measure_gradients(parts, sharing(halves(first=first)))
+        assert histogram_counts(found, "decoder") == counts_of_log10(np.concatenate([WEIGHT.ravel(), BIAS]))
+        assert found.values["gradients/global/coverage"] == 1.0
+        assert "gradients/global/params_apart" not in found.values
+    missing = measure_gradients(parts[:1], sharing(halves(first=True)))
+    assert missing.values["gradients/global/coverage"] == pytest.approx(15 / 27)
+    assert "gradients/decoder/log10_histogram" not in missing.values
+    assert missing.values["gradients/decoder/bias/norm"] == pytest.approx(np.linalg.norm(BIAS), rel=1e-12)
+
+
+def test_copies_of_a_share_that_say_different_things_are_named() -> None:
+    parts = [
+        Part(rank=0, message=report({0: WEIGHT[:3], 1: BIAS}, {0: 1, 1: 1})),
+        Part(rank=1, message=report({0: WEIGHT[3:], 1: 0.9 * BIAS}, {0: 1, 1: 1})),
+    ]
+    found = measure_gradients(parts, sharing(halves(first=True)))
+    assert found.values["gradients/global/params_apart"] == 1
+    assert found.values["gradients/decoder/bias/norm"] == pytest.approx(np.linalg.norm(BIAS), rel=1e-12)
+    [said] = [notice.text for notice in found.notices if notice.code == "gradients_apart"]
+    assert "ranks 0 and 1 hold the same share of net.bias" in said
+    rounded = [parts[0], Part(rank=1, message=report({0: WEIGHT[3:], 1: 1.001 * BIAS}, {0: 1, 1: 1}))]
+    assert "gradients/global/params_apart" not in measure_gradients(rounded, sharing(halves(first=True))).values
+
+
+def test_partial_gradients_are_left_out_with_the_norms_that_they_belong_to() -> None:
+    partial = np.array([1], np.int32)
+    parts = [
+        Part(rank=0, message=report({0: WEIGHT[:3]}, {0: 0}, partial=partial)),
+        Part(rank=1, message=report({0: WEIGHT[3:]}, {0: 0}, partial=partial)),
+    ]
+    tables = {rank: table([row("w", 0, (6, 4), ((3 * rank, 0), (3, 4))), row("norm", 1, (3,))]) for rank in range(2)}
+    found = measure_gradients(parts, sharing(tables))
+    assert found.values["gradients/global/params_partial"] == 1
+    assert found.values["gradients/global/params_without_grad"] == 0
+    assert found.values["gradients/vision/w/norm"] == pytest.approx(np.linalg.norm(WEIGHT), rel=1e-12)
+    assert not {"gradients/decoder/norm", "gradients/global/total_norm"} & found.values.keys()
+    assert found.notices[0].level == "info"
+    broken = Part(rank=0, message=report({0: WEIGHT[:3]}, {0: 0}, partial=np.array([2], np.int32)))
+    assert measure_gradients([broken], sharing(tables)).malformed_parts == 1
+
+
 def test_the_grad_scalers_factor_is_undone_everywhere() -> None:
     scale = 2.0**16
     scaled = report({0: WEIGHT * scale, 1: BIAS * scale, 2: SCALAR * scale}, MODULES, scale=scale)
