@@ -1,8 +1,8 @@
 """The demo's model on many ranks, as the how-tos of this folder start it: ``torchrun ... train_ddp.py [--steps N]``.
 
 DistributedDataParallel over gloo, or over NCCL where there are GPUs; each rank draws rows of its own. Sidestep is the
-few lines that it is in any training: ``attach()``, ``after_step()``, ``close()``. Where the worker listens, and the keys
-for it, come from the environment (``SIDESTEP_ENDPOINT``, ``SIDESTEP_KEYS``).
+few lines that it is in any training: ``attach()``, ``after_step()``, ``close()``. The worker's address and its keys
+come from the environment (``SIDESTEP_ENDPOINT``, ``SIDESTEP_KEYS``).
 """
 
 from __future__ import annotations
