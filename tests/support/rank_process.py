@@ -3,25 +3,29 @@
     python -m tests.support.rank_process ADDRESS RUN_ID INCARNATION RANK WORLD_SIZE START_STEP
 
 Lines on its standard input: ``steps FIRST LAST`` hands over whole steps, ``flush`` waits until the worker has all of
-it, ``send`` until all is on its way, ``close`` says goodbye and ends. Each is answered by a line. ``RankProcess`` is
-the other end of these lines.
+it, ``send`` until all is on its way, ``accounts`` tells what became of all, ``close`` says goodbye and ends. Each is
+answered by a line. ``RankProcess`` is the other end of these lines.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
 from tests.support.wire_trainer import CONTENTS, make_hello, step_messages
 
+from sidestep.protocol.endpoints import Endpoint
 from sidestep.protocol.frames import Envelope
+from sidestep.protocol.keys import client_keys
+from sidestep.protocol.limits import WINDOW_BYTES
 from sidestep.trainer_hooks.publisher import Publisher
 
 _CLOSE_SECONDS = 30.0
@@ -42,13 +46,17 @@ class RankProcess:
         world_size: int = 1,
         start_step: int = 0,
         run_id: str = "run-1",
+        prefix: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
     ) -> None:
+        """Start it, behind ``prefix`` (``ip netns exec NAME``)."""
         places = [address, run_id, incarnation, str(rank), str(world_size), str(start_step)]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.rank_process", *places],
+            [*prefix, sys.executable, "-m", "tests.support.rank_process", *places],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env={**os.environ, **(environment or {})},
         )
 
     def __enter__(self) -> Self:
@@ -83,6 +91,11 @@ class RankProcess:
     def send(self) -> None:
         """Return when all is in the kernel's hands, whether or not the worker reads."""
         self.ask("send")
+
+    def accounts(self) -> dict[str, int]:
+        """Return what became of all messages so far, over all kinds, and how many were sent again."""
+        found: dict[str, int] = json.loads(self.ask("accounts"))
+        return found
 
     def close(self) -> None:
         """Say goodbye and end."""
@@ -121,6 +134,12 @@ class _Rank:
     def _num_taken(self) -> int:
         return sum(each.produced for each in self._publisher.accounts().values())
 
+    def accounts(self) -> str:
+        accounts = list(self._publisher.accounts().values())
+        names = ("produced", "accepted", "refused", "dropped", "in_window")
+        found = {name: sum(getattr(account, name) for account in accounts) for name in names}
+        return json.dumps({**found, "resent": self._publisher.statistics().num_resends})
+
     def close(self) -> None:
         self._publisher.close(_CLOSE_SECONDS)
 
@@ -134,8 +153,12 @@ def main() -> None:
         start_step=int(start_step),
         topology={"host": socket.gethostname(), "pid": os.getpid()},
     )
-    made = _Rank(Publisher(address, identity, hello, blobs=CONTENTS).start())
-    commands: Mapping[str, Callable[..., None]] = {
+    keys = client_keys(Endpoint.parse(address), os.environ)
+    window_bytes = int(os.environ.get("RANK_WINDOW_BYTES", WINDOW_BYTES))
+    publisher = Publisher(address, identity, hello, blobs=CONTENTS, window_bytes=window_bytes, keys=keys)
+    made = _Rank(publisher.start())
+    commands: Mapping[str, Callable[..., str | None]] = {
+        "accounts": made.accounts,
         "steps": made.steps,
         "flush": made.flush,
         "send": made.send,
@@ -143,8 +166,8 @@ def main() -> None:
     }
     for line in sys.stdin:
         command, *numbers = line.split()
-        commands[command](*map(int, numbers))
-        sys.stdout.write("done\n")
+        answer = commands[command](*map(int, numbers))
+        sys.stdout.write(f"{answer or 'done'}\n")
         sys.stdout.flush()
         if command == "close":
             return

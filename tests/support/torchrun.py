@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -65,7 +66,7 @@ class Launches:
                 code = process.wait(timeout_seconds)
             except subprocess.TimeoutExpired:
                 code = None
-            assert code == 0, f"{process.args} ended with {code}\n{self.said()[-12_000:]}"
+            assert code == 0, f"{process.args!r} ended with {code}\n{self.said()[-12_000:]}"
 
     def __enter__(self) -> Self:
         return self
@@ -83,16 +84,33 @@ class Launches:
 class RankLog:
     """What one process of ``elastic_training.py`` has written."""
 
-    def __init__(self, file: Path) -> None:
-        rank, pid, _ = file.name.split(".")
+    def __init__(self, file: Path | None) -> None:
+        rank, pid, _ = ("-1", "0", "") if file is None else file.name.split(".")
         self.rank, self.pid = int(rank), int(pid)
-        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        text = "" if file is None else file.read_text(encoding="utf-8")
+        lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
         self.head: dict[str, Any] = next((line for line in lines if "world" in line), {})
         self.steps: list[dict[str, Any]] = [line for line in lines if "step" in line]
         self.has_ended = any("failures" in line for line in lines)
         self.failures: dict[str, int] = next((line["failures"] for line in lines if "failures" in line), {})
 
+    @classmethod
+    def none(cls) -> Self:
+        """Return the log of a process that there is not yet."""
+        return cls(None)
+
 
 def rank_logs(out: Path) -> list[RankLog]:
     """Return the logs of all processes so far, the oldest first."""
     return [RankLog(file) for file in sorted(out.glob("*.jsonl"), key=lambda file: file.stat().st_mtime)]
+
+
+def query(journal: Path, text: str) -> list[tuple[Any, ...]]:
+    """Read a journal's index; nothing where it is not made yet."""
+    if not (journal / "index.sqlite").exists():
+        return []
+    with closing(sqlite3.connect(f"file:{journal / 'index.sqlite'}?mode=ro", uri=True, timeout=10)) as connection:
+        try:
+            return connection.execute(text).fetchall()
+        except sqlite3.OperationalError:  # it is only being made
+            return []

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ class WorkerProcess:
         self.home = self.folder / "home"
         self.log = self.folder / "worker.log"
         self._options = ["--wandb-mode", wandb_mode, *options]
+        self.prefix: Sequence[str] = ()
+        """What the worker's own command is put behind (``ip netns exec NAME``)."""
         self.process: subprocess.Popen[bytes] | None = None
 
     def command(self, *arguments: str) -> list[str]:
@@ -51,7 +53,10 @@ class WorkerProcess:
         """Start the process and wait until it listens."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                self.command("worker", "--endpoint", self.address, "--out", str(self.out), *self._options),
+                [
+                    *self.prefix,
+                    *self.command("worker", "--endpoint", self.address, "--out", str(self.out), *self._options),
+                ],
                 stdout=log,
                 stderr=log,
                 env=self.environment,
