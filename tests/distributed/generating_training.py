@@ -121,7 +121,7 @@ _OUT = Path(sys.argv[1]) if len(sys.argv) > 1 else Path()
 
 def main(cases: list[str]) -> None:
     assert len(Tokenizer()) == VOCABULARY
-    say_where_it_hangs(75)
+    say_where_it_hangs(150)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     for case in cases:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from tests.support.rank_processes import say_where_it_hangs
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
@@ -129,6 +129,11 @@ def fsdp2(model: Model) -> Wrapped:
     return Wrapped(model=model, data_rank=dist.get_rank(), data_size=size, quiet=quiet)
 
 
+def fsdp1(model: Model) -> Wrapped:
+    made = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    return Wrapped(model=made, data_rank=dist.get_rank(), data_size=dist.get_world_size(), quiet=_without)
+
+
 def hsdp(model: Model) -> Wrapped:
     size = dist.get_world_size()
     mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("replicate", "shard"))
@@ -174,6 +179,7 @@ WRAPPERS: dict[str, Callable[[Any], Wrapped]] = {
     "fsdp2_tp": fsdp2_tp,
     "sequence": sequence,
     "drifted": hsdp,
+    "fsdp1": fsdp1,
 }
 
 
@@ -205,6 +211,7 @@ class Run:
     ) -> None:
         self._wrapped = wrapped
         self._drifts = drifts
+        self._are_known = not isinstance(wrapped.model, FullyShardedDataParallel)
         self._hooks = hooks
         self._optimizer = optimizer
         self.arrays: dict[str, Any] = {}
@@ -220,7 +227,7 @@ class Run:
                     if self._hooks is not None and microstep == ACCUMULATION - 1:
                         self._hooks.before_clip()
                 self._count(seen, counted)
-            if is_recorded and step % GRADIENT_INTERVAL == 0:
+            if is_recorded and self._are_known and step % GRADIENT_INTERVAL == 0:
                 self._record_gradients(step)
             with CommDebugMode() as seen:  # type: ignore[no-untyped-call]
                 self._optimizer.step()
@@ -295,7 +302,7 @@ def run(name: str, *, address: str, run_id: str, is_hooked: bool) -> tuple[Run, 
 
 
 def main(out: Path, address: str, attempt: str, names: list[str]) -> None:
-    say_where_it_hangs(60)
+    say_where_it_hangs(150)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank = dist.get_rank()

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sidestep.examples.digits_vqa.model import VisionLanguageModel
+from sidestep.trainer_hooks.collective_generation import CollectiveGenerationError
 from sidestep.trainer_hooks.decoding import (
     CachedLoop,
     GreedyGenerate,
@@ -20,7 +21,6 @@ from sidestep.trainer_hooks.decoding import (
     cut,
 )
 from sidestep.trainer_hooks.generation import Generator, with_prompts
-from sidestep.trainer_hooks.prompts import Prompts
 from sidestep.trainer_hooks.samples import Sample
 
 V, EOS, IMAGE, NEW = 31, 0, 1, 12
@@ -79,12 +79,43 @@ def test_a_batch_says_what_each_prompt_says_alone(model: VisionLanguageModel, wa
 def test_it_ends_when_all_have_ended(model: VisionLanguageModel) -> None:
     calls: list[int] = []
     model.decoder.register_forward_hook(lambda *_: calls.append(1))
-    ended = Generator(model, samples(), eos_id=reference(model, samples(1)[0])[0], pad_id=EOS, max_new_tokens=NEW)
-    del ended._batch, calls[:]
-    ended._batch = Prompts.joined(samples(1), EOS)
-    ended._samples = tuple(samples(1))
-    assert rows_of(ended.run(0)) == [[reference(model, samples(1)[0])[0]]]
-    assert len(calls) == 1 + NEW  # one pass of ours, and the reference's
+    eos_id = reference(model, samples(1)[0])[0]
+    ended = Generator(model, samples(1), eos_id=eos_id, pad_id=EOS, max_new_tokens=NEW)
+    del calls[:]
+    assert rows_of(ended.run(0)) == [[eos_id]]
+    assert len(calls) == 1
+
+
+def test_ranks_share_the_samples_and_one_alone_takes_all(model: VisionLanguageModel) -> None:
+    whole = Generator(model, samples(), eos_id=EOS, pad_id=EOS, max_new_tokens=NEW).run(0)
+    parts = [Generator(model, samples(), eos_id=EOS, pad_id=EOS, max_new_tokens=NEW, share=(r, 3)) for r in range(3)]
+    made = [part.run(0) for part in parts]
+    assert [part.samples.tolist() for part in made] == [list(range(r, len(samples()), 3)) for r in range(3)]
+    joined = {row: ids for part in made for row, ids in zip(part.samples.tolist(), rows_of(part), strict=True)}
+    assert [joined[row] for row in sorted(joined)] == rows_of(whole)
+    assert rows_of(parts[0].run(1, alone=True)) == rows_of(whole)
+    assert [part.is_first for part in parts] == [True, False, False]
+    nothing = Generator(model, samples(1), eos_id=EOS, pad_id=EOS, max_new_tokens=NEW, share=(1, 2)).run(0)
+    assert (nothing.samples.size, nothing.offsets.tolist(), nothing.failures) == (0, [0], ())
+
+
+def test_together_it_runs_to_the_end_and_a_failure_is_one_that_no_handler_takes(model: VisionLanguageModel) -> None:
+    calls: list[int] = []
+    together = Generator(model, samples(1), eos_id=EOS, pad_id=EOS, max_new_tokens=NEW, is_collective=True)
+    plain = Generator(model, samples(1), eos_id=EOS, pad_id=EOS, max_new_tokens=NEW)
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    made = together.run(0)
+    handle.remove()
+    assert len(calls) == NEW, "one forward of the whole model a token, whatever has ended"
+    assert rows_of(made) == rows_of(plain.run(0))
+
+    def broken(*_: object) -> None:
+        raise ValueError("a broken forward")
+
+    model.register_forward_hook(broken)
+    with pytest.raises(CollectiveGenerationError, match="a broken forward") as caught:
+        together.run(1)
+    assert not isinstance(caught.value, Exception)
 
 
 def test_modes_random_state_and_gradients_are_as_before(model: VisionLanguageModel) -> None:
