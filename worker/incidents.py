@@ -184,7 +184,11 @@ class IncidentLog:
         """Return the newest incident that what speaks now belongs to."""
         for incident in reversed(self._open):
             age = step - incident.newest_step
-            following = EXACT_FOLLOWING_STEPS if any(kind.is_exact for kind in kinds) else FOLLOWING_STEPS
+            following = FOLLOWING_STEPS
+            if any(kind.is_exact for kind in kinds):
+                following = EXACT_FOLLOWING_STEPS
+            elif all(kind.severity < Severity.CRITICAL for kind in kinds):
+                following = STALE_STEPS  # a warning beside an open failure is evidence of it
             if age <= GROUP_STEPS or (incident.severity is Severity.CRITICAL and age <= following):
                 return incident
         return None

@@ -87,6 +87,13 @@ def test_a_failure_that_goes_on_is_followed_for_longer() -> None:
     log.take(10, "cal_up")
     assert log.take(300, "loss_regress") == [("evidence", "cal_up")]
     assert log.take(501, "lr_zero") == [("opened", "lr_zero")], "an exact check is a story of its own"
+    warned = Log()
+    warned.take(2, "image_embed_zero")
+    assert warned.take(700, "gen_length") == [("evidence", "image_embed_zero")], "a warning beside an open failure"
+    assert Log().take(700, "gen_length") == [("opened", "gen_length")]
+    other = Log()
+    other.take(2, "image_embed_zero")
+    assert other.take(700, "cal_up") == [("opened", "cal_up")]
 
 
 def test_an_incident_gets_worse_and_is_renamed_once() -> None:
