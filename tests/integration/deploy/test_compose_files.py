@@ -20,7 +20,7 @@ OVERRIDES = ("docker-compose.gpu.yml", "docker-compose.curve.yml")
 SCRIPTS = (".ci/compose", ".ci/slurm", "deploy/slurm/train.sbatch")
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # it has no types
     """Takes compose's own tags."""
 
 

@@ -13,11 +13,11 @@ COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 
 
-def test_the_services_are_the_two() -> None:
-    assert set(SERVICES) == {"trainer", "worker"}
+def test_the_services_are_a_worker_and_two_trainers() -> None:
+    assert set(SERVICES) == {"second-trainer", "trainer", "worker"}
 
 
-@pytest.mark.parametrize("service", ["trainer", "worker"])
+@pytest.mark.parametrize("service", ["second-trainer", "trainer", "worker"])
 def test_a_service_is_closed(service: str) -> None:
     settings = SERVICES[service]
     assert not settings.keys() & {"ports", "expose", "privileged", "pid", "ipc"}
