@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,6 +83,21 @@ def _description(entry: object) -> tuple[str, np.dtype[Any], tuple[int, ...]]:
     return name, WIRE_DTYPES[dtype], shape
 
 
+class _Layout(NamedTuple):
+    """What descriptions say that have been checked once: where each array lies behind the head."""
+
+    arrays: tuple[tuple[str, np.dtype[Any], int, int, tuple[int, ...] | None], ...]
+    """Name, dtype, entries, offset from the body's begin; the shape where it has not one axis."""
+    body_bytes: int
+
+
+_LAYOUTS: Final[dict[tuple[object, ...], _Layout]] = {}
+"""Descriptions to their layout: a kind's messages are described alike, step after step and rank by rank."""
+_MAX_LAYOUTS: Final = 512
+_MAX_NAME: Final = 64
+"""Characters of a name that is remembered; ours are shorter."""
+
+
 def unpack(descriptions: object, frame: bytes | bytearray | memoryview, body_at: int = 0) -> dict[str, NDArray[Any]]:
     """Return views of what ``frame`` has from ``body_at`` on as the described arrays.
 
@@ -94,24 +109,61 @@ def unpack(descriptions: object, frame: bytes | bytearray | memoryview, body_at:
         raise DecodeError("the head's arrays are not a list")
     if len(descriptions) > MAX_ARRAYS:
         raise LimitExceededError(f"{len(descriptions)} arrays in one message, more than {MAX_ARRAYS}")
-    arrays: dict[str, NDArray[Any]] = {}
-    offset, end = body_at, len(frame)
+    is_plain = _are_plain(descriptions)
+    layout = _LAYOUTS.get(descriptions) if is_plain else None
+    if layout is None or body_at + layout.body_bytes != len(frame):
+        layout = _layout(descriptions, len(frame) - body_at)
+        if is_plain:
+            if len(_LAYOUTS) >= _MAX_LAYOUTS:
+                _LAYOUTS.clear()
+            _LAYOUTS[descriptions] = layout
+    view = np.frombuffer
+    return {
+        name: view(frame, dtype, count, body_at + offset)
+        if shape is None
+        else view(frame, dtype, count, body_at + offset).reshape(shape)
+        for name, dtype, count, offset, shape in layout.arrays
+    }
+
+
+def _are_plain(descriptions: tuple[object, ...]) -> bool:
+    """Whether each is two texts and whole lengths: then an equal one is the same one, as 1 and True are not."""
+    for entry in descriptions:
+        if type(entry) is not tuple or len(entry) != 3:
+            return False
+        name, dtype, shape = entry
+        if (
+            type(name) is not str
+            or type(dtype) is not str
+            or type(shape) is not tuple
+            or max(len(name), len(dtype)) > _MAX_NAME
+        ):
+            return False
+        for axis in shape:
+            if type(axis) is not int:
+                return False
+    return True
+
+
+def _layout(descriptions: tuple[object, ...], held_bytes: int) -> _Layout:
+    """Check descriptions one by one against each other and ``held_bytes``; raises as ``unpack``."""
+    arrays: dict[str, tuple[str, np.dtype[Any], int, int, tuple[int, ...] | None]] = {}
+    offset = 0
     for entry in descriptions:
         name, dtype, shape = _description(entry)
         count = shape[0] if len(shape) == 1 else math.prod(shape)
         num_bytes = count * dtype.itemsize
         if num_bytes > MAX_MESSAGE_BYTES:
             raise LimitExceededError(f"array {name[:64]!r} declares {num_bytes} bytes, more than {MAX_MESSAGE_BYTES}")
-        if offset + num_bytes > end:
-            raise DecodeError(f"array {name[:64]!r} declares {num_bytes} bytes, {end - offset} arrived")
+        if offset + num_bytes > held_bytes:
+            raise DecodeError(f"array {name[:64]!r} declares {num_bytes} bytes, {held_bytes - offset} arrived")
         if name in arrays:
             raise DecodeError(f"array {name[:64]!r} is described twice")
-        flat = np.frombuffer(frame, dtype, count, offset)
-        arrays[name] = flat if len(shape) == 1 else flat.reshape(shape)
+        arrays[name] = (name, dtype, count, offset, None if len(shape) == 1 else shape)
         offset += num_bytes + -num_bytes % ALIGNMENT_BYTES
-    if offset != end:
-        raise DecodeError(f"{end - offset} bytes behind the last array")
-    return arrays
+    if offset != held_bytes:
+        raise DecodeError(f"{held_bytes - offset} bytes behind the last array")
+    return _Layout(tuple(arrays.values()), offset)
 
 
 def total_bytes(buffers: Iterable[bytes]) -> int:

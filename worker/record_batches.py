@@ -84,13 +84,14 @@ def _image_facts(signals: Sequence[tuple[int, Signals]]) -> dict[str, Any]:
         return {}
     hashes = np.concatenate([m.image_hashes for _, m in signals])
     facts: dict[str, Any] = {"images": int(hashes.size), "distinct_images": int(np.unique(hashes).size)}
+    flat = [_num_flat(m) for _, m in signals]
     if all(m.image_deviations.shape == m.image_hashes.shape for _, m in signals):
-        facts["flat_images"] = sum(_num_flat(m) for _, m in signals)
+        facts["flat_images"] = sum(flat)
     constant = [
         rank
-        for rank, m in signals
+        for (rank, m), num_flat in zip(signals, flat, strict=True)
         if m.image_hashes.size >= MIN_RANK_IMAGES
-        and (np.unique(m.image_hashes).size == 1 or _num_flat(m) == m.image_hashes.size)
+        and (num_flat == m.image_hashes.size or bool((m.image_hashes == m.image_hashes[0]).all()))
     ]
     return {**facts, "constant_image_ranks": tuple(constant[:MAX_NAMED_RANKS])}
 

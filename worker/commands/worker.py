@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import resource
 import sys
 import time
 from collections.abc import Callable
@@ -20,12 +21,15 @@ from sidestep.worker.trainers import is_alive
 _TAKE_OVER_SECONDS: Final = 60.0
 """An ending worker has 45 s for what is left."""
 _TRY_AGAIN_SECONDS: Final = 0.2
+_OPEN_FILES: Final = 65_536
+"""As many as an incarnation may have ranks (``MAX_RANKS``)."""
 
 
 def execute(options: argparse.Namespace, say: Callable[[str], None]) -> int:
     """Serve; return 0, or 1 where something was left undelivered."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     config = load_config(vars(options), file=options.config)
+    allow_many_ranks()
     service = _the_only(config, say)
     if service is None:
         return 0
@@ -37,6 +41,17 @@ def execute(options: argparse.Namespace, say: Callable[[str], None]) -> int:
         say(f"sidestep: a trainer finds it with SIDESTEP_ENDPOINT={address}")
 
     return service.run(ready)
+
+
+def allow_many_ranks() -> None:
+    """Let this process open as many files as the system grants it: each rank's connection is one, and 1,024 is usual.
+
+    Beyond the limit ZeroMQ takes no further rank, and tries for ever.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _the_only(config: WorkerConfig, say: Callable[[str], None]) -> WorkerService | None:

@@ -27,6 +27,8 @@ _BUSY_POLL_MILLISECONDS: Final = 5
 _FRAMES_PER_TURN: Final = 256
 _QUIET_SECONDS: Final = 0.3
 _NOBLOCK: Final = int(zmq.NOBLOCK)
+_BACKLOG_CONNECTIONS: Final = 4_096
+"""Ranks that connect at once; ZeroMQ's own 100 makes the others try again. The system may allow fewer (somaxconn)."""
 _KEEPALIVE: Final = {
     zmq.TCP_KEEPALIVE: 1,
     zmq.TCP_KEEPALIVE_IDLE: 60,
@@ -92,6 +94,7 @@ class Receiver:
         try:
             socket.set(zmq.LINGER, 200)
             socket.set(zmq.RCVHWM, RECEIVE_HIGH_WATER_MARK_MESSAGES)
+            socket.set(zmq.BACKLOG, _BACKLOG_CONNECTIONS)
             socket.set(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
             socket.set(zmq.ROUTER_MANDATORY, 1)
             if self._endpoint.transport == "tcp":

@@ -29,25 +29,30 @@ def count_answers(parts: Sequence[Part], context: RunContext, attempt: int, coun
     found = Measurement()
     sent = messages_of(parts, Answers)
     left_out = copies([rank for rank, _ in sent], context) if sent else set()
+    merged: dict[tuple[int, int], dict[int, int]] = {}
     for rank, message in sent:
         if rank in left_out:
             continue
-        if not _is_sound(message):
+        lengths, numbers = message.lengths.tolist(), message.counts.tolist()
+        if not _is_sound(message, lengths, numbers):
             found.malformed_parts += 1
             continue
-        lengths = dict(zip(message.lengths.tolist(), message.counts.tolist(), strict=True))
-        counts.add(attempt=attempt, step=message.step, epoch=message.epoch, lengths=lengths)
+        total = merged.setdefault((message.step, message.epoch), {})
+        for length, number in zip(lengths, numbers, strict=True):
+            total[length] = total.get(length, 0) + number
         counts.batches_without_labels += message.batches_without_labels
+    for (step, epoch), total in merged.items():
+        counts.add(attempt=attempt, step=step, epoch=epoch, lengths=total)
     return found
 
 
-def _is_sound(message: Answers) -> bool:
+def _is_sound(message: Answers, lengths: list[int], counts: list[int]) -> bool:
     return (
         same_length(message.lengths, message.counts)
-        and bool((message.lengths >= 0).all())
-        and bool((message.counts >= 0).all())
-        and sum(message.counts.tolist()) <= MAX_COUNT
-        and len(set(message.lengths.tolist())) == message.lengths.size
+        and min(lengths, default=0) >= 0
+        and min(counts, default=0) >= 0
+        and sum(counts) <= MAX_COUNT
+        and len(set(lengths)) == len(lengths)
         and 0 <= message.batches_without_labels <= MAX_COUNT
     )
 

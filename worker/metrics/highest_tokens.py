@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sidestep.protocol.limits import MAX_HIGHEST_TOKENS
 from sidestep.protocol.messages import Losses
@@ -17,11 +17,15 @@ COLUMNS = ("token", "context", "loss", "rank")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _HighToken:
-    loss: float
-    target: int
-    context: tuple[int, ...]
-    rank: int
+class _Proposed:
+    """What one message proposes, in its order."""
+
+    losses: NDArray[np.float32]
+    """Finite ones [n]."""
+    targets: NDArray[np.int32]
+    """[n]"""
+    contexts: NDArray[np.int64]
+    """Which row of the message's ``contexts`` stands before each [n]; -1: none."""
 
 
 def highest_tokens(batches: Sequence[tuple[int, Losses]], context: RunContext) -> Table | None:
@@ -29,33 +33,39 @@ def highest_tokens(batches: Sequence[tuple[int, Losses]], context: RunContext) -
 
     Among equal losses the lower rank comes first, then the order within the message.
     """
-    proposed = [token for rank, batch in batches for token in _proposed(rank, batch)]
-    chosen = sorted(proposed, key=lambda token: -token.loss)[:MAX_HIGHEST_TOKENS]
-    if not chosen:
+    proposed = [_proposed(batch) for _, batch in batches]
+    ends = np.cumsum([each.losses.size for each in proposed])
+    if not proposed or not ends[-1]:
         return None
-    rows = tuple((context.text.token(t.target), context.text.text(t.context), t.loss, t.rank) for t in chosen)
-    return Table(key="loss/highest_tokens", columns=COLUMNS, rows=rows)
+    order = np.argsort(-np.concatenate([each.losses for each in proposed]), kind="stable")[:MAX_HIGHEST_TOKENS]
+    rows = []
+    for number in order.tolist():
+        which = int(np.searchsorted(ends, number, side="right"))
+        (rank, batch), found = batches[which], proposed[which]
+        place = number - int(ends[which]) + found.losses.size
+        row = int(found.contexts[place])
+        before = [i for i in batch.contexts[row].tolist() if i >= 0] if row >= 0 else []
+        token = context.text.token(int(found.targets[place]))
+        rows.append((token, context.text.text(before), float(found.losses[place]), rank))
+    return Table(key="loss/highest_tokens", columns=COLUMNS, rows=tuple(rows))
 
 
-def _proposed(rank: int, batch: Losses) -> Iterator[_HighToken]:
+def _proposed(batch: Losses) -> _Proposed:
     """A message without a proposal of its own is searched; contexts that do not fit its rows are left out."""
-    contexts = batch.contexts
-    pairs: list[tuple[float, int] | None]
-    if batch.highest.size:
-        pairs = [_pair_at(batch, place) for place in batch.highest.tolist()]
+    num_contexts, places = len(batch.contexts), batch.highest
+    if places.size:
+        rows = np.flatnonzero((places >= 0) & (places < batch.losses.size))
+        losses, targets, num_proposed = batch.losses[places[rows]], batch.target_ids[places[rows]], places.size
     elif batch.highest_losses.size and batch.highest_losses.shape == batch.highest_targets.shape:
-        pairs = list(zip(batch.highest_losses.tolist(), batch.highest_targets.tolist(), strict=True))
+        losses, targets, num_proposed = batch.highest_losses, batch.highest_targets, batch.highest_losses.size
+        rows = np.arange(num_proposed)
     else:
         ranked = np.where(np.isfinite(batch.losses), batch.losses, -np.inf)
-        order = np.argsort(-ranked, kind="stable")[:MAX_HIGHEST_TOKENS]
-        pairs = [_pair_at(batch, place) for place in order.tolist()]
-        contexts = contexts[:0]
-    has_contexts = len(contexts) == len(pairs)
-    for place, pair in enumerate(pairs):
-        if pair is not None and math.isfinite(pair[0]):
-            before = tuple(i for i in contexts[place].tolist() if i >= 0) if has_contexts else ()
-            yield _HighToken(loss=pair[0], target=pair[1], context=before, rank=rank)
-
-
-def _pair_at(batch: Losses, place: int) -> tuple[float, int] | None:
-    return (float(batch.losses[place]), int(batch.target_ids[place])) if 0 <= place < batch.losses.size else None
+        rows = np.argsort(-ranked, kind="stable")[:MAX_HIGHEST_TOKENS]
+        losses, targets, num_proposed = batch.losses[rows], batch.target_ids[rows], -1
+    if num_contexts != num_proposed:
+        rows = np.full(rows.size, -1)
+    finite = np.isfinite(losses)
+    if finite.all():
+        return _Proposed(losses=losses, targets=targets, contexts=rows)
+    return _Proposed(losses=losses[finite], targets=targets[finite], contexts=rows[finite])
