@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from sidestep.protocol.messages import Json
+from sidestep.trainer_hooks.kernels.choice import stated
 from sidestep.trainer_hooks.plain import without_secrets
 
 _MAX_ARGUMENTS = 256
@@ -84,7 +85,10 @@ def snapshot(device: torch.device | None = None) -> dict[str, Json]:
     """Return what ``Hello.environment`` carries; no environment variable is in it, and no secret.
 
     Args:
-        device: Where the model is; its name is added.
+        device: Where the model is; its name is added, and whether reductions run there as kernels.
+
+    Raises:
+        ValueError: ``SIDESTEP_KERNELS`` has a value that there is not.
     """
     from sidestep import __version__  # noqa: PLC0415  (the package's own module loads nothing, and is loaded last)
 
@@ -101,6 +105,7 @@ def snapshot(device: torch.device | None = None) -> dict[str, Json]:
         "num_cpus": os.cpu_count() or 0,
         "started_at": time.time(),
         "device": _device_name(device),
+        "kernels": stated(torch.device("cpu") if device is None else device),
     }
     return known | git_commit(_code_folder())
 

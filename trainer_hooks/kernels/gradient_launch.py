@@ -37,12 +37,18 @@ def reduce_stretches(
         stretches: any sizes but 0, any mix of ``DTYPES``.
         slots: rows of the sums.
         modules: rows of the histograms.
-        filled_to: a tensor's not-zero elements count as if it were filled up with NaN to a multiple of this.
+        filled_to: a tensor's not-zero elements count as if it were filled up with NaN to a multiple of this, of which
+            a chunk is one too.
 
     Returns:
         float64 [slots, 6] (not zero, finite and not zero, sum, within, between, largest magnitude) and int64
         [modules, bins]; the same bits for the same gradients.
+
+    Raises:
+        ValueError: a chunk is not a multiple of ``filled_to``.
     """
+    if _chunk_elements() % filled_to:
+        raise ValueError(f"a chunk of {_chunk_elements()} elements is no multiple of {filled_to}")
     from sidestep.trainer_hooks.kernels.gradient_kernel import join_chunks, reduce_chunks  # noqa: PLC0415  (Triton)
 
     table = _table(device, stretches)
@@ -76,12 +82,16 @@ def reduce_stretches(
 
 
 def _table(device: torch.device, stretches: Sequence[Stretch]) -> ChunkTable:
-    chunk_elements = CHUNK_PARTS * 7 * 32 * LANES
+    chunk_elements = _chunk_elements()
     key = table_key(stretches, device, chunk_elements)
     table = _tables.get(device)
     if table is None or table.key != key:
         table = _tables[device] = make_table(key, stretches, device, chunk_elements)
     return table
+
+
+def _chunk_elements() -> int:
+    return CHUNK_PARTS * 7 * 32 * LANES
 
 
 def _element(dtype: torch.dtype) -> object:

@@ -136,7 +136,8 @@ def _blocks(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
 def _reduce_on(device: torch.device, pieces: Sequence[_Piece], slots: int, modules: int) -> tuple[Tensor, Tensor]:
     """Sum the rows of every gradient on one device; float64 [slots, 6] and int64 [modules, bins]."""
     if kernels.can_run("gradient", [piece.values for piece in pieces], DTYPES):
-        stretches = [Stretch(piece.slot, piece.module, piece.values) for piece in pieces]
+        # One axis need not be contiguous: of every other element there is such a view, and only that one is copied.
+        stretches = [Stretch(piece.slot, piece.module, piece.values.contiguous()) for piece in pieces]
         made = kernels.attempt(
             "gradient",
             lambda: reduce_stretches(device, stretches, slots=slots, modules=modules, filled_to=ROW_ELEMENTS),
