@@ -14,6 +14,8 @@ from sidestep.protocol.keys import KEYS_VARIABLE, SERVER_SECRET, keys_folder
 from sidestep.trainer_hooks.console import Console
 from sidestep.trainer_hooks.launch_identity import launch_identity, num_nodes
 
+FAR_AWAY = "192.0.2.1"
+"""An address that nobody has (RFC 5737)."""
 _ANY_PORT = 9
 """Nothing is sent there: the kernel only chooses the address that it would send from."""
 
@@ -39,7 +41,9 @@ def choose_endpoint(environment: Mapping[str, str], console: Console) -> Endpoin
             f"without hooks. Make keys with `sidestep keys DIR` and set {KEYS_VARIABLE}=DIR on every node.",
         )
         return here
-    address = reachable_address(environment.get("MASTER_ADDR", ""))
+    # A name that stands for loopback in this host's own list of names (Debian's habit) says nothing; the default route
+    # does.
+    address = reachable_address(environment.get("MASTER_ADDR", "")) or reachable_address(FAR_AWAY)
     if not address:
         console.once(
             "no-address",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import socket
 import struct
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -205,6 +206,25 @@ def test_a_trainer_with_keys_says_that_a_worker_has_none(
 def test_off_loopback_no_publisher_speaks_without_keys() -> None:
     with pytest.raises(ValueError, match="`sidestep keys DIR`"):
         Publisher("tcp://10.0.0.3:5555", Envelope(run_id="r", incarnation="i", rank=0), make_hello())
+
+
+def test_run_tells_its_command_where_the_worker_is_and_which_keys_it_takes(keys: Path, tmp_path: Path) -> None:
+    made = WorkerProcess()
+    port = free_port()
+    ask = "import os; print(*(os.environ[name] for name in ('SIDESTEP_ENDPOINT', 'SIDESTEP_KEYS', 'SIDESTEP_RUN_ID')))"
+    options = ["--endpoint", f"tcp://0.0.0.0:{port}", "--keys", str(keys), "--out", str(tmp_path / "out")]
+    try:
+        done = made.run("run", *options, "--wandb-mode", "disabled", "--", sys.executable, "-c", ask)
+        assert done.returncode == 0, done.stderr
+        endpoint, folder, run_id = done.stdout.splitlines()[0].split()
+        assert endpoint == f"tcp://{socket.gethostname()}:{port}", "an address that ranks of other hosts can be given"
+        assert folder == str(keys)
+        assert run_id
+        any_port = made.run("run", "--endpoint", "tcp://127.0.0.1:*", "--out", str(tmp_path / "o"), "--", "true")
+        assert any_port.returncode == 2
+        assert "any free port" in any_port.stderr
+    finally:
+        made.remove()
 
 
 def test_prometheus_counts_the_refused(worker: WorkerProcess) -> None:

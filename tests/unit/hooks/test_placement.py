@@ -15,7 +15,7 @@ from sidestep.trainer_hooks.console import Console
 from sidestep.trainer_hooks.launch_identity import launch_identity, num_nodes
 from sidestep.trainer_hooks.launcher import place_worker, run_folder
 from sidestep.trainer_hooks.opening import way_there
-from sidestep.trainer_hooks.placement import choose_endpoint, reachable_address
+from sidestep.trainer_hooks.placement import FAR_AWAY, choose_endpoint, reachable_address
 from sidestep.worker.keys import make_keys
 
 PUBLIC = "bQ{5-L01rs<^g65}L{lANw3lTzdCl^DcCd^pak(*"
@@ -71,7 +71,7 @@ def test_on_several_hosts_without_keys_a_line_says_what_to_do(tmp_path: Path) ->
     assert "`sidestep keys DIR`" in lines[0]
 
 
-def test_where_no_address_is_known_a_line_says_what_to_do(tmp_path: Path) -> None:
+def test_the_address_is_one_that_others_reach_or_a_line_says_what_to_do(tmp_path: Path) -> None:
     make_keys(tmp_path / "keys")
     lines: list[str] = []
     environment = {
@@ -79,8 +79,15 @@ def test_where_no_address_is_known_a_line_says_what_to_do(tmp_path: Path) -> Non
         "MASTER_ADDR": "127.0.0.1",
     }  # fmt: skip
     assert reachable_address("127.0.0.1") == ""
-    assert choose_endpoint(environment, Console(lines.append)).is_private
-    assert "SIDESTEP_ENDPOINT" in lines[0]
+    chosen = choose_endpoint(environment, Console(lines.append))
+    address = reachable_address(FAR_AWAY)
+    if address:
+        assert chosen.address.startswith(f"tcp://{address}:")
+        assert chosen.port > 0
+        assert lines == []
+    else:  # a machine without a network
+        assert chosen.is_private
+        assert "SIDESTEP_ENDPOINT" in lines[0]
 
 
 def test_an_endpoint_off_loopback_without_keys_is_a_mistake_at_attach() -> None:
