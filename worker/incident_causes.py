@@ -180,6 +180,12 @@ CAUSES: Final[tuple[Cause, ...]] = (
     ),
     _cause(
         "rate_too_high",
+        "worse_than_start",
+        "the learning rate is too high for the weights that it began with, or the data are not theirs",
+        "begin again from these weights with a lower rate or a longer warm-up; decode the first batches",
+    ),
+    _cause(
+        "rate_too_high",
         "grad_spike module_spike cal_up loss_cusum loss_regress loss_spike confidence_gap mass_excess "
         "back_to_prior worse_than_prior worse_than_uniform uniform_predictions single_answer mass_deficit "
         "copying",

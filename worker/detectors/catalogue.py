@@ -77,6 +77,7 @@ confidence_gap|critical|self||the model is surer than it is right
 rank_outlier|critical|self||one rank is worse than the others
 loss_cusum|critical|self||the loss rises
 loss_regress|critical|self||the loss stays above its best
+worse_than_start|critical|self||the model gets worse than it began
 image_lost|critical|self||images are not looked at any more
 gen_repetition|critical|generation|collapse|generated answers loop
 user_rules|critical|generation|collapse|the generated answers are collapsed

@@ -1,10 +1,12 @@
-"""The raw loss against its own past: sudden rises, slow ones, and single spikes."""
+"""The raw loss against its own past: sudden rises, slow ones, single spikes, and a start that only gets worse."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from sidestep.protocol.messages import Json
 from sidestep.worker.detectors.reading import Reading
@@ -14,7 +16,7 @@ from sidestep.worker.detectors.view import StepView
 
 
 class LossChanges:
-    """``loss_cusum``, ``loss_regress`` and ``loss_spike``."""
+    """``loss_cusum``, ``loss_regress``, ``worse_than_start`` and ``loss_spike``."""
 
     name = "loss"
 
@@ -31,13 +33,16 @@ class LossChanges:
         self._smooth = RunningMoments(rate=regress.rate, floor=rule.floor, clip=math.inf)
         self._best = math.inf
         self._window = Window(self._settings.loss_spike.median_readings)
+        self._start: list[float] = []  # the first loss and its standard error
+        self._num_readings = 0
 
     def read(self, view: StepView) -> Sequence[Reading]:
         """Judge one step's mean loss."""
         loss = view.record.loss
         if loss is None or not math.isfinite(loss):
             return ()
-        found = [*self._cumulative(loss), *self._regressed(loss), *self._spiked(loss)]
+        found = [*self._cumulative(loss), *self._regressed(loss), *self._against_start(view, loss)]
+        found += self._spiked(loss)
         self._window.add(loss)
         return found
 
@@ -71,6 +76,23 @@ class LossChanges:
             evidence=evidence,
         )  # fmt: skip
 
+    def _against_start(self, view: StepView, loss: float) -> Iterator[Reading]:
+        """The first readings against the very first, where its rows tell how unlike its answers are."""
+        rule = self._settings.worse_than_start
+        self._num_readings = min(self._num_readings + 1, rule.readings + 1)
+        if self._num_readings == 1 and view.starts.size >= rule.min_answers:
+            deviations = view.sum_by_answer(view.losses - float(view.losses.mean()))
+            self._start = [loss, math.sqrt(float(np.square(deviations).sum())) / view.num_rows]
+        if not self._start or not 1 < self._num_readings <= rule.readings:
+            return
+        first, error = self._start
+        limit = max(rule.threshold, rule.share * first, rule.errors * error)
+        evidence = f"the loss is {loss:.3f} and was {first:.3f} before the first update"
+        yield Reading(
+            name="worse_than_start", value=loss - first, limit=limit, is_beyond=loss - first > limit, reference=first,
+            evidence=evidence,
+        )  # fmt: skip
+
     def _spiked(self, loss: float) -> Iterator[Reading]:
         rule = self._settings.loss_spike
         z = self._window.robust_z(loss, floor=self._settings.loss_cusum.floor)
@@ -96,6 +118,7 @@ class LossChanges:
             "smooth": self._smooth.state(),
             "best": self._best,
             "window": self._window.values,
+            "start": [self._start, self._num_readings],
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -106,3 +129,6 @@ class LossChanges:
         self._smooth.restore(state["smooth"])
         self._best = float(state["best"])
         self._window.values = [float(value) for value in state["window"]]
+        # A state from before there was a start is one of a run that has left it.
+        start, self._num_readings = state.get("start", ([], self._settings.worse_than_start.readings + 1))
+        self._start = [float(value) for value in start]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, get_type_hints
 
 from sidestep.worker.detectors.rules import (
+    AgainstStart,
     Alignment,
     Composition,
     Cumulative,
@@ -73,6 +74,7 @@ class DetectorSettings:
     cal_up: Composition = field(default_factory=Composition)
     loss_cusum: Cumulative = field(default_factory=lambda: Cumulative(floor=0.05))  # as for cal_up
     loss_regress: Regress = field(default_factory=Regress)
+    worse_than_start: AgainstStart = field(default_factory=AgainstStart)
     loss_spike: Spike = field(default_factory=lambda: Spike(hits=4, window=5, rearm=20))
     confidence_gap: Gap = field(default_factory=Gap)
     grad_spike: Spike = field(default_factory=lambda: Spike(hits=5, window=6, threshold=6.0, rise=1.6))

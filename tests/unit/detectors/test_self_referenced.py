@@ -136,6 +136,28 @@ def test_a_failure_is_found_in_time(kind: str) -> None:
     assert told.lines[0][0] <= spoke[name]
 
 
+PRETRAINED = Task(prior=(0.4, 0.3, 0.2, 0.1), start_skill=0.9)
+
+
+def test_a_pretrained_model_that_only_gets_worse_is_found_within_ten_steps() -> None:
+    def worse(drawn: Drawn) -> None:
+        if drawn.step >= 2:
+            shuffled_targets(drawn)
+
+    told = watched(trace(PRETRAINED, 14, failure=worse))
+    assert [name for _, name in told.openings] == ["worse_than_start"]
+    assert told.openings[0][0] <= 10
+    assert "the learning rate is too high for the weights that it began with" in told.blocks
+
+
+def test_two_hard_batches_at_the_start_are_no_worse_start() -> None:
+    def hard(drawn: Drawn) -> None:
+        if drawn.step in {1, 2}:
+            shuffled_targets(drawn)
+
+    assert watched(trace(PRETRAINED, 60, failure=hard)).openings == []
+
+
 def test_the_user_s_story_when_the_model_is_to_blame() -> None:
     told = failing(CHOICE, to_one_token(0.95))
     lines = [line for _, line in told.lines if line == COLLAPSE_LINE.format(reason="mass_excess")]
