@@ -120,7 +120,7 @@ def test_workers_get_options_that_exist_and_the_time_to_drain() -> None:
     for worker in found:
         options = build_parser().parse_args(worker["args"])
         assert Endpoint.parse(options.endpoint).is_private or options.keys
-        assert options.journal.is_relative_to("/data"), "what outlives the pod"
+        assert Path(options.journal).is_relative_to("/data"), "what outlives the pod"
     for resource in all_resources():
         for pod in pods(resource):
             if any(each["image"] == "sidestep-worker" for each in (*pod.get("initContainers", ()), *pod["containers"])):
