@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from tests.support.namespaces import TRAINER, WORKER, TwoHosts, why_not
-from tests.support.rank_process import RankProcess
 from tests.support.run_balance import check_balance, rows_of
 from tests.support.torchrun import AGENT, Launches, RankLog, query, rank_logs
-from tests.support.worker_process import WorkerProcess, wait_until
+from tests.support.two_hosts import CUTS, PORT, Scene
+from tests.support.worker_process import wait_until
 
 from sidestep.worker.keys import make_keys
 
 TRAINING = str(Path(__file__).with_name("elastic_training.py"))
-PORT = 5757
-STEPS_A_TURN = 5
-TURN_SECONDS = 0.1
 CUT_SECONDS = 5.0
 NO_HOSTS = why_not()
 
@@ -28,49 +25,6 @@ pytestmark = [
     pytest.mark.skipif(bool(NO_HOSTS), reason=NO_HOSTS or "there are two hosts"),
     pytest.mark.timeout(280),
 ]
-
-
-class Scene:
-    """The worker's process on one host, and publishers on the other."""
-
-    def __init__(self, hosts: TwoHosts, keys: Path) -> None:
-        self.hosts = hosts
-        self.worker = WorkerProcess("--keys", str(keys), "--assembly-deadline-seconds", "40")
-        self.worker.address = f"tcp://{hosts.addresses[WORKER]}:{PORT}"
-        self.worker.prefix = hosts.at(WORKER)
-        self.worker.start()
-        self._keys = keys
-        self._next_step = 0
-
-    def rank(self, **environment: str) -> RankProcess:
-        return RankProcess(
-            self.worker.address,
-            prefix=self.hosts.at(TRAINER),
-            environment={"SIDESTEP_KEYS": str(self._keys), **environment},
-        )
-
-    def train(self, rank: RankProcess, seconds: float) -> None:
-        """Hand steps over for so long, whatever becomes of them."""
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            rank.steps(self._next_step, self._next_step + STEPS_A_TURN)
-            self._next_step += STEPS_A_TURN
-            time.sleep(TURN_SECONDS)
-
-    def steps(self) -> list[int]:
-        return list(range(self._next_step))
-
-    def closed(self) -> list[int]:
-        """The steps that have closed; what a goodbye told after the last one is not a step."""
-        return [step for _, step, reason in self.worker.closed_steps() if reason != "tail"]
-
-    def finish(self, rank: RankProcess, out: Path) -> None:
-        """Say goodbye; the journal then holds everything once, and its replay is the same bytes."""
-        rank.close()
-        wait_until(lambda: self.worker.query("SELECT attempt FROM ending"), "the run has ended", 60.0)
-        assert self.worker.terminate() == 0
-        assert self.worker.query("SELECT tail_unknown, exit_code FROM ending") == [(0, 0)]
-        check_balance(self.worker.journal, out)
 
 
 @pytest.fixture
@@ -81,13 +35,6 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
         made = Scene(hosts, tmp_path / "keys")
         stack.callback(made.worker.remove)
         yield made
-
-
-CUTS: dict[str, tuple[Callable[[TwoHosts], None], Callable[[TwoHosts], None]]] = {
-    "packets vanish": (lambda hosts: hosts.drop(), lambda hosts: hosts.pass_again()),
-    "the worker's cable": (lambda hosts: hosts.link(WORKER, up=False), lambda hosts: hosts.link(WORKER, up=True)),
-    "the trainer's cable": (lambda hosts: hosts.link(TRAINER, up=False), lambda hosts: hosts.link(TRAINER, up=True)),
-}
 
 
 @pytest.mark.parametrize("cut", CUTS)
