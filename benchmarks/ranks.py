@@ -186,6 +186,8 @@ def measure(num_ranks: int, num_steps: int, *, spread_seconds: float = SPREAD_SE
         began_at = time.monotonic()
         with crowds(os.environ["SIDESTEP_ENDPOINT"], run_id, num_ranks) as pipes:
             ready = [pipe.recv() for pipe in pipes]
+            joined = max(each["joined_at"] for each in ready) - began_at
+            print(f"{num_ranks} ranks joined within {joined:.1f} s", file=sys.stderr)
             looker = Looker(worker.pid, Path(name) / "out" / "journal" / "index.sqlite")
             with closing(looker):
                 said = _train(pipes, looker, worker.pid, num_steps, spread_seconds)
@@ -195,7 +197,6 @@ def measure(num_ranks: int, num_steps: int, *, spread_seconds: float = SPREAD_SE
                 for pipe in pipes:
                     pipe.recv()
                 lags_in_rows = looker.lags_in_rows()
-    joined = max(each["joined_at"] for each in ready) - began_at
     return {
         "ranks": num_ranks,
         "steps": num_steps,

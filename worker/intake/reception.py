@@ -96,6 +96,7 @@ class Reception:
         self._taken: dict[tuple[str, int], RangeSet] = {}
         self._waiting: list[_Waiting] = []
         self._waiting_bytes = 0
+        self._waiting_streams: set[tuple[str, int]] = set()
         self._waiting_since: float | None = None
         self._to_ack: dict[bytes, Peer] = {}
         self._retry_at = 0.0
@@ -255,11 +256,12 @@ class Reception:
             return
         self._waiting.append((envelope, message, bytes(frame), self._clock()))
         self._waiting_bytes += len(frame) + MESSAGE_OVERHEAD_BYTES
+        self._waiting_streams.add(peer.stream)
 
     def _known(self, stream: tuple[str, int]) -> RangeSet:
         """Return the numbers of a stream that are on disk or wait for it."""
         known = self._journal.segments.committed(*stream)
-        for envelope, *_ in self._waiting:
+        for envelope, *_ in self._waiting if stream in self._waiting_streams else ():
             if (envelope.incarnation, envelope.rank) == stream:
                 known.add(envelope.sequence)
         return known
@@ -320,6 +322,7 @@ class Reception:
         self._counts["commits"] += 1
         self._counts["journaled"] += len(rows)
         self._waiting, self._waiting_bytes, self._waiting_since = [], 0, None
+        self._waiting_streams.clear()
         self._to_ack.clear()
         self._feed.offer([_journaled(each, row) for each, row in zip(waiting, rows, strict=True)])
         return [self._ack(peer, now) for peer in peers]
