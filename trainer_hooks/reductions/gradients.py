@@ -27,6 +27,9 @@ ROW_ELEMENTS = 1024
 BLOCK_ROWS = 4096
 """Rows that are reduced together; a block takes 5 times its 16 MB while it is."""
 
+HOST_BLOCK_ROWS = 256
+"""The same on the host: few enough for its caches."""
+
 _COLUMNS = 6
 _NOT_ZERO, _FINITE_NOT_ZERO, _SUM, _WITHIN, _BETWEEN, _ABSMAX = range(_COLUMNS)
 _LEAST, _MOST = 2.0**-120, 2.0**120
@@ -114,16 +117,16 @@ def _flat(gradient: Tensor) -> Tensor:
     return local.permute(order).reshape(-1)
 
 
-def _blocks(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
-    """Cut the pieces into blocks of at most ``BLOCK_ROWS`` rows and one dtype."""
+def _blocks(pieces: Sequence[_Piece], most_rows: int) -> Iterator[list[_Piece]]:
+    """Cut the pieces into blocks of at most ``most_rows`` rows and one dtype."""
     block: list[_Piece] = []
-    room = BLOCK_ROWS
+    room = most_rows
     for piece in sorted(pieces, key=lambda piece: (str(piece.values.dtype), piece.module)):
         start, total = 0, piece.values.shape[0]
         while start < total:
             if not room or (block and block[0].values.dtype != piece.values.dtype):
                 yield block
-                block, room = [], BLOCK_ROWS
+                block, room = [], most_rows
             taken = min(room * ROW_ELEMENTS, total - start)
             values = piece.values.narrow(0, start, taken)
             block.append(_Piece(slot=piece.slot, module=piece.module, values=values))
@@ -153,12 +156,17 @@ def _reduce_by_rows(device: torch.device, pieces: Sequence[_Piece], slots: int, 
     largest = torch.zeros(slots, dtype=torch.float32, device=device)
     histograms = torch.zeros((modules, GRADIENT_HISTOGRAM_BINS), dtype=torch.int64, device=device)
     filler = torch.full((ROW_ELEMENTS,), torch.nan, device=device)
-    for block in _blocks(pieces):
+    on_host = device.type == "cpu"
+    for block in _blocks(pieces, min(BLOCK_ROWS, HOST_BLOCK_ROWS) if on_host else BLOCK_ROWS):
         values = _in_rows(block, filler)
         owners = _owners(block, device)
-        finite = torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
-        magnitudes = finite.abs()
-        row_sums, row_absmax = _row_sums(values, finite, magnitudes)
+        magnitudes = values.abs()
+        if on_host and bool((row_absmax := magnitudes.amax(dim=1)).isfinite().all()):
+            row_sums = _finite_row_sums(values, row_absmax)
+        else:
+            finite = torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+            magnitudes = torch.abs(finite, out=magnitudes)
+            row_sums, row_absmax = _row_sums(values, finite, magnitudes)
         sums.index_add_(0, owners, row_sums)
         largest.scatter_reduce_(0, owners, row_absmax, "amax")
         _count_magnitudes(histograms, block, magnitudes, row_sums.select(1, _FINITE_NOT_ZERO))
@@ -211,6 +219,20 @@ def _row_sums(values: Tensor, finite: Tensor, magnitudes: Tensor) -> tuple[Tenso
         total * mean,
     )
     return torch.stack(columns, dim=1), absmax
+
+
+def _finite_row_sums(values: Tensor, absmax: Tensor) -> Tensor:
+    """Return what ``_row_sums`` does of rows that are full and finite, in half the passes; ``values`` are used up."""
+    not_zero = torch.ne(values, 0.0, out=torch.empty_like(values)).sum(dim=1).to(torch.float64)
+    factor = torch.exp2(-absmax.clamp(_LEAST, _MOST).log2_().floor_())
+    unit = factor.to(torch.float64).reciprocal_()
+    centre = values.mul_(factor.unsqueeze(1)).sum(dim=1) / ROW_ELEMENTS
+    rest = values.sub_(centre.unsqueeze(1))
+    left = rest.sum(dim=1).to(torch.float64) / ROW_ELEMENTS
+    spread = (torch.linalg.vecdot(rest, rest).to(torch.float64) - ROW_ELEMENTS * left.square()).clamp_(min=0.0)
+    mean = (centre.to(torch.float64) + left) * unit
+    total = mean * ROW_ELEMENTS
+    return torch.stack((not_zero, not_zero, total, spread * unit.square(), total * mean), dim=1)
 
 
 def _count_magnitudes(histograms: Tensor, block: Sequence[_Piece], magnitudes: Tensor, finite_not_zero: Tensor) -> None:
