@@ -138,8 +138,8 @@ def test_the_same_bits_again_and_one_table_while_the_addresses_stand() -> None:
 
 
 def test_a_tensor_of_many_chunks_is_joined_in_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gradient_launch, "_JOINED_CHUNKS", 2)
-    odd = torch.full((2 * 7 * BLOCK + 9,), math.inf)  # the longer way, which is shorter in the interpreter
+    monkeypatch.setattr(gradient_launch, "_JOINED_CHUNKS", 1)
+    odd = torch.full((7 * BLOCK + 9,), math.inf)  # the longer way, which is shorter in the interpreter
     odd[::3] = -2.0
     tensors = [odd[1:], torch.ones(3)]
     check(message_of(parts_of(tensors)), tensors)
