@@ -101,13 +101,13 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def cpu_by_thread(pid: int) -> Counter[str]:
+def cpu_by_thread(pid: int) -> dict[str, float]:
     """Return the CPU seconds of a worker's threads: ``assembly`` (main), ``sockets`` (ZeroMQ's own), ``rest``.
 
     The rest is the receiver, but for what health and W&B's supervisor take. It shares an interpreter with ``assembly``,
     so that the two together have one core at most but for what SQLite and compression do outside it.
     """
-    found: Counter[str] = Counter()
+    found = dict.fromkeys(("assembly", "sockets", "rest"), 0.0)
     for task in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(OSError):
             head, _, rest = (task / "stat").read_text(encoding="ascii").rpartition(")")
@@ -229,12 +229,13 @@ def _train(
     if len(said) < len(pipes):
         raise RuntimeError("the ranks' processes do not come to an end")
     end_at = max([*looker.closed_at.values(), begin_at + num_steps * INTERVAL_SECONDS])
+    threads = cpu_by_thread(pid)
     return {
         "crowds": said,
         "begin_at": begin_at,
         "seconds": end_at - begin_at,
         "worker_cpu_seconds": cpu_seconds(pid) - before,
-        "worker_threads_cpu_seconds": cpu_by_thread(pid) - threads_before,
+        "worker_threads_cpu_seconds": {name: threads[name] - taken for name, taken in threads_before.items()},
         "wandb_cpu_seconds": cpu_of_all(others) - others_before,
     }
 
