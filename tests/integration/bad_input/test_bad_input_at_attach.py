@@ -124,6 +124,6 @@ def test_no_worker_can_be_started(
     monkeypatch.setenv("SIDESTEP_RUNTIME", str(tmp_path / "r"))
     training = make_training()
     training.attach(settings={"close_timeout_seconds": 0.2})
-    told.once("no worker can be started")
     training.run(2)
+    told.once("no worker can be started")
     assert training.hooks.failures() == {}
