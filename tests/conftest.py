@@ -12,6 +12,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "passive"  # a program that asks for more threads does not spin on shared cores
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Read when Triton is first imported, by whichever test comes first: without a device its kernels run interpreted.
+if not os.path.exists("/dev/nvidiactl"):  # noqa: PTH110  (before anything else is imported)
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # The caller's own settings must not steer a test, nor a test write to the caller's account.
 _UNSET_PREFIXES = ("SIDESTEP_", "WANDB_", "TORCHELASTIC_")

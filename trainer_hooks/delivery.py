@@ -134,7 +134,7 @@ class Delivery:
             return False
         self._accounts.refuse(parcel.kind)
         if parcel.step >= 0:
-            self._correct(self._ledger.part_dropped(parcel.step, parcel.kind, was_queued=False))
+            self._correct(self._ledger.part_refused(parcel.step, parcel.kind))
         return True
 
     def abandon(self) -> int:

@@ -120,7 +120,9 @@ class Link:
                     self._conversation.reconnected(now)
                 continue
             self._num_dropped += 1
-            if outcome is not Handshake.DROPPED or self._num_dropped >= _MOST_DROPPED:
+            # Without keys nothing is proved by a peer that hangs up: a worker that goes away does so too.
+            is_in_vain = self._has_keys and self._num_dropped >= _MOST_DROPPED
+            if outcome is not Handshake.DROPPED or is_in_vain:
                 self._refused(outcome, now)
                 return
         if self._conversation.wants_new_connection(now):

@@ -22,7 +22,7 @@ def why_refused(outcome: Handshake, address: str, *, has_keys: bool) -> str:
     if outcome is Handshake.UNKNOWN_KEY:
         what = (
             f"the worker at {address} refuses the handshake: it does not know this trainer's key. Copy the "
-            "client.secret that `sidestep keys` made for it to SIDESTEP_KEYS here, or this key's public half to the "
+            "client.secret that 'sidestep keys' made for it to SIDESTEP_KEYS here, or this key's public half to the "
             "worker's clients/ folder"
         )
     elif has_keys:  # a worker without keys hangs up just as one with other keys does
@@ -33,6 +33,6 @@ def why_refused(outcome: Handshake, address: str, *, has_keys: bool) -> str:
     else:
         what = (
             f"what answers at {address} refuses the handshake: this trainer has no keys. If it is a worker with keys, "
-            "set SIDESTEP_KEYS to the folder that `sidestep keys` made"
+            "set SIDESTEP_KEYS to the folder that 'sidestep keys' made"
         )
     return f"{what}. Training goes on; it is tried again from time to time."

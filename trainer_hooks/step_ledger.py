@@ -17,6 +17,7 @@ class _Entry:
     queued_ends: int = 0
     sent_end: StepEnd | None = None
     dropped: dict[str, int] = field(default_factory=dict)
+    refused: dict[str, int] = field(default_factory=dict)
 
     @property
     def busy(self) -> bool:
@@ -54,20 +55,29 @@ class StepLedger:
         self._rest(step)
         return again
 
+    def part_refused(self, step: int, kind: Kind) -> StepEnd | None:
+        """Count a part that the worker did not take, which no ``dropped`` says; else as ``part_dropped``."""
+        entry = self._open(step)
+        name = kind.name.lower()
+        entry.refused[name] = entry.refused.get(name, 0) + 1
+        again = entry.sent_end if entry.queued_ends == 0 else None
+        self._rest(step)
+        return again
+
     def end_queued(self, step: int) -> None:
         """Count a ``StepEnd`` that waits to be sent."""
         self._open(step).queued_ends += 1
 
     def end_sent(self, end: StepEnd) -> StepEnd:
-        """Return ``end`` as it has to leave now: parts given up are counted as dropped, not as sent."""
+        """Return ``end`` as it has to leave now: parts given up are counted as dropped, those refused as neither."""
         entry = self._open(end.step)
         entry.queued_ends -= 1
         entry.sent_end = end
-        dropped = dict(entry.dropped)
+        dropped, refused = dict(entry.dropped), dict(entry.refused)
         self._rest(end.step)
-        if not dropped:
+        if not dropped and not refused:
             return end
-        sent = {name: count - dropped.get(name, 0) for name, count in end.sent.items()}
+        sent = {name: count - dropped.get(name, 0) - refused.get(name, 0) for name, count in end.sent.items()}
         total = {name: end.dropped.get(name, 0) + dropped.get(name, 0) for name in {**end.dropped, **dropped}}
         return replace(end, sent={name: max(count, 0) for name, count in sent.items()}, dropped=total)
 
@@ -88,7 +98,7 @@ class StepLedger:
         if entry.busy:
             return
         del self._busy[step]
-        if entry.sent_end is not None or entry.dropped:
+        if entry.sent_end is not None or entry.dropped or entry.refused:
             self._idle[step] = entry
             if len(self._idle) > _REMEMBERED_STEPS:
                 self._idle.popitem(last=False)

@@ -119,9 +119,9 @@ def test_the_workers_host_loses_its_power(scene: Scene, tmp_path: Path) -> None:
 def test_what_is_beyond_the_window_is_counted_to_the_last_message(scene: Scene, tmp_path: Path) -> None:
     with scene.rank(RANK_WINDOW_BYTES="40000") as rank:
         scene.train(rank, 0.5)
-        rank.flush()
+        wait_until(lambda: rank.accounts()["in_window"] == 0, "all before the cut has arrived", 60.0)
         scene.hosts.drop()
-        scene.train(rank, 4.0)
+        scene.train(rank, 8.0)
         lost = rank.accounts()["dropped"]
         scene.hosts.pass_again()
         wait_until(lambda: rank.accounts()["in_window"] == 0, "all that is left has arrived", 60.0)

@@ -17,6 +17,8 @@ import pytest
 from tests.support.faults_scene import MakeTraining, a_worker, assert_all_arrived, closed_steps, trainings
 from tests.support.worker_process import WorkerProcess, wait_until
 
+from sidestep.worker.keys import make_keys
+
 A_WHILE_STEPS = 15
 
 pytestmark = pytest.mark.timeout(150)
@@ -125,8 +127,10 @@ def own_hosts_file(hosts: Path) -> list[str]:
 
 
 def test_a_worker_restarted_on_another_address_under_its_name_is_found(
-    worker: WorkerProcess, make_training: MakeTraining, tmp_path: Path
+    worker: WorkerProcess, make_training: MakeTraining, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    make_keys(tmp_path / "keys")  # a name may lead anywhere, so that nothing is said to it without
+    monkeypatch.setenv("SIDESTEP_KEYS", str(tmp_path / "keys"))
     hosts, port = tmp_path / "hosts", free_port()
     hosts.write_text(f"127.0.0.1 localhost\n127.0.0.2 {HOST}\n")
     prefix = own_hosts_file(hosts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
+import torch
 
 from sidestep.trainer_hooks import courtesy
 from sidestep.trainer_hooks.console import Console
@@ -88,8 +89,10 @@ def test_only_a_courteous_thread_waits() -> None:
 
 
 def test_hooks_that_are_gone_are_not_waited_for() -> None:
-    guard = Guard(Console())
-    guard.enter()
-    assert courtesy.is_inside_a_hook()
-    del guard
+    with torch.enable_grad():  # which a hook that is never left would keep off
+        guard = Guard(Console())
+        guard.enter()
+        assert courtesy.is_inside_a_hook()
+        del guard
     assert not courtesy.is_inside_a_hook()
+    assert torch.is_grad_enabled()
