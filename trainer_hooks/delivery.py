@@ -17,6 +17,7 @@ from sidestep.protocol.limits import MAX_PUBLISHER_TICK_MESSAGES, WINDOW_BYTES
 from sidestep.protocol.messages import STEP_KINDS, UNSEQUENCED, Kind, Message, StepEnd
 from sidestep.trainer_hooks.accounts import Accounts, KindAccount
 from sidestep.trainer_hooks.compaction import compacted
+from sidestep.trainer_hooks.courtesy import in_pieces
 from sidestep.trainer_hooks.lanes import Lanes, Unsent
 from sidestep.trainer_hooks.step_ledger import StepLedger
 from sidestep.trainer_hooks.window import Parcel, Window
@@ -120,7 +121,7 @@ class Delivery:
             ValueError: not ranges.
         """
         settled = self._window.acknowledge(committed)
-        for parcel in settled:
+        for parcel in in_pieces(settled):
             self._accounts.accept(parcel.kind)
         return len(settled)
 

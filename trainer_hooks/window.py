@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from sidestep.protocol.messages import Kind
 from sidestep.protocol.ranges import RangeSet
+from sidestep.trainer_hooks.courtesy import in_pieces
 
 _PARCEL_OVERHEAD_BYTES = 192
 _FRAME_OVERHEAD_BYTES = 48
@@ -96,12 +97,12 @@ class Window:
         ranges = RangeSet.from_ranges(committed)
         highest = int(committed[:, 1].max())
         done = []
-        for sequence in self._parcels:  # ascending, so that nothing behind the highest range is looked at
+        for sequence in in_pieces(self._parcels):  # ascending, so that nothing behind the highest range is looked at
             if sequence > highest:
                 break
             if sequence in ranges:
                 done.append(sequence)
-        return [self._settle(sequence) for sequence in done]
+        return [self._settle(sequence) for sequence in in_pieces(done)]
 
     def refuse(self, sequence: int) -> Parcel | None:
         """Forget and return the message ``sequence``; None where it is not pinned."""

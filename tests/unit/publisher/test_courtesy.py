@@ -96,3 +96,23 @@ def test_hooks_that_are_gone_are_not_waited_for() -> None:
         del guard
     assert not courtesy.is_inside_a_hook()
     assert torch.is_grad_enabled()
+
+
+def test_long_loops_make_way_between_their_pieces() -> None:
+    guard = Guard(Console())
+    done: list[tuple[list[int], int]] = []
+
+    def publish() -> None:
+        mine = courtesy.make_courteous()
+        done.append((list(courtesy.in_pieces(range(3 * courtesy.PIECE_ITEMS))), mine.num_naps))
+
+    records = guard.enter()
+    try:
+        thread = threading.Thread(target=publish)
+        thread.start()
+        thread.join(timeout=10)
+    finally:
+        guard.leave(records)
+    ((items, num_naps),) = done
+    assert items == list(range(3 * courtesy.PIECE_ITEMS))
+    assert num_naps > 0
