@@ -92,6 +92,9 @@ SEND_HIGH_WATER_MARK_MESSAGES = 32
 RECEIVE_HIGH_WATER_MARK_MESSAGES = 16
 """ZeroMQ's own queue per peer on the worker's side."""
 
+TCP_KEEPALIVE_IDLE_SECONDS, TCP_KEEPALIVE_INTERVAL_SECONDS, TCP_KEEPALIVE_PROBES = 60, 15, 4
+"""Of both sides' connections: the kernel lets go of a host that lost its power after two minutes."""
+
 MAX_IPC_PATH_BYTES = 107
 """Length of a Unix socket's path."""
 

@@ -17,9 +17,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-import torch
-
 from sidestep.trainer_hooks.console import Console
+from sidestep.trainer_hooks.group_stores import cloned, default_store, is_cloneable
 
 WAIT_SECONDS: Final = 5.0
 """How long a rank waits for rank 0's word; then it goes on without hooks."""
@@ -118,17 +117,5 @@ def _own_store() -> Any:
     A clone keeps the prefixes, which tell one start of the training from another. A file's store is used as it is: its
     clone counts as a rank that has left, and the file is then removed too early; it does not block either.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return None
-    from torch.distributed import distributed_c10d  # noqa: PLC0415  (only where there is a process group)
-
-    store: Any = distributed_c10d._get_default_store()  # noqa: SLF001  (torch offers no public way to its own store)
-    inner = store
-    while hasattr(inner, "underlying_store"):
-        inner = inner.underlying_store
-    stores: Any = torch.distributed  # whose stores are not typed as its own
-    if not isinstance(inner, stores.TCPStore):
-        return store
-    if hasattr(store, "clone"):
-        return store.clone()
-    return stores.TCPStore(inner.host, inner.port, is_master=False, wait_for_workers=False)
+    store = default_store()
+    return cloned(store) if store is not None and is_cloneable(store) else store

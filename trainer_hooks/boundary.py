@@ -121,21 +121,13 @@ def group_store(incarnation: str) -> Any:
     Raises:
         RuntimeError: there is no process group.
     """
-    import torch  # noqa: PLC0415  (only where there are ranks)
-    from torch.distributed import distributed_c10d  # noqa: PLC0415
+    from sidestep.trainer_hooks.group_stores import cloned, default_store, innermost, is_cloneable, prefixed  # noqa: PLC0415
 
-    stores: Any = torch.distributed  # whose stores are not typed as its own
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    store = default_store()
+    if store is None:
         raise RuntimeError("there is no process group")
-    store: Any = distributed_c10d._get_default_store()  # noqa: SLF001  (torch offers no public way to its own store)
-    inner = store
-    while hasattr(inner, "underlying_store"):
-        inner = inner.underlying_store
-    if isinstance(inner, stores.TCPStore):
-        inner = (
-            inner.clone()
-            if hasattr(inner, "clone")
-            else stores.TCPStore(inner.host, inner.port, is_master=False, wait_for_workers=False)
-        )
+    inner = innermost(store)
+    if is_cloneable(inner):
+        inner = cloned(inner)
         inner.set_timeout(timedelta(seconds=_ANSWER_SECONDS))
-    return stores.PrefixStore(f"sidestep-control/{incarnation}", inner)
+    return prefixed(f"sidestep-control/{incarnation}", inner)

@@ -6,10 +6,10 @@ that reaches the training: the rank ends, and what the others wait for fails (do
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
+
+from sidestep.trainer_hooks.group_stores import default_store
 
 _KEY = "sidestep/generation"
 
@@ -33,7 +33,7 @@ class EveryRank:
         self._key = f"{_KEY}/{incarnation}"
         self._world_size = world_size
         self._found: bool | None = None
-        _store().add(self._key, 1)
+        default_store().add(self._key, 1)
 
     def take_part(self) -> bool:
         """Return the same on every rank, once each has been through a collective since it said so.
@@ -43,16 +43,10 @@ class EveryRank:
         """
         if self._found is None:
             try:
-                self._found = int(_store().add(self._key, 0)) == self._world_size
+                self._found = int(default_store().add(self._key, 0)) == self._world_size
             except Exception as error:
                 raise CollectiveGenerationError("the group's store does not say which ranks take part") from error
         return self._found
-
-
-def _store() -> Any:
-    from torch.distributed import distributed_c10d  # noqa: PLC0415  (torch may have no distributed)
-
-    return distributed_c10d._get_default_store()  # noqa: SLF001  (torch offers no public way to its own store)
 
 
 def put_shares_back(model: nn.Module) -> None:

@@ -16,6 +16,9 @@ from sidestep.protocol.limits import (
     MAX_FRAME_BYTES,
     RECEIVE_HIGH_WATER_MARK_MESSAGES,
     SEND_HIGH_WATER_MARK_MESSAGES,
+    TCP_KEEPALIVE_IDLE_SECONDS,
+    TCP_KEEPALIVE_INTERVAL_SECONDS,
+    TCP_KEEPALIVE_PROBES,
 )
 from sidestep.trainer_hooks.refusals import Handshake
 
@@ -31,9 +34,9 @@ _OUTCOMES: Final = {
 }
 _KEEPALIVE: Final = {
     zmq.TCP_KEEPALIVE: 1,
-    zmq.TCP_KEEPALIVE_IDLE: 60,
-    zmq.TCP_KEEPALIVE_INTVL: 15,
-    zmq.TCP_KEEPALIVE_CNT: 4,
+    zmq.TCP_KEEPALIVE_IDLE: TCP_KEEPALIVE_IDLE_SECONDS,
+    zmq.TCP_KEEPALIVE_INTVL: TCP_KEEPALIVE_INTERVAL_SECONDS,
+    zmq.TCP_KEEPALIVE_CNT: TCP_KEEPALIVE_PROBES,
 }
 """An idle trainer notices within two minutes that the worker's host is gone; with something to say, within 15 s."""
 

@@ -110,8 +110,7 @@ class Staging:
             False where there is no room, a graph is being captured, or a tensor is on a device other than CPU and
             CUDA; the messages are then counted as dropped.
         """
-        if self._copying:
-            self.advance()
+        self.advance()
         entry = self._launch(tensors, finish, tuple(kinds), step, owned=owned, held_bytes=held_bytes)
         if entry is None:
             self._num_skipped += 1

@@ -49,20 +49,12 @@ class StepLedger:
         """Count a part that was given up; return the ``StepEnd`` to queue again where it has left already."""
         entry = self._open(step)
         entry.unsent_parts -= was_queued
-        name = kind.name.lower()
-        entry.dropped[name] = entry.dropped.get(name, 0) + 1
-        again = entry.sent_end if entry.queued_ends == 0 else None
-        self._rest(step)
-        return again
+        return self._correction(step, entry, entry.dropped, kind)
 
     def part_refused(self, step: int, kind: Kind) -> StepEnd | None:
         """Count a part that the worker did not take, which no ``dropped`` says; else as ``part_dropped``."""
         entry = self._open(step)
-        name = kind.name.lower()
-        entry.refused[name] = entry.refused.get(name, 0) + 1
-        again = entry.sent_end if entry.queued_ends == 0 else None
-        self._rest(step)
-        return again
+        return self._correction(step, entry, entry.refused, kind)
 
     def end_queued(self, step: int) -> None:
         """Count a ``StepEnd`` that waits to be sent."""
@@ -85,6 +77,13 @@ class StepLedger:
         """Count a ``StepEnd`` that was given up."""
         self._open(step).queued_ends -= 1
         self._rest(step)
+
+    def _correction(self, step: int, entry: _Entry, counts: dict[str, int], kind: Kind) -> StepEnd | None:
+        name = kind.name.lower()
+        counts[name] = counts.get(name, 0) + 1
+        again = entry.sent_end if entry.queued_ends == 0 else None
+        self._rest(step)
+        return again
 
     def _open(self, step: int) -> _Entry:
         entry = self._busy.get(step)

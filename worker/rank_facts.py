@@ -19,7 +19,7 @@ MAX_NAMED_RANKS: Final = 8
 
 def missing_ranks(step: AssembledStep, context: RunContext) -> Notice | None:
     """Return what is to be said once of a step that is shown without all its ranks; None where all are in it."""
-    if step.reason == "tail" or step.ranks_seen >= step.ranks_expected or not _says_copies(context):
+    if not _lacks_ranks(step, context):
         return None
     missing = [rank for rank in range(step.ranks_expected) if rank not in step.ends]
     more = f" and {len(missing) - MAX_NAMED_RANKS} more" if len(missing) > MAX_NAMED_RANKS else ""
@@ -31,6 +31,10 @@ def missing_ranks(step: AssembledStep, context: RunContext) -> Notice | None:
     return notice_once("ranks_missing", text, step.step)
 
 
+def _lacks_ranks(step: AssembledStep, context: RunContext) -> bool:
+    return step.reason != "tail" and step.ranks_seen < step.ranks_expected and _says_copies(context)
+
+
 def _says_copies(context: RunContext) -> bool:
     """Whether the trainer is one of the wire 1.2: what older ones' journals replay to stays as it was."""
     return any("copy" in topology for topology in context.topologies.values())
@@ -39,7 +43,7 @@ def _says_copies(context: RunContext) -> bool:
 def rank_facts(step: AssembledStep, context: RunContext) -> dict[str, Value]:
     """Return ``sidecar/ranks/*`` of a step: nothing with one rank, or from trainers before the wire 1.2."""
     found = Measurement()
-    if missing_ranks(step, context) is not None:
+    if _lacks_ranks(step, context):
         found.put("sidecar/ranks_expected", step.ranks_expected)
     parts = step.parts.get(Kind.SIGNALS, ())
     signals = messages_of(parts, Signals)

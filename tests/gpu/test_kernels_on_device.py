@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 import pytest
 import torch
+from tests.support.device_memory import extra_bytes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -110,16 +111,6 @@ def test_rows_equal_float64_and_themselves(cuda: torch.device, no_sync: NoSync, 
     assert torch.equal(chosen, wide.max(dim=1).values)
     torch.testing.assert_close(first.mean_sum.double(), p.sum(dim=0), rtol=1e-4, atol=1e-6)
     assert first.numbers[:, ~kept].eq(0).all()
-
-
-def extra_bytes(call: Callable[[], object]) -> int:
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def test_nothing_is_materialised(cuda: torch.device) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from tests.support.device_memory import extra_bytes
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -213,17 +214,6 @@ def test_all_of_it_runs_where_algorithms_must_be_deterministic(cuda: torch.devic
             first, second = everything(), everything()
     for name, part in first.items():
         assert torch.equal(part, second[name]), name
-
-
-def extra_bytes(call: Callable[[], object]) -> int:
-    """Return what a call takes at its peak beyond what was there."""
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def test_memory_of_the_losses_is_that_of_a_chunk(cuda: torch.device) -> None:

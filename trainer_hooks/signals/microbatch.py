@@ -108,9 +108,8 @@ class MicroSignalReader:
         made = MicroSignals()
         if hashes is not None:
             made.tensors["hashes"] = torch.from_numpy(hashes.samples)
-            images = images if hashes.images is None else None
             if hashes.images is not None:
-                made.tensors["images"] = torch.from_numpy(hashes.images)
+                made.tensors["images"], images = torch.from_numpy(hashes.images), None
         if aligned is None:
             self._read_host(made, batch, self._readings[shifted], max_rows, seed)
         else:

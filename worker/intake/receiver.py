@@ -15,7 +15,13 @@ from sidestep.protocol.endpoints import Endpoint
 from sidestep.protocol.errors import EncodeError
 from sidestep.protocol.frames import encode, split
 from sidestep.protocol.keys import ServerKeys
-from sidestep.protocol.limits import MAX_FRAME_BYTES, RECEIVE_HIGH_WATER_MARK_MESSAGES
+from sidestep.protocol.limits import (
+    MAX_FRAME_BYTES,
+    RECEIVE_HIGH_WATER_MARK_MESSAGES,
+    TCP_KEEPALIVE_IDLE_SECONDS,
+    TCP_KEEPALIVE_INTERVAL_SECONDS,
+    TCP_KEEPALIVE_PROBES,
+)
 from sidestep.worker.errors import ListenError
 from sidestep.worker.intake.authentication import Authentication
 from sidestep.worker.intake.listening import close_to_others
@@ -31,9 +37,9 @@ _BACKLOG_CONNECTIONS: Final = 4_096
 """Ranks that connect at once; ZeroMQ's own 100 makes the others try again. The system may allow fewer (somaxconn)."""
 _KEEPALIVE: Final = {
     zmq.TCP_KEEPALIVE: 1,
-    zmq.TCP_KEEPALIVE_IDLE: 60,
-    zmq.TCP_KEEPALIVE_INTVL: 15,
-    zmq.TCP_KEEPALIVE_CNT: 4,
+    zmq.TCP_KEEPALIVE_IDLE: TCP_KEEPALIVE_IDLE_SECONDS,
+    zmq.TCP_KEEPALIVE_INTVL: TCP_KEEPALIVE_INTERVAL_SECONDS,
+    zmq.TCP_KEEPALIVE_CNT: TCP_KEEPALIVE_PROBES,
 }
 """Of a host that lost its power the kernel lets go after two minutes; a cut of some seconds goes unnoticed."""
 
