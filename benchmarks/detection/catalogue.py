@@ -1,7 +1,8 @@
-"""All cases by name, their split, and the healthy twin of a failure.
+"""All cases by name, their group, and the healthy twin of a failure.
 
-Cases of the held-out half stand in `held_out_failures.py` and `held_out_healthy.py`, which whoever tunes detectors does
-not read; where these files are absent, there are none.
+Held-out cases stand in `cases/held_out_failures.py` and `cases/held_out_healthy.py`, which whoever tunes detectors does
+not read; where these files are absent, there are none. Once they have been judged they are known: they move to
+`cases/known_*.py`, and the next held-out ones are written by another hand.
 """
 
 from __future__ import annotations
@@ -11,28 +12,37 @@ import importlib
 import importlib.util
 from functools import lru_cache
 
-from benchmarks.detection import tuned_healthy, tuned_images, tuned_labels, tuned_optimisation, tuned_ranks
 from benchmarks.detection.case import Case, Family, Twist
+from benchmarks.detection.cases import (
+    known_failures,
+    known_healthy,
+    tuned_healthy,
+    tuned_images,
+    tuned_labels,
+    tuned_optimisation,
+    tuned_ranks,
+)
 
-TUNED, HELD_OUT = "tuned", "held_out"
+TUNED, KNOWN, HELD_OUT = "tuned", "known", "held_out"
 _HELD_OUT_MODULES = ("held_out_failures", "held_out_healthy")
 _TWIN = "twin_"
 
 
 @lru_cache(maxsize=1)
 def all_cases() -> dict[str, tuple[Case, str]]:
-    """Return name to case and half.
+    """Return name to case and group.
 
     Raises:
         ValueError: two cases share a name.
     """
     tuned = (tuned_healthy, tuned_labels, tuned_images, tuned_optimisation, tuned_ranks)
     found = [(case, TUNED) for module in tuned for case in module.CASES]
+    found += [(case, KNOWN) for module in (known_failures, known_healthy) for case in module.CASES]
     for name in _HELD_OUT_MODULES:
-        full = f"benchmarks.detection.{name}"
+        full = f"benchmarks.detection.cases.{name}"
         if importlib.util.find_spec(full) is not None:
             found += [(case, HELD_OUT) for case in importlib.import_module(full).CASES]
-    by_name = {case.name: (case, half) for case, half in found}
+    by_name = {case.name: (case, group) for case, group in found}
     if len(by_name) < len(found):
         names = [case.name for case, _ in found]
         raise ValueError(f"cases share a name: {sorted({name for name in names if names.count(name) > 1})}")
@@ -55,7 +65,7 @@ def twin_of(case: Case) -> Case:
 
 
 def find_case(name: str) -> tuple[Case, str]:
-    """Return a case and its half by name, twins of failures included.
+    """Return a case and its group by name, twins of failures included.
 
     Raises:
         KeyError: there is none of that name.
@@ -63,9 +73,9 @@ def find_case(name: str) -> tuple[Case, str]:
     known = all_cases()
     if name in known:
         return known[name]
-    for case, half in known.values():
+    for case, group in known.values():
         if case.is_failure and name.startswith(_TWIN):
             twin = twin_of(case)
             if twin.name == name:
-                return twin, half
+                return twin, group
     raise KeyError(f"no case is called {name!r}")

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.detection.campaign import SUITES
-from benchmarks.detection.catalogue import HELD_OUT, all_cases, find_case, twin_of
+from benchmarks.detection.catalogue import HELD_OUT, KNOWN, TUNED, all_cases, find_case, twin_of
 from benchmarks.detection.facts import Job
 
 FULL_STEPS, SMOKE_STEPS = 900, 400
-_FIRST_SEED = {"tuned": 1, "held_out_seeds": 1_001, "held_out_kinds": 2_001}
-"""Of each split; nothing is tuned on seeds from 1,001 on."""
+_FIRST_SEED = {"tuned": 1, "known_kinds": 2_001, "held_out_seeds": 1_001, "held_out_kinds": 3_001}
+"""Of each split; nothing is tuned on seeds from 1,001 to 2,000 and from 3,001 on."""
 SPLITS = tuple(_FIRST_SEED)
+_SPLITS_OF = {TUNED: ("tuned", "held_out_seeds"), KNOWN: ("known_kinds",), HELD_OUT: ("held_out_kinds",)}
+"""Group of cases to the splits that they run in, the tuner's own first."""
 
 SMOKE_FAILURES = (
     "labels_become_a", "rate_times_30", "images_shuffled", "black_images", "unshifted_labels", "stuck_batch",
@@ -41,11 +43,10 @@ def smoke() -> list[Wanted]:
 def full(num_seeds: int, num_steps: int, suites: Sequence[str], splits: Sequence[str]) -> list[Wanted]:
     """Return every case with `num_seeds` seeds in each of its splits, and the twins that failures need."""
     wanted: list[Wanted] = []
-    for name, (_, half) in all_cases().items():
-        for split in ("held_out_kinds",) if half == HELD_OUT else ("tuned", "held_out_seeds"):
-            seeds = range(_FIRST_SEED[split], _FIRST_SEED[split] + num_seeds)
+    for name, (_, group) in all_cases().items():
+        for split in _SPLITS_OF[group]:
             if split in splits:
-                wanted += _runs(name, split, seeds, num_steps, suites)
+                wanted += _runs(name, split, _seeds(split, num_seeds), num_steps, suites)
     return with_twins(wanted)
 
 
@@ -57,9 +58,13 @@ def named(names: Sequence[str], num_seeds: int, num_steps: int, suites: Sequence
     """
     wanted: list[Wanted] = []
     for name in names:
-        split = "held_out_kinds" if find_case(name)[1] == HELD_OUT else "tuned"
-        wanted += _runs(name, split, range(1, num_seeds + 1), num_steps, suites)
+        split = _SPLITS_OF[find_case(name)[1]][0]
+        wanted += _runs(name, split, _seeds(split, num_seeds), num_steps, suites)
     return with_twins(wanted)
+
+
+def _seeds(split: str, num_seeds: int) -> range:
+    return range(_FIRST_SEED[split], _FIRST_SEED[split] + num_seeds)
 
 
 def _runs(name: str, split: str, seeds: Sequence[int], num_steps: int, suites: Sequence[str]) -> list[Wanted]:

@@ -1,4 +1,4 @@
-"""The held-out half of the lab's cases holds to the lab's rules."""
+"""The lab's cases that were held out once hold to the lab's rules."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import importlib
 import numpy as np
 import pytest
 import torch
-from benchmarks.detection import catalogue, held_out_failures, held_out_healthy
+from benchmarks.detection import catalogue
 from benchmarks.detection.case import LATE, Case, Family, Setup, Twist
+from benchmarks.detection.cases import known_failures, known_healthy
 from benchmarks.detection.digits_suite import DigitsSuite
 from benchmarks.detection.lab import Lab
 from benchmarks.detection.talks import KINDS, Encoded, encode_talk
 
 from sidestep.examples.digits_vqa.packing import IGNORE_INDEX
 
-FAILURES = held_out_failures.CASES
-HEALTHY = held_out_healthy.CASES
+FAILURES = known_failures.CASES
+HEALTHY = known_healthy.CASES
 CASES = (*FAILURES, *HEALTHY)
 NUM_STEPS = 900
 SEEDS = range(20)
@@ -27,12 +28,11 @@ def _hooks(twist: Twist) -> set[str]:
     return {name for name in names if getattr(type(twist), name) is not getattr(Twist, name)}
 
 
-def test_names_are_unique_and_the_tuned_half_has_none_of_them() -> None:
+def test_names_are_unique_and_no_other_group_has_them() -> None:
     names = [case.name for case in CASES]
     assert len(set(names)) == len(names)
-    halves = {name: half for name, (_, half) in catalogue.all_cases().items()}  # raises where a name comes twice
-    assert {name for name, half in halves.items() if half == catalogue.HELD_OUT} == set(names)
-    assert {half for name, half in halves.items() if name not in names} == {catalogue.TUNED}
+    groups = {name: group for name, (_, group) in catalogue.all_cases().items()}  # raises where a name comes twice
+    assert {name for name, group in groups.items() if group == catalogue.KNOWN} == set(names)
 
 
 def test_there_are_enough_of_every_family() -> None:
@@ -83,8 +83,8 @@ def test_the_onset_is_drawn_late_or_is_the_start(case: Case) -> None:
 
 def test_each_file_gives_its_cases_to_the_list() -> None:
     parts = [
-        importlib.import_module(f"benchmarks.detection.{part}").CASES
-        for part in ("held_out_data", "held_out_model", "held_out_optimisation")
+        importlib.import_module(f"benchmarks.detection.cases.{part}").CASES
+        for part in ("known_data", "known_model", "known_optimisation")
     ]
     assert all(parts)
     assert [case.name for part in parts for case in part] == [case.name for case in FAILURES]

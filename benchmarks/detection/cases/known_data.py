@@ -1,4 +1,4 @@
-"""Held-out failures of the data: texts, labels, tokens, the order of samples, and the images that come with them."""
+"""Failures that were held out once, of the data: texts, labels, tokens, the order of samples, and the images that come with them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Healthy trainings that look alarming, of the half that detectors are not tuned on.
+"""Healthy trainings that look alarming, held out until their first evaluation, and known since.
 
-Written with `held_out_failures.py`, by somebody who had not read the detectors. All run equally long, so each is a
+Written with `known_failures.py`, by somebody who had not read the detectors. All run equally long, so each is a
 twentieth of the healthy steps.
 """
 
@@ -13,8 +13,8 @@ from functools import partial
 import numpy as np
 import torch
 from benchmarks.detection.case import LATE, Case, Family, Setup, Twist
-from benchmarks.detection.held_out_model import Dropout
-from benchmarks.detection.held_out_optimisation import peak_rate
+from benchmarks.detection.cases.known_model import Dropout
+from benchmarks.detection.cases.known_optimisation import peak_rate
 from benchmarks.detection.lab import Lab
 from benchmarks.detection.talks import Talk
 

@@ -1,4 +1,4 @@
-"""Held-out failures of the optimisation: loss, gradients, the optimizer's state, rate and numbers."""
+"""Failures that were held out once, of the optimisation: loss, gradients, the optimizer's state, rate and numbers."""
 
 from __future__ import annotations
 
