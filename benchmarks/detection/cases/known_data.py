@@ -1,4 +1,4 @@
-"""Failures that were held out once, of the data: texts, labels, tokens, the order of samples, and the images that come with them."""
+"""Failures of the data that were held out once: texts, labels, tokens, the order of samples, and their images."""
 
 from __future__ import annotations
 

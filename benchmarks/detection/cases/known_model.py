@@ -1,4 +1,4 @@
-"""Failures that were held out once, of the model: what it sees, what its layers do, and what its weights become."""
+"""Failures of the model that were held out once: what it sees, what its layers do, and what its weights become."""
 
 from __future__ import annotations
 

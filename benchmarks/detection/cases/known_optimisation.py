@@ -1,4 +1,4 @@
-"""Failures that were held out once, of the optimisation: loss, gradients, the optimizer's state, rate and numbers."""
+"""Failures of the optimisation that were held out once: loss, gradients, the optimizer's state, rate and numbers."""
 
 from __future__ import annotations
 
