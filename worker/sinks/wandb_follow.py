@@ -120,7 +120,7 @@ class Pace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wishes:
-    """What others want of the child; each is set from another thread or a signal's handler."""
+    """What others want of the child; each is set from another thread, never from a signal's handler."""
 
     stop: threading.Event
     """Send what the outbox holds, then end."""

@@ -19,6 +19,7 @@ import io
 import json
 import logging
 import os
+import queue
 import signal
 import sys
 import threading
@@ -350,7 +351,15 @@ def _private_output() -> Callable[[Progress], None]:
 
 
 def _listen(wishes: Wishes, *, owner_on_stdin: bool) -> None:
-    def on_signal(_number: int, _frame: object) -> None:
+    # ``Event.set`` takes a lock that the main thread, which signals interrupt, may hold just then: it would wait for
+    # itself, and each further signal on top of that. ``SimpleQueue.put`` may interrupt anything.
+    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def on_signal(number: int, _frame: object) -> None:
+        signals.put(number)
+
+    def heed_signals() -> None:
+        signals.get()
         wishes.stop.set()
 
     def watch_owner() -> None:
@@ -361,6 +370,7 @@ def _listen(wishes: Wishes, *, owner_on_stdin: bool) -> None:
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=heed_signals, name="signals", daemon=True).start()
     if owner_on_stdin:
         threading.Thread(target=watch_owner, name="owner", daemon=True).start()
 
