@@ -123,18 +123,28 @@ class Signals(Message):
     forward_seconds: float = -1.0
     """Wall time on the host from the end of the step before, waits left out, to the end of this step's last forward:
     what a rank took before it had to wait for others' backward; -1: not known."""
+    image_means: Float32Array = field(default_factory=lambda: empty(np.float32))
+    """Mean of the pixels of each of the hashed images [i], or empty where it is not known."""
+    weight_norms: Float32Array = field(default_factory=lambda: empty(np.float32))
+    """Norm of each module's trainable weights after the step, as ``module_norms`` [modules], or empty; -1: none."""
+    optimizer_steps: Float64Array = field(default_factory=lambda: empty(np.float64))
+    """Updates that the optimizer's own state counts, for the first parameter of each group that has one [groups];
+    -1: none. Empty where no group has one on the host."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe(Message):
-    """What the images are worth: the loss of one micro-batch as it is, and with the images moved by one sample."""
+    """The loss of one micro-batch against that of the same one with something moved: images, or later answer tokens.
+
+    What the images are worth, and whether a token's prediction depends on those that come after it.
+    """
 
     kind = Kind.PROBE
     lane = Lane.STATISTICS
 
     step: int
     loss: float
-    """Mean loss over the labelled positions of samples with images, in nats, without gradient."""
+    """Mean loss over the labelled positions of samples with images, in nats, without gradient; NaN: not probed."""
     rolled_loss: float
     """The same with each image in the place of the next."""
     labelled: int
@@ -143,3 +153,7 @@ class Probe(Message):
     """Images that were moved."""
     seconds: float = 0.0
     """Wall time that the trainer waited for it."""
+    future_rows: int = 0
+    """Labelled positions behind which all answer tokens were replaced by others; 0: not probed."""
+    future_change: float = 0.0
+    """Mean absolute change, in nats, of the loss at these positions: 0 where a position sees nothing that follows."""

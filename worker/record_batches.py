@@ -87,6 +87,11 @@ def _image_facts(signals: Sequence[tuple[int, Signals]]) -> dict[str, Any]:
     flat = [_num_flat(m) for _, m in signals]
     if all(m.image_deviations.shape == m.image_hashes.shape for _, m in signals):
         facts["flat_images"] = sum(flat)
+    for name, field in (("image_mean", "image_means"), ("image_deviation", "image_deviations")):
+        values = np.concatenate([getattr(m, field).reshape(-1) for _, m in signals])
+        finite = values[np.isfinite(values)]
+        if finite.size:
+            facts[name] = float(np.median(finite))
     constant = [
         rank
         for (rank, m), num_flat in zip(signals, flat, strict=True)

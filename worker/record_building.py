@@ -59,6 +59,7 @@ def build_record(step: AssembledStep, context: RunContext) -> StepRecord:
             (min(message.vocabulary, MAX_COUNT) for _, message in signals if message.vocabulary > 0), default=0
         ),
         rates=_rates(step, [message for _, message in signals]),
+        optimizer_steps=_optimizer_steps([message for _, message in signals]),
         step_seconds=_seconds([message for _, message in signals]),
         logged=_logged(step.parts.get(Kind.SCALARS, ())),
         **facts,
@@ -99,6 +100,7 @@ def _loss_facts(step: AssembledStep, signals: Sequence[tuple[int, Signals]], row
         loss = math.fsum(finite) / len(finite)
     return {
         "loss": loss,
+        "trainer_loss": math.fsum(finite) / len(finite) if finite else None,
         "nonfinite_losses": min(nonfinite + int(rows.get("nonfinite_losses", 0)), MAX_COUNT),
         "nonfinite_trainer_losses": len(own) - len(finite),
     }
@@ -126,13 +128,19 @@ def _probe_facts(step: AssembledStep) -> dict[str, Any]:
         if probe.images >= 2 and 0 < probe.labelled <= MAX_COUNT and math.isfinite(probe.loss + probe.rolled_loss)
     ]
     total = sum(probe.labelled for probe in probes)
-    if not total:
-        return {}
-    return {
-        "probe_loss": sum(probe.loss * (probe.labelled / total) for probe in probes),
-        "probe_rolled_loss": sum(probe.rolled_loss * (probe.labelled / total) for probe in probes),
-        "probe_labelled": min(total, MAX_COUNT),
-    }
+    facts: dict[str, Any] = {}
+    if total:
+        facts["probe_loss"] = sum(probe.loss * (probe.labelled / total) for probe in probes)
+        facts["probe_rolled_loss"] = sum(probe.rolled_loss * (probe.labelled / total) for probe in probes)
+        facts["probe_labelled"] = min(total, MAX_COUNT)
+    changes = [
+        probe.future_change
+        for _, probe in messages_of(step.parts.get(Kind.PROBE, ()), Probe)
+        if probe.future_rows > 0 and math.isfinite(probe.future_change)
+    ]
+    if changes:
+        facts["future_change"] = max(changes)
+    return facts
 
 
 def _rates(step: AssembledStep, signals: Sequence[Signals]) -> Any:
@@ -140,6 +148,11 @@ def _rates(step: AssembledStep, signals: Sequence[Signals]) -> Any:
     sent += [m.rates for _, m in messages_of(step.parts.get(Kind.LEARNING_RATES, ()), LearningRates) if m.rates.size]
     rates = sent[0].reshape(-1)[:MAX_RATES].astype(np.float64) if sent else np.zeros(0, np.float64)
     return rates if np.isfinite(rates).all() else np.zeros(0, np.float64)
+
+
+def _optimizer_steps(signals: Sequence[Signals]) -> float | None:
+    counted = [float(count) for m in signals for count in m.optimizer_steps.reshape(-1).tolist()]
+    return min((count for count in counted if math.isfinite(count) and 0 <= count < MAX_COUNT), default=None)
 
 
 def _seconds(signals: Sequence[Signals]) -> float | None:

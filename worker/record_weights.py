@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sidestep.protocol.messages import Json, Signals
-from sidestep.worker.copy_norms import norms_by_copy
+from sidestep.worker.copy_norms import norms_by_copy, weight_norms_by_copy
 from sidestep.worker.records import RunContext
 from sidestep.worker.step_record import MAX_MODULES
 
@@ -38,6 +38,7 @@ def weight_facts(signals: Sequence[tuple[int, Signals]]) -> dict[str, Any]:
             desynced.append(rank)
     lowest = sent[0][1]
     return {
+        "weights": lowest.heartbeat.astype(np.float32, copy=False),
         "weights_digest": _digest(lowest.heartbeat.tobytes()),
         "weights_kind": _digest(f"{lowest.heartbeat_digest} {lowest.heartbeat.size}".encode()),
         "desynced_ranks": tuple(desynced[:MAX_NAMED_RANKS]),
@@ -56,20 +57,27 @@ def module_names(context: RunContext) -> list[str]:
 
 
 def module_facts(signals: Sequence[tuple[int, Signals]], context: RunContext) -> dict[str, Any]:
-    """Merge the modules' norms over ranks: the largest, which is every rank's own where gradients are averaged."""
-    sent = [norms for norms, _ in norms_by_copy(signals, context).values()]
-    if not sent or len({norms.size for norms in sent}) > 1:
-        return {}
-    stacked: NDArray[np.float64] = np.stack(sent).astype(np.float64)
-    norms: NDArray[np.float64] = np.max(stacked, axis=0)[:MAX_MODULES]
-    norms[~np.isfinite(norms)] = -1.0
-    is_finite = np.atleast_1d(np.isfinite(stacked).all(axis=0))
-    is_nan = ~is_finite[:MAX_MODULES]
-    norms[is_nan] = np.nan
+    """Merge the modules' norms, of gradients and of weights, over ranks."""
     names = module_names(context)
     trainable = _trainable(context.parameters, len(names))
-    flags = tuple(_flag(names, trainable, place) for place in range(norms.size))
-    return {"module_norms": norms.astype(np.float32), "module_flags": flags}
+    gradients = _largest([norms for norms, _ in norms_by_copy(signals, context).values()])
+    weights = _largest(list(weight_norms_by_copy(signals, context).values()))
+    known = max(gradients.size, weights.size)
+    if not known:
+        return {}
+    flags = tuple(_flag(names, trainable, place) for place in range(known))
+    return {"module_norms": gradients, "weight_norms": weights, "module_flags": flags}
+
+
+def _largest(sent: Sequence[NDArray[np.float64]]) -> NDArray[np.float32]:
+    """The largest over ranks, which is every rank's own where they hold the same; NaN where one is no number."""
+    if not sent or len({norms.size for norms in sent}) > 1:
+        return np.zeros(0, np.float32)
+    stacked: NDArray[np.float64] = np.stack(sent)[:, :MAX_MODULES]
+    is_finite = np.atleast_1d(np.isfinite(stacked).all(axis=0))
+    norms: NDArray[np.float64] = np.max(stacked, axis=0, initial=-1.0, where=np.isfinite(stacked))
+    norms[~is_finite] = np.nan
+    return norms.astype(np.float32)
 
 
 def _flag(names: Sequence[str], trainable: Sequence[bool], place: int) -> int:

@@ -20,7 +20,7 @@ from sidestep.protocol.tables import decode_table, encode_table
 
 MAX_RECORD_BYTES: Final = 16 << 10
 """Longest ``as_bytes()`` (docs/trainer.md, section 5)."""
-MAX_RECORD_ROWS: Final = 1_024
+MAX_RECORD_ROWS: Final = 960
 """Labelled positions that a record holds; of more, whole answers are left out evenly."""
 MAX_RECORD_RANKS: Final = 48
 """Ranks whose rows are told apart; those of further ranks count under rank -1."""
@@ -34,7 +34,7 @@ MAX_SKETCH: Final = 16
 MAX_ID: Final = (1 << 24) - 1
 """Largest token id: ids are stored in three bytes. Rows with larger ones are left out."""
 
-RECORD_VERSION: Final = 1
+RECORD_VERSION: Final = 2
 
 _FORMS: Final[Mapping[str, str]] = {
     "targets": "id",
@@ -49,6 +49,8 @@ _FORMS: Final[Mapping[str, str]] = {
     "mean_probabilities": "<f4",
     "mean_shares": "<f4",
     "module_norms": "<f4",
+    "weight_norms": "<f4",
+    "weights": "<f4",
     "rates": "<f8",
     "sketch": "<i8",
 }
@@ -108,6 +110,8 @@ class StepRecord:
 
     loss: float | None = None
     """Mean loss over all rows sent, ranks weighted by their labelled positions; else the trainer's own."""
+    trainer_loss: float | None = None
+    """Mean of the trainer's own numbers, over micro-batches and ranks."""
     entropy: float | None = None
     """Mean entropy, weighted the same."""
     top_probability: float | None = None
@@ -138,6 +142,10 @@ class StepRecord:
     distinct_images: int = 0
     flat_images: int = -1
     """Images whose pixels do not vary; -1: not known."""
+    image_mean: float | None = None
+    """Median over the images of the mean of their pixels."""
+    image_deviation: float | None = None
+    """Median over the images of the standard deviation of their pixels."""
     constant_image_ranks: tuple[int, ...] = ()
     """Ranks of which all of at least 4 images are the same, or flat (the first 8)."""
     duplicate_ranks: tuple[int, ...] = ()
@@ -155,6 +163,11 @@ class StepRecord:
     """Norm of each module's gradient, the largest over ranks; -1: it had none, NaN: no number [m], or empty."""
     module_flags: tuple[int, ...] = ()
     """Of each module: 1 trainable by the table, 2 of the image's side by its name [m]."""
+    weight_norms: NDArray[np.float32] = field(default_factory=_NO_SINGLES)
+    """Norm of each module's trainable weights after the step, the largest over ranks; -1: none, NaN: no number [m],
+    or empty."""
+    weights: NDArray[np.float32] = field(default_factory=_NO_SINGLES)
+    """The sampled weights of the lowest rank, after the step [h], or empty."""
     weights_digest: int = 0
     """Stands for the sampled weights of the lowest rank; 0: not known. Equal digests are equal weights."""
     weights_kind: int = 0
@@ -163,9 +176,13 @@ class StepRecord:
     """Ranks whose sampled weights differ from those of a lower rank that holds the same ones (the first 8)."""
     rates: NDArray[np.float64] = field(default_factory=_NO_DOUBLES)
     """Learning rate of each group, of the lowest rank [groups], or empty."""
+    optimizer_steps: float | None = None
+    """Updates that the optimizer's state counts, the lowest over groups and ranks that have one."""
     probe_loss: float | None = None
     probe_rolled_loss: float | None = None
     probe_labelled: int = 0
+    future_change: float | None = None
+    """Mean absolute change, in nats, of the loss at positions behind which answer tokens were replaced."""
     step_seconds: float | None = None
     """Of the slowest rank, waits for the hooks left out."""
     logged: Mapping[str, float] = field(default_factory=dict)

@@ -171,8 +171,13 @@ def every_kind() -> list[m.Message]:
             norm_shares=2,
             norms_clipped=True,
             forward_seconds=0.25,
+            image_means=f32(-0.5),
+            weight_norms=f32(3.0, -1.0),
+            optimizer_steps=f64(12.0, -1.0),
         ),
-        m.Probe(step=7, loss=1.0, rolled_loss=1.5, labelled=30, images=4, seconds=0.25),
+        m.Probe(
+            step=7, loss=1.0, rolled_loss=1.5, labelled=30, images=4, seconds=0.25, future_rows=3, future_change=0.125
+        ),
         m.Heartbeat(newest_step=7),
         m.Goodbye(newest_step=7, exit_code=1, reason="an exception"),
         m.Notice(text="Averages are fine", code="fine", level="info", step=7),
