@@ -1,4 +1,4 @@
-"""The lab's cases that were held out once hold to the lab's rules."""
+"""The lab's cases that are held out, and those that were once, hold to the lab's rules."""
 
 from __future__ import annotations
 
@@ -9,16 +9,22 @@ import pytest
 import torch
 from benchmarks.detection import catalogue
 from benchmarks.detection.case import LATE, Case, Family, Setup, Twist
-from benchmarks.detection.cases import known_failures, known_healthy
 from benchmarks.detection.digits_suite import DigitsSuite
 from benchmarks.detection.lab import Lab
 from benchmarks.detection.talks import KINDS, Encoded, encode_talk
 
 from sidestep.examples.digits_vqa.packing import IGNORE_INDEX
 
-FAILURES = known_failures.CASES
-HEALTHY = known_healthy.CASES
-CASES = (*FAILURES, *HEALTHY)
+CASES_OF = {
+    wanted: tuple(case for case, group in catalogue.all_cases().values() if group == wanted)
+    for wanted in (catalogue.KNOWN, catalogue.HELD_OUT)
+}
+GROUPS = tuple(group for group, cases in CASES_OF.items() if cases)
+"""Right after held-out cases have become known ones, none are held out."""
+CASES = tuple(case for group in GROUPS for case in CASES_OF[group])
+FAILURES = tuple(case for case in CASES if case.is_failure)
+HEALTHY = tuple(case for case in CASES if not case.is_failure)
+PARTS = ("data", "model", "optimisation")
 NUM_STEPS = 900
 SEEDS = range(20)
 
@@ -28,26 +34,33 @@ def _hooks(twist: Twist) -> set[str]:
     return {name for name in names if getattr(type(twist), name) is not getattr(Twist, name)}
 
 
-def test_names_are_unique_and_no_other_group_has_them() -> None:
-    names = [case.name for case in CASES]
+@pytest.mark.parametrize("group", GROUPS)
+def test_failures_and_healthy_ones_stand_in_their_own_files(group: str) -> None:
+    failures, healthy = (
+        importlib.import_module(f"benchmarks.detection.cases.{group}_{kind}").CASES for kind in ("failures", "healthy")
+    )
+    assert all(case.is_failure for case in failures)
+    assert not any(case.is_failure for case in healthy)
+    names = [case.name for case in (*failures, *healthy)]
     assert len(set(names)) == len(names)
-    groups = {name: group for name, (_, group) in catalogue.all_cases().items()}  # raises where a name comes twice
-    assert {name for name, group in groups.items() if group == catalogue.KNOWN} == set(names)
+    assert set(names) == {case.name for case in CASES_OF[group]}  # `all_cases` raises where groups share a name
 
 
-def test_there_are_enough_of_every_family() -> None:
-    assert len(FAILURES) >= 12
-    assert len(HEALTHY) >= 9
-    assert all(case.is_failure for case in FAILURES)
-    assert not any(case.is_failure for case in HEALTHY)
+@pytest.mark.parametrize("group", GROUPS)
+def test_there_are_enough_of_every_family(group: str) -> None:
+    failures = [case for case in CASES_OF[group] if case.is_failure]
+    healthy = [case for case in CASES_OF[group] if not case.is_failure]
+    assert len(failures) >= 12
+    assert len(healthy) >= 9
     wanted = {Family.MODEL, Family.DATA, Family.OPTIMISATION, Family.IMAGE}
-    assert wanted <= {case.family for case in FAILURES}
-    assert wanted <= {case.family for case in HEALTHY}
+    assert wanted <= {case.family for case in failures}
+    assert wanted <= {case.family for case in healthy}
 
 
-def test_every_healthy_case_is_at_least_a_twentieth_of_the_healthy_steps() -> None:
-    total = sum(case.step_share for case in HEALTHY)
-    assert all(case.step_share / total >= 0.05 - 1e-9 for case in HEALTHY)
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_healthy_case_is_at_least_a_twentieth_of_the_healthy_steps(group: str) -> None:
+    shares = [case.step_share for case in CASES_OF[group] if not case.is_failure]
+    assert all(share / sum(shares) >= 0.05 - 1e-9 for share in shares)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -81,13 +94,11 @@ def test_the_onset_is_drawn_late_or_is_the_start(case: Case) -> None:
     assert all(low <= onset < high for onset in onsets)
 
 
-def test_each_file_gives_its_cases_to_the_list() -> None:
-    parts = [
-        importlib.import_module(f"benchmarks.detection.cases.{part}").CASES
-        for part in ("known_data", "known_model", "known_optimisation")
-    ]
+@pytest.mark.parametrize("group", GROUPS)
+def test_each_file_gives_its_failures_to_the_list(group: str) -> None:
+    parts = [importlib.import_module(f"benchmarks.detection.cases.{group}_{part}").CASES for part in PARTS]
     assert all(parts)
-    assert [case.name for part in parts for case in part] == [case.name for case in FAILURES]
+    assert [case.name for part in parts for case in part] == [case.name for case in CASES_OF[group] if case.is_failure]
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +124,12 @@ def _encoded(lab: Lab, twist: Twist, kind: str, seed: int) -> Encoded:
     return twist.sample(lab, encode_talk(talk, image, lab.suite.tokenizer), rng)
 
 
+def _are_alike(one: Encoded, other: Encoded) -> bool:
+    if (one.input_ids, one.labels, len(one.images)) != (other.input_ids, other.labels, len(other.images)):
+        return False
+    return all(torch.equal(image, same) for image, same in zip(one.images, other.images, strict=True))
+
+
 SAMPLE_FAILURES = tuple(case for case in FAILURES if {"talk", "sample"} & _hooks(case.twist()))
 
 
@@ -124,9 +141,7 @@ def test_a_failure_of_samples_changes_them_and_leaves_what_can_be_trained_on(cas
     for seed in range(30):
         kind = sorted(lab.mix)[seed % len(lab.mix)]
         changed, usual = _encoded(lab, twist, kind, seed), _encoded(lab, plain, kind, seed)
-        same_pixels = all(torch.equal(one, other) for one, other in zip(changed.images, usual.images, strict=True))
-        same_ids = (changed.input_ids, changed.labels) == (usual.input_ids, usual.labels)
-        num_changed += not (same_pixels and same_ids)
+        num_changed += not _are_alike(changed, usual)
         targets = [*changed.input_ids[1:], IGNORE_INDEX]
         assert len(changed.labels) == len(changed.input_ids)
         assert all(label in {IGNORE_INDEX, target} for label, target in zip(changed.labels, targets, strict=True))
