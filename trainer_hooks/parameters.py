@@ -175,6 +175,15 @@ class ParameterTable:
                 found.held.append(LocalGradient(number, row.module, gradient, row.is_first))
         return found
 
+    def weights(self) -> list[tuple[int, Tensor]]:
+        """Return module and parameter of all that is trained, of shares those that no rank before this one holds."""
+        held = zip(self.rows, (reference() for reference in self._parameters), strict=True)
+        return [
+            (row.module, parameter)
+            for row, parameter in held
+            if parameter is not None and parameter.requires_grad and parameter.is_floating_point() and row.is_first
+        ]
+
     def places(self) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
         """Return name, offset and local shape of each row: what the worker knows it by."""
         return [(row.name, row.offset, row.local_shape) for row in self.rows]

@@ -200,9 +200,13 @@ class Session:
     @guarded
     def after_optimizer(self, _optimizer: Any, _args: Any, _kwargs: Any) -> None:
         """See that the optimizer has stepped; the step ends with ``after_step``, else with the next forward."""
-        self._now().stepped = True
-        if self._parts.signals is not None:
-            self._parts.signals.after_update()
+        opened = self._now()
+        opened.stepped = True
+        watch = self._parts.signals
+        if watch is not None:
+            watch.after_update()
+            if self._parts.takes_norms and watch.wants_weights(opened.expected):
+                watch.weights(self._table.weights(), len(self._table.modules))
 
     # --------------------------------------------------------------------------------------- what is told
 

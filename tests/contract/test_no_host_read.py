@@ -28,9 +28,10 @@ from sidestep.trainer_hooks.reductions.gradients import LocalGradient, reduce_gr
 from sidestep.trainer_hooks.reductions.learning_rate import reduce_learning_rates
 from sidestep.trainer_hooks.reductions.loss import reduce_loss
 from sidestep.trainer_hooks.reductions.tokens import reduce_tokens
-from sidestep.trainer_hooks.signals.gradient_norms import module_norms, whole_norm
 from sidestep.trainer_hooks.signals.heartbeat import Heartbeat
 from sidestep.trainer_hooks.signals.microbatch import MicroSignalReader
+from sidestep.trainer_hooks.signals.module_norms import module_norms, whole_norm
+from sidestep.trainer_hooks.signals.optimizer_steps import optimizer_steps
 from sidestep.trainer_hooks.signals.projector import projector_numbers
 from sidestep.trainer_hooks.signals.step import StepSignals
 from sidestep.trainer_hooks.vocabulary import read_vocabulary
@@ -247,20 +248,24 @@ def test_every_steps_signals(source: str, labels_at: str, shifted: bool, masked:
         reader = MicroSignalReader(eos_id=2, pad_id=0, ignore_index=-100)
         images = [[torch.zeros((3, 8, 8), device=CUDA)], [torch.zeros((2, 3, 8, 8), dtype=torch.bfloat16, device=CUDA)]]
         made = [reader.read(batch, aligned, shifted=shifted, max_rows=16, seed=seed, images=images) for seed in (1, 2)]
-        gradients = [LocalGradient(0, 1, torch.zeros(9, device=CUDA)), LocalGradient(1, 1, torch.zeros(9, device=CUDA))]
-        norms = module_norms(gradients, 3, torch.ones((), device=CUDA))
+        norms = module_norms([(1, torch.zeros(9, device=CUDA))] * 2, 3, torch.ones((), device=CUDA))
         assert norms is not None
+        optimizer = torch.optim.AdamW([torch.zeros(3, device=CUDA, requires_grad=True)])
+        optimizer.state[optimizer.param_groups[0]["params"][0]]["step"] = torch.zeros((), device=CUDA)
         step = StepSignals(
             microbatches=made,
             projector=[projector_numbers(torch.zeros((4, 5, 6), dtype=torch.bfloat16, device=CUDA))],
             gradient_norm=whole_norm(norms),
             module_norms=norms,
+            weight_norms=module_norms([(0, torch.zeros(9, device=CUDA))], 3),
+            optimizer_steps=optimizer_steps(optimizer),
             heartbeat=Heartbeat(head_module()).take(),
         )
         tensors = step.tensors()
     assert _on_device(tensors["0/images"])
     assert shapes(tensors)["0/images"] == (3, 4)
-    assert all(_on_device(tensors[name]) for name in ("projector/0", "gradient_norm", "module_norms", "heartbeat"))
+    insides = ("projector/0", "gradient_norm", "module_norms", "weight_norms", "optimizer_steps", "heartbeat")
+    assert all(_on_device(tensors[name]) for name in insides)
     assert ("mean_ids" in tensors) == ("logits" in source or "hidden" in source)
     if "mean_ids" in tensors:
         assert _on_device(tensors["0/numbers"])

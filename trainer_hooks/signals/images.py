@@ -100,8 +100,10 @@ def _numbers(flat: Tensor) -> Tensor:
     return torch.stack((mean.squeeze(1), square, *sums), dim=1)
 
 
-def describe_images(numbers: Sequence[NDArray[np.float32]]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Return hash int64 [n] and standard deviation float32 [n] of each image, from what ``image_numbers`` returned.
+def describe_images(
+    numbers: Sequence[NDArray[np.float32]],
+) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+    """Return hash int64 [n], deviation and mean of pixels float32 [n] of each image, from what ``image_numbers`` gave.
 
     Numbers are rounded to 11 bits before they are hashed: in another batch an image may come out a last bit apart.
     """
@@ -112,4 +114,4 @@ def describe_images(numbers: Sequence[NDArray[np.float32]]) -> tuple[NDArray[np.
         deviations = np.sqrt(np.where(is_flat, 0.0, variance))
         rounded = np.where(is_flat[:, None] & (np.arange(_NUMBERS) > 1), 0.0, rows).astype(np.float16)
     hashes = np.array([zlib.crc32(row.tobytes()) for row in rounded], np.int64)
-    return hashes, deviations.astype(np.float32)
+    return hashes, deviations.astype(np.float32), rows[:, 0].astype(np.float32)

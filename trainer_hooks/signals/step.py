@@ -57,6 +57,10 @@ class StepSignals:
     """float32 [1]"""
     module_norms: Tensor | None = None
     """float32 [modules]"""
+    weight_norms: Tensor | None = None
+    """float32 [modules]"""
+    optimizer_steps: Tensor | None = None
+    """float64 [groups]"""
     heartbeat: Tensor | None = None
     vocabulary: int = field(init=False, default=0)
 
@@ -78,7 +82,7 @@ class StepSignals:
         for micro in self.microbatches:
             micro.mean_sum = None
         made |= {f"projector/{place}": tensor for place, tensor in enumerate(self.projector)}
-        for name in ("gradient_norm", "module_norms", "heartbeat"):
+        for name in ("gradient_norm", "module_norms", "weight_norms", "optimizer_steps", "heartbeat"):
             tensor = getattr(self, name)
             if tensor is not None:
                 made[name] = tensor
@@ -101,7 +105,7 @@ def signals_message(facts: StepFacts, copies: Sequence[HostCopies | None], vocab
     give_way()
     images = [array for name, array in arrays.items() if name.endswith("/images")]
     images += [micro.image_numbers for micro in micros if micro.image_numbers is not None]
-    image_hashes, deviations = describe_images(images)
+    image_hashes, deviations, means = describe_images(images)
     rms, spread = _projector([array for name, array in arrays.items() if name.startswith("projector/")])
     trainer = [array for name, array in arrays.items() if name.endswith("/trainer_loss")]
     trainer += [np.array([micro.trainer_loss]) for micro in micros if micro.trainer_loss is not None]
@@ -140,6 +144,9 @@ def signals_message(facts: StepFacts, copies: Sequence[HostCopies | None], vocab
         norm_shares=facts.norm_shares,
         norms_clipped=facts.norms_clipped,
         forward_seconds=facts.forward_seconds,
+        image_means=means,
+        weight_norms=_array(arrays, "weight_norms"),
+        optimizer_steps=np.asarray(arrays.get("optimizer_steps", ()), np.float64).reshape(-1),
     )
 
 

@@ -20,10 +20,11 @@ from sidestep.trainer_hooks.reductions.alignment import AlignedBatch
 from sidestep.trainer_hooks.reductions.gradients import LocalGradient
 from sidestep.trainer_hooks.signals.budget import LEAST_ROWS_PER_STEP, OverheadBudget
 from sidestep.trainer_hooks.signals.device_time import DeviceTime
-from sidestep.trainer_hooks.signals.gradient_norms import module_norms, whole_norm
 from sidestep.trainer_hooks.signals.heartbeat import Heartbeat
 from sidestep.trainer_hooks.signals.images import find_images
 from sidestep.trainer_hooks.signals.microbatch import MicroSignalReader, MicroSignals
+from sidestep.trainer_hooks.signals.module_norms import module_norms, whole_norm
+from sidestep.trainer_hooks.signals.optimizer_steps import optimizer_steps
 from sidestep.trainer_hooks.signals.projector import ProjectorWatch, find_projector
 from sidestep.trainer_hooks.signals.step import StepFacts, StepSignals, signals_message
 from sidestep.trainer_hooks.staging import Staging
@@ -74,6 +75,8 @@ class SignalWatch:
         self._handed: deque[BatchHashes] = deque(maxlen=_MOST_HANDED)
         self._gradient_norm: Tensor | None = None
         self._module_norms: Tensor | None = None
+        self._weight_norms: Tensor | None = None
+        self._optimizer_steps: Tensor | None = None
         self._norms_clipped = False
         self._beat: Tensor | None = None
         self._rates: tuple[float, ...] = ()
@@ -161,7 +164,7 @@ class SignalWatch:
         Of shares, the worker adds up the squares over the ranks: no two of them may hold the same elements.
         """
         began = time.perf_counter()
-        self._module_norms = module_norms(held, num_modules, scale)
+        self._module_norms = module_norms([(each.module, each.gradient) for each in held], num_modules, scale)
         self._norms_clipped = clipped
         is_whole = self._topology.num_shares == 1
         if self._module_norms is not None and is_whole and not clipped and self._gradient_norm is None:
@@ -183,10 +186,22 @@ class SignalWatch:
         on_host = all(not isinstance(rate, Tensor) or rate.is_cpu for rate in rates)
         self._rates = tuple(float(rate) for rate in rates) if on_host else ()
 
+    def wants_weights(self, step: int) -> bool:
+        """Whether the norms of this step's weights are to be taken."""
+        interval = self._config.signal_gradient_interval
+        return interval > 0 and step % interval == 0
+
+    def weights(self, held: Sequence[tuple[int, Tensor]], num_modules: int) -> None:
+        """Take the norms of a step's weights by module; of shares, the worker adds up the squares over the ranks."""
+        began = time.perf_counter()
+        self._weight_norms = module_norms(held, num_modules)
+        self._seconds += time.perf_counter() - began
+
     def after_update(self) -> None:
-        """Look at a few weights."""
+        """Look at a few weights, and at how many updates the optimizer has counted."""
         began = time.perf_counter()
         self._beat = self._heartbeat.take()
+        self._optimizer_steps = optimizer_steps(self._optimizer)
         self._seconds += time.perf_counter() - began
 
     def waited(self, seconds: float) -> None:
@@ -230,9 +245,12 @@ class SignalWatch:
             projector=self._projector.take() if self._projector is not None else (),
             gradient_norm=self._gradient_norm,
             module_norms=self._module_norms,
+            weight_norms=self._weight_norms,
+            optimizer_steps=self._optimizer_steps,
             heartbeat=self._beat,
         )
         self._gradient_norm = self._module_norms = self._beat = self._images = None
+        self._weight_norms = self._optimizer_steps = None
         tensors, copies = gathered.tensors(), gathered.host_copies()
         facts = self._facts(step, began)
         vocabulary = gathered.vocabulary

@@ -7,19 +7,20 @@ import pytest
 import torch
 from torch import nn
 
-from sidestep.trainer_hooks.reductions.gradients import LocalGradient
 from sidestep.trainer_hooks.signals.budget import OverheadBudget
-from sidestep.trainer_hooks.signals.gradient_norms import module_norms, whole_norm
 from sidestep.trainer_hooks.signals.heartbeat import Heartbeat
 from sidestep.trainer_hooks.signals.images import describe_images, find_images, image_numbers
 from sidestep.trainer_hooks.signals.late_rows import late_image_numbers, late_projector_numbers
+from sidestep.trainer_hooks.signals.module_norms import module_norms, whole_norm
+from sidestep.trainer_hooks.signals.optimizer_steps import optimizer_steps
 from sidestep.trainer_hooks.signals.projector import ProjectorWatch, find_projector, projector_numbers
 
 
 def described(value: object) -> tuple[list[int], list[float]]:
     numbers = image_numbers(value)
     assert numbers is not None
-    hashes, deviations = describe_images([numbers.numpy()])
+    hashes, deviations, means = describe_images([numbers.numpy()])
+    assert means.tolist() == numbers[:, 0].tolist()
     return hashes.tolist(), deviations.tolist()
 
 
@@ -170,7 +171,7 @@ def test_a_replaced_parameter_is_seen() -> None:
 def test_norms_of_the_modules_equal_float64() -> None:
     torch.manual_seed(0)
     gradients = [torch.randn(5, 3) * 1e-3, torch.randn(7), torch.zeros(0), torch.randn(2, 2).bfloat16()]
-    held = [LocalGradient(n, module, g) for n, (module, g) in enumerate(zip([0, 2, 2, 2], gradients, strict=True))]
+    held = list(zip([0, 2, 2, 2], gradients, strict=True))
     norms = module_norms(held, 4, 8.0)
     assert norms is not None
     expected = [
@@ -186,17 +187,13 @@ def test_norms_of_the_modules_equal_float64() -> None:
 
 @pytest.mark.parametrize("value", [1e15, 1e-15])
 def test_norms_neither_over_nor_underflow(value: float) -> None:
-    norms = module_norms(
-        [LocalGradient(0, 0, torch.full((100,), value)), LocalGradient(1, 0, torch.full((5,), value))], 1, None
-    )
+    norms = module_norms([(0, torch.full((100,), value)), (0, torch.full((5,), value))], 1, None)
     assert norms is not None
     assert float(norms[0]) == pytest.approx(value * 105**0.5, rel=1e-4)
 
 
 def test_a_gradient_that_is_no_number_makes_the_norm_none() -> None:
-    norms = module_norms(
-        [LocalGradient(0, 0, torch.tensor([1.0, torch.nan])), LocalGradient(1, 1, torch.ones(2))], 2, None
-    )
+    norms = module_norms([(0, torch.tensor([1.0, torch.nan])), (1, torch.ones(2))], 2, None)
     assert norms is not None
     assert torch.isnan(norms[0])
     assert not torch.isfinite(whole_norm(norms)).any()
@@ -231,3 +228,37 @@ def test_one_pause_of_the_machine_does_not_thin() -> None:
     for step in range(300):
         budget.measured(1.0 if step == 100 else 0.001, 0.1)
     assert budget.share == 1.0
+
+
+def stepped(optimizer: torch.optim.Optimizer, times: int) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    for _ in range(times):
+        optimizer.step()
+
+
+def test_the_optimizers_own_count_of_updates_is_read_where_it_keeps_one() -> None:
+    first, second, third = (nn.Parameter(torch.ones(3)) for _ in range(3))
+    adam = torch.optim.AdamW([{"params": [first]}, {"params": [second]}])
+    assert optimizer_steps(adam) is None
+    stepped(adam, 3)
+    adam.add_param_group({"params": [third]})
+    counted = optimizer_steps(adam)
+    assert counted is not None
+    assert counted.tolist() == [3.0, 3.0, -1.0]
+    assert third not in adam.state  # asking made none
+    adam.state.clear()
+    stepped(adam, 1)
+    again = optimizer_steps(adam)
+    assert again is not None
+    assert again.tolist() == [1.0, 1.0, 1.0]
+    adam.state[first]["step"] = 7  # as an optimizer of 8 bits keeps it
+    adam.state[second]["step"] = adam.state[third]["step"] = 8
+    told = optimizer_steps(adam)
+    assert told is not None
+    assert told.tolist() == [7.0, 8.0, 8.0]
+    momentum = torch.optim.SGD([first], lr=0.1, momentum=0.9)
+    stepped(momentum, 2)
+    assert optimizer_steps(momentum) is None
+    assert optimizer_steps(object()) is None

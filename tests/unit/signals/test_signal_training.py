@@ -68,6 +68,7 @@ class Trained:
         self.transports: list[InProcessTransport] = []
         self.logits: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
         self.norms: list[float] = []
+        self.weight_norms: list[float] = []
 
         def opened(*arguments: Any) -> InProcessTransport:
             self.transports.append(InProcessTransport(*arguments))
@@ -92,6 +93,8 @@ class Trained:
             hooks.before_clip()
             self.norms.append(float(nn.utils.clip_grad_norm_(self.model.parameters(), 1e9)))
             self.optimizer.step()
+            squares = [parameter.detach().double().square().sum() for parameter in self.model.parameters()]
+            self.weight_norms.append(float(torch.stack(squares).sum().sqrt()))
             self.optimizer.zero_grad()
             hooks.after_step(step)
             assert self.transports[0].messages  # looked at, as the publisher does: staging has room again
@@ -136,6 +139,7 @@ def test_every_step_has_its_signals_and_they_equal_float64(accumulation: int) ->
             each.mean_probabilities, mean[torch.from_numpy(each.mean_ids).long()].numpy(), rtol=1e-4
         )
         assert len(each.image_hashes) == len(set(each.image_hashes.tolist())) == 6 * accumulation
+        assert len(each.image_means) == len(each.image_deviations) == 6 * accumulation
         assert len(set(each.sample_hashes.tolist())) == 6 * accumulation
         assert each.projector_rms > 0
         assert each.projector_spread > 0
@@ -144,6 +148,9 @@ def test_every_step_has_its_signals_and_they_equal_float64(accumulation: int) ->
     assert float(signals[0].gradient_norm[0]) == pytest.approx(trained.norms[0], rel=1e-5)
     assert signals[0].module_norms.size == 3
     assert all(not each.gradient_norm.size for each in signals[1:])
+    assert float(np.linalg.norm(signals[0].weight_norms)) == pytest.approx(trained.weight_norms[0], rel=1e-5)
+    assert all(not each.weight_norms.size for each in signals[1:])
+    assert [each.optimizer_steps.tolist() for each in signals] == [[float(step + 1)] for step in range(6)]
     beats = [each.heartbeat for each in signals]
     assert all((a != b).any() for a, b in pairwise(beats))
     assert len({each.heartbeat_digest for each in signals}) == 1

@@ -1,4 +1,4 @@
-"""Norms of the gradient, whole and by module: cheap enough for every few steps, for detectors and not for charts."""
+"""Norms by module, of gradients and of weights: cheap enough for every few steps, for detectors and not for charts."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sidestep.trainer_hooks.reductions.gradients import LocalGradient
 from sidestep.trainer_hooks.reductions.host_index import to_device
 
 
-def module_norms(gradients: Sequence[LocalGradient], num_modules: int, scale: Tensor | float | None) -> Tensor | None:
-    """Return the norm of each module's local gradient; float32 [modules], -1 for modules without one.
+def module_norms(
+    held: Sequence[tuple[int, Tensor]], num_modules: int, scale: Tensor | float | None = None
+) -> Tensor | None:
+    """Return the norm of each module's local tensors together; float32 [modules], -1 for modules without one.
 
     Args:
-        gradients: what this rank holds; those on other devices than the first one's are left out.
+        held: module and tensor, a DTensor standing for this rank's share; those on other devices than the first one's
+            are left out.
         num_modules: modules of the parameter table.
-        scale: the GradScaler's factor that the gradients still carry.
+        scale: the GradScaler's factor that gradients still carry.
     """
-    local = [(each.module, _local(each.gradient)) for each in gradients]
+    local = [(module, _local(tensor)) for module, tensor in held]
     local = [(module, tensor) for module, tensor in local if tensor.numel()]
     if not local:
         return None
@@ -55,6 +57,6 @@ def whole_norm(norms: Tensor) -> Tensor:
     return whole.reshape(1)
 
 
-def _local(gradient: Tensor) -> Tensor:
-    local: Tensor = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+def _local(tensor: Tensor) -> Tensor:
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return local.detach()

@@ -1,0 +1,46 @@
+"""How many updates the optimizer's own state counts: it falls where a state is lost, as in a resume without one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_COUNT = "step"
+"""Key of the count in a parameter's state: that of torch's Adam family, and of those that are modelled on it."""
+
+
+def optimizer_steps(optimizer: Any) -> Tensor | None:
+    """Return the count of the first parameter with a state of each group, float64 [groups], -1 where none has one.
+
+    Nothing is read: counts stay on the device that they lie on. None where no group has one, and where they lie on
+    several devices.
+    """
+    state = getattr(optimizer, "state", None)
+    if not isinstance(state, Mapping):
+        return None
+    counts = [_count(state, group["params"]) for group in optimizer.param_groups]
+    on_device = [count for count in counts if isinstance(count, Tensor)]
+    if not any(count is not None for count in counts) or len({count.device for count in on_device}) > 1:
+        return None
+    if not on_device:
+        return torch.tensor([-1.0 if count is None else count for count in counts], dtype=torch.float64)
+    device = on_device[0].device
+    return torch.stack([_placed(count, device) for count in counts])
+
+
+def _count(state: Mapping[Any, Any], parameters: Iterable[Any]) -> Tensor | float | None:
+    """The first parameter's that has a state; ``state`` may be a defaultdict, which asking would fill."""
+    found = next((state[parameter] for parameter in parameters if parameter in state), None)
+    count = found.get(_COUNT) if isinstance(found, Mapping) else None
+    if isinstance(count, Tensor):
+        return count if count.numel() == 1 and not hasattr(count, "to_local") else None
+    return float(count) if isinstance(count, int | float) else None
+
+
+def _placed(count: Tensor | float | None, device: torch.device) -> Tensor:
+    if isinstance(count, Tensor):
+        return count.detach().reshape(()).to(torch.float64, copy=True)
+    return torch.full((), -1.0 if count is None else count, dtype=torch.float64, device=device)
