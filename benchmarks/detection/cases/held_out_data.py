@@ -211,12 +211,12 @@ CASES: tuple[Case, ...] = (
     _failure(
         "end_token_written_as_text", "the end token is spelled in characters", EndWrittenAsText, _LABELS, is_exact=True
     ),
-    _failure("questions_cut_short", "questions are cut after three tokens", QuestionsCut, _LABELS),
+    _failure("questions_cut_short", "questions are cut after three tokens", QuestionsCut, frozenset({Blame.DATA})),
     _failure(
         "long_answers_filtered_out",
         "no answer is longer than three tokens any more",
         LongAnswersFiltered,
-        _LABELS | {Blame.LOADER},
+        frozenset({Blame.DATA, Blame.LOADER}),
     ),
     _failure("class_names_off_by_one", "every class has its neighbour's name", ClassNamesOffByOne, _LABELS),
     _failure(
@@ -243,7 +243,7 @@ CASES: tuple[Case, ...] = (
         "placeholder_is_plain_text",
         "the image's placeholder is spelled, and no image is seen, from the start",
         PlaceholderIsText,
-        _IMAGES | {Blame.LABELS},
+        _IMAGES | {Blame.MODULE},
         onset_share=None,
     ),
     _failure(
