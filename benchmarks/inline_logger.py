@@ -86,7 +86,7 @@ class InlineLogger:
         if self._due(self._config.token_stats_interval):
             self._tokens(input_ids, labels, attention_mask, lengths)
         if self._due(self._config.loss_breakdown_interval):
-            self._losses(logits, labels)
+            self._losses(logits, labels.to(logits.device))
             self._values["loss/trainer"] = loss.item()
 
     def before_clip(self) -> None:
@@ -190,11 +190,12 @@ class InlineLogger:
         table = wandb.Table(columns=["question", "generated", "target", "length"])
         tokens: list[int] = []
         self._model.eval()
+        device = next(self._model.parameters()).device
         for prompt in self._prompts:
             made = self._model.generate(
-                torch.tensor([prompt.ids]),
+                torch.tensor([prompt.ids], device=device),
                 [prompt.tiles],
-                attention_mask=torch.ones(1, len(prompt.ids), dtype=torch.int64),
+                attention_mask=torch.ones(1, len(prompt.ids), dtype=torch.int64, device=device),
                 max_new_tokens=self._config.max_new_tokens,
                 greedy=True,
             )

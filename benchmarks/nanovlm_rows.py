@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,56 @@ def write_tokenizer(folder: Path) -> None:
     )
 
 
+class WordTokenizer:
+    """The same tokenizer by ``tokenizers`` alone, the image's placeholder its last id."""
+
+    def __init__(self, vocabulary_size: int) -> None:
+        words = [*_MARKS, *(f"w{n}" for n in range(vocabulary_size - len(_MARKS) - 1)), "<|image|>"]
+        self.backend_tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}))
+        self.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        self.eos_token_id = self.pad_token_id = words.index("<|im_end|>")
+        self.image_token_id = vocabulary_size - 1
+
+    def __len__(self) -> int:
+        """Count all ids."""
+        return self.image_token_id + 1
+
+    def convert_tokens_to_ids(self, tokens: Sequence[str]) -> list[int]:
+        """Return the id of each word; raises KeyError for one that there is not."""
+        known = self.backend_tokenizer.get_vocab()
+        return [known[token] for token in tokens]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the words of ids."""
+        return str(self.backend_tokenizer.decode([int(i) for i in ids], skip_special_tokens=False))
+
+
 class Rows:
     """Draws rows from a generator of its own.
 
     Args:
-        tokenizer: nanoVLM's, of ``write_tokenizer``.
+        tokenizer: nanoVLM's, of ``write_tokenizer``, or a ``WordTokenizer``.
         length: positions of a packed row.
         tile_pixels: side of a tile.
+        vocabulary_size: words are drawn below it.
+        image_tokens: placeholders of a tile.
+        asked_words: least words of a question, and one more than the most.
+        said_words: the same of an answer.
     """
 
-    def __init__(self, tokenizer: Any, *, length: int, tile_pixels: int) -> None:
-        self._length, self._tile_pixels = length, tile_pixels
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        length: int,
+        tile_pixels: int,
+        vocabulary_size: int = VOCABULARY_SIZE,
+        image_tokens: int = IMAGE_TOKENS_PER_TILE,
+        asked_words: tuple[int, int] = (4, 20),
+        said_words: tuple[int, int] = (1, 8),
+    ) -> None:
+        self._length, self._tile_pixels, self._image_tokens = length, tile_pixels, image_tokens
+        self._vocabulary_size, self._asked_words, self._said_words = vocabulary_size, asked_words, said_words
         self._image, self._pad = tokenizer.image_token_id, tokenizer.eos_token_id
         self._marks = dict(zip(_MARKS, tokenizer.convert_tokens_to_ids(list(_MARKS)), strict=True))
         self._random = torch.Generator().manual_seed(7)
@@ -58,10 +98,10 @@ class Rows:
         return [self._conversation(random) for _ in range(count)]
 
     def _conversation(self, random: torch.Generator) -> dict[str, Any]:
-        spoken, said = _words(random, 4, 20), _words(random, 1, 8)
+        spoken, said = self._words(random, *self._asked_words), self._words(random, *self._said_words)
         answer = [*said, self._marks["<|im_end|>"]]
         start, end, line = (self._marks[mark] for mark in ("<|im_start|>", "<|im_end|>", "\n"))
-        asked = [start, self._marks["user"], line, *[self._image] * IMAGE_TOKENS_PER_TILE, *spoken, end, line]
+        asked = [start, self._marks["user"], line, *[self._image] * self._image_tokens, *spoken, end, line]
         prefix = [*asked, start, self._marks["assistant"], line]
         ids = torch.tensor([*prefix, *answer, line])
         labels = ids.clone()
@@ -90,8 +130,7 @@ class Rows:
             **{name: torch.cat([torch.full((padding,), separator[name]), *pieces]) for name, pieces in held.items()},
         }
 
-
-def _words(random: torch.Generator, least: int, below: int) -> list[int]:
-    count = int(torch.randint(least, below, (), generator=random))
-    drawn: list[int] = torch.randint(len(_MARKS), VOCABULARY_SIZE, (count,), generator=random).tolist()
-    return drawn
+    def _words(self, random: torch.Generator, least: int, below: int) -> list[int]:
+        count = int(torch.randint(least, below, (), generator=random))
+        drawn: list[int] = torch.randint(len(_MARKS), self._vocabulary_size, (count,), generator=random).tolist()
+        return drawn
