@@ -175,6 +175,7 @@ def main() -> None:
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         **machine(),
         "steps_per_mode": num_steps,
+        "threads": options.threads,
         "losses_identical_in_all_modes": identical,
         "hooks_share_of_step": share["sidestep_without_generation"],
         "hooks_with_generation_share_of_step": share["sidestep"],
