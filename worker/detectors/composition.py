@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sidestep.protocol.messages import Json
 from sidestep.worker.detectors.reading import Reading
 from sidestep.worker.detectors.running import Cusum, Freeze, RunningMoments, Window, median
 from sidestep.worker.detectors.settings import DetectorSettings
-from sidestep.worker.detectors.token_table import Costs
+from sidestep.worker.detectors.token_table import Costs, Found
 from sidestep.worker.detectors.view import StepView
 
 
@@ -46,18 +47,18 @@ class CompositionAdjusted:
         """Judge one step, then learn from it unless it is under suspicion."""
         if view.num_rows < self._rule.min_rows:
             return ()
-        losses = view.losses
-        ids, which, counts = view.distinct
-        expected = self._costs.expected(ids, self._level.mean if self._level.count else float(losses.mean()))
-        view.residuals = losses - expected[which]
+        ids, which, _ = view.distinct
+        known = self._costs.find(ids)
+        expected = self._costs.expected(known, self._level.mean if self._level.count else view.mean_loss)
+        view.residuals = view.losses - expected[which]
         residual = float(view.residuals.mean())
         widen = math.sqrt(max(1.0, self._usual_rows / view.num_rows))
         found: list[Reading] = []
         if self._centre.count >= self._rule.warmup:
-            found = [self._risen(residual, widen), *self._fallen(residual, float(losses.mean()))]
+            found = [self._risen(residual, widen), *self._fallen(residual, view.mean_loss)]
         if not self._freeze.holds(is_suspicious=self._up.is_suspicious):
             self._centre.update(residual, widen)
-            self._learn(losses, ids, which, counts, expected)
+            self._learn(view, known, expected, view.residuals)
         self._usual_rows += 0.05 * (view.num_rows - self._usual_rows)
         return found
 
@@ -94,15 +95,17 @@ class CompositionAdjusted:
             )
         ]  # fmt: skip
 
-    def _learn(self, losses: Any, ids: Any, which: Any, counts: Any, expected: Any) -> None:
+    def _learn(
+        self, view: StepView, known: Found, expected: NDArray[np.float64], residuals: NDArray[np.float64]
+    ) -> None:
         """Move each target's expectation towards its mean, by no more than a large ordinary deviation."""
-        means = np.bincount(which, weights=losses, minlength=ids.size) / counts
-        mean = float(losses.mean())
+        _, which, counts = view.distinct
+        means = np.bincount(which, weights=view.losses, minlength=counts.size) / counts
         if self._centre.count > self._rule.warmup:
-            reach = 3.0 * max(float(np.sqrt(np.mean(np.square(losses - expected[which])))), self._rule.floor)
+            reach = 3.0 * max(math.sqrt(float(np.square(residuals).mean())), self._rule.floor)
             means = np.clip(means, expected - reach, expected + reach)
-        self._level.update(mean)
-        self._costs.learn(ids, means, counts)
+        self._level.update(view.mean_loss)
+        self._costs.learn(known, means, counts)
 
     @property
     def is_suspicious(self) -> bool:

@@ -52,14 +52,15 @@ class PriorKnowledge:
             return ()
         ids, which, _ = view.distinct
         places = np.minimum(record.places, NUM_PLACES - 1).astype(np.int64)
+        known = self._table.find(ids)
         found: list[Reading] = []
         if self._num_readings >= rule.warmup:
-            costs = self._table.costs(ids, which, places, vocabulary=record.vocabulary, smoothing=SMOOTHING)
-            cost, loss = float(costs.mean()), float(view.losses.mean())
+            costs = self._table.costs(known, which, places, vocabulary=record.vocabulary, smoothing=SMOOTHING)
+            cost, loss = float(costs.mean()), view.mean_loss
             view.target_cost = cost
             found = [*self._worse(cost - loss), *self._fallen_back(cost, loss, view)]
             view.knowledge = self._usual.mean
-        self._table.learn(ids, which, places)
+        self._table.learn(known, which, places)
         self._num_readings += 1
         return found
 
@@ -74,8 +75,8 @@ class PriorKnowledge:
         Where the targets themselves have become easy to count, there is nothing to know beyond it.
         """
         rule, never = self._settings.back_to_prior, self._settings.never_beyond_prior
-        entropies = view.entropies
-        gain = cost - (min(float(entropies.mean()), loss) if entropies is not None else loss)
+        entropy = view.mean_entropy
+        gain = cost - (min(entropy, loss) if entropy is not None else loss)
         self._recent.add(gain)
         mean = sum(self._recent.values) / len(self._recent.values)
         usual = self._usual.mean

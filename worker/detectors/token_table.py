@@ -6,7 +6,7 @@ its ids by how often it meets them. Values are kept in single precision, as they
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,17 @@ NUM_SHARED: Final = 64
 """Rows that ids without one of their own share."""
 FORGETTING: Final = 0.998
 """Share of its sightings that an id keeps at each step: an id that is gone makes room."""
+
+
+class Found(NamedTuple):
+    """Where distinct ids stand in a table as it is now: looked up once, for asking and for learning."""
+
+    ids: NDArray[np.int64]
+    """Distinct and ascending [k]."""
+    columns: NDArray[np.int64]
+    """The column of each; of no meaning for ids without one of their own [k]."""
+    is_own: NDArray[np.bool_]
+    """Whether it has a column of its own [k]."""
 
 
 class Costs:
@@ -36,30 +47,33 @@ class Costs:
         self._shared_means = np.zeros(NUM_SHARED, np.float32)
         self._shared_sightings = np.zeros(NUM_SHARED, np.float32)
 
-    def expected(self, ids: NDArray[np.int64], otherwise: float) -> NDArray[np.float64]:
-        """Return what each of these distinct, ascending ids usually costs [k]; ``otherwise`` where nothing is known."""
-        places, is_own = _found(self._ids, ids)
-        shared = _shared(ids)
+    def find(self, ids: NDArray[np.int64]) -> Found:
+        """Look these distinct, ascending ids up, until something new is learned."""
+        return _find(self._ids, ids)
+
+    def expected(self, found: Found, otherwise: float) -> NDArray[np.float64]:
+        """Return what each id usually costs [k]; ``otherwise`` where nothing is known."""
+        shared = _shared(found.ids)
         costs = np.where(
             self._shared_sightings[shared] >= self._min_sightings, self._shared_means[shared], np.float32(otherwise)
         )
         if self._ids.size:
-            is_own &= self._sightings[places] >= self._min_sightings
-            costs = np.where(is_own, self._means[places], costs)
+            is_known = found.is_own & (self._sightings[found.columns] >= self._min_sightings)
+            costs = np.where(is_known, self._means[found.columns], costs)
         return costs.astype(np.float64)
 
-    def learn(self, ids: NDArray[np.int64], means: NDArray[np.float64], counts: NDArray[np.int64]) -> None:
-        """Take in the mean loss of distinct, ascending ids, and how often each was seen."""
-        self._learn_shared(ids, means, counts)
+    def learn(self, found: Found, means: NDArray[np.float64], counts: NDArray[np.int64]) -> None:
+        """Take in the mean loss of each id [k], and how often it was seen [k]."""
+        self._learn_shared(found.ids, means, counts)
         self._sightings *= np.float32(FORGETTING)
-        places, is_own = _found(self._ids, ids)
-        own = places[is_own]
+        own, new = np.flatnonzero(found.is_own), np.flatnonzero(~found.is_own)
         if own.size:
-            self._means[own], self._sightings[own] = self._moved(
-                self._means[own], self._sightings[own], means[is_own], counts[is_own]
+            columns = found.columns[own]
+            self._means[columns], self._sightings[columns] = self._moved(
+                self._means[columns], self._sightings[columns], means[own], counts[own]
             )
-        if not is_own.all():
-            self._add(ids[~is_own], means[~is_own], counts[~is_own])
+        if new.size:
+            self._add(found.ids[new], means[new], counts[new])
 
     def _moved(
         self, old: NDArray[Any], sightings: NDArray[Any], means: NDArray[Any], counts: NDArray[Any]
@@ -85,11 +99,9 @@ class Costs:
         all_ids = np.concatenate([self._ids, ids.astype(np.int32)])
         all_means = np.concatenate([self._means, means.astype(np.float32)])
         all_sightings = np.concatenate([self._sightings, counts.astype(np.float32)])
-        if all_ids.size > self._max_ids:
-            kept = _largest(all_sightings, all_ids, self._max_ids)
-            all_ids, all_means, all_sightings = all_ids[kept], all_means[kept], all_sightings[kept]
-        order = np.argsort(all_ids, kind="stable")
-        self._ids, self._means, self._sightings = all_ids[order], all_means[order], all_sightings[order]
+        kept = _largest(all_sightings, all_ids, self._max_ids)
+        kept = kept[np.argsort(all_ids[kept], kind="stable")]
+        self._ids, self._means, self._sightings = all_ids[kept], all_means[kept], all_sightings[kept]
 
     def state(self) -> Json:
         """Return all that ``restore`` needs."""
@@ -122,9 +134,13 @@ class Places:
         self._counts = np.zeros((num_places, 0), np.float32)
         self._others = np.zeros(num_places, np.float32)
 
+    def find(self, ids: NDArray[np.int64]) -> Found:
+        """Look these distinct, ascending ids up, until something new is learned."""
+        return _find(self._ids, ids)
+
     def costs(
         self,
-        ids: NDArray[np.int64],
+        found: Found,
         which: NDArray[np.int64],
         places: NDArray[np.int64],
         *,
@@ -137,45 +153,47 @@ class Places:
         share what is left of the vocabulary evenly.
 
         Args:
-            ids: distinct ids, ascending [k].
+            found: the distinct ids.
             which: which of them each row has [n].
             places: the place of each row, below ``num_places`` [n].
             vocabulary: number of ids that there are.
             smoothing: counts that the frequency at all places weighs.
         """
-        columns, is_own = _found(self._ids, ids)
         totals = self._counts.sum(axis=1) + self._others
         spread = 1.0 / max(vocabulary - self._ids.size, 1)
-        own = np.repeat((self._others * spread)[:, None], ids.size, axis=1)
+        own = np.repeat((self._others * spread)[:, None], found.ids.size, axis=1)
         if self._ids.size:
-            own[:, is_own] = self._counts[:, columns[is_own]]
+            own = np.where(found.is_own, self._counts.take(found.columns, axis=1), own)
         background = (own.sum(axis=0) + 1.0 / max(vocabulary, 1)) / (float(totals.sum()) + 1.0)
         probability = (own + smoothing * background) / (totals[:, None] + smoothing)
         costs: NDArray[np.float64] = -np.log(np.maximum(probability, 1e-30)).astype(np.float64)
         return costs[places, which]
 
-    def learn(self, ids: NDArray[np.int64], which: NDArray[np.int64], places: NDArray[np.int64]) -> None:
+    def learn(self, found: Found, which: NDArray[np.int64], places: NDArray[np.int64]) -> None:
         """Take in the targets of a step, given as ``costs`` has them."""
         keep = np.float32(1.0 - self._rate)
         self._counts *= keep
         self._others *= keep
-        num = np.bincount(places * ids.size + which, minlength=self._num_places * ids.size)
-        num = num.reshape(self._num_places, ids.size)
-        columns, is_own = _found(self._ids, ids)
-        if is_own.any():
-            self._counts[:, columns[is_own]] += num[:, is_own].astype(np.float32)
-        if not is_own.all():
-            self._add(ids[~is_own], num[:, ~is_own])
+        num_ids = found.ids.size
+        num = np.bincount(places * num_ids + which, minlength=self._num_places * num_ids)
+        num = num.reshape(self._num_places, num_ids)
+        own, new = np.flatnonzero(found.is_own), np.flatnonzero(~found.is_own)
+        if own.size:
+            self._counts[:, found.columns[own]] += num.take(own, axis=1).astype(np.float32)
+        if new.size:
+            self._add(found.ids[new], num.take(new, axis=1))
 
     def _add(self, ids: NDArray[np.int64], num: NDArray[np.int64]) -> None:
+        """Give new ids columns; where there are too many, the least seen go, and their counts with the others'."""
         all_ids = np.concatenate([self._ids, ids.astype(np.int32)])
         counts = np.concatenate([self._counts, num.astype(np.float32)], axis=1)
-        if all_ids.size > self._max_ids:
-            kept = _largest(counts.sum(axis=0), all_ids, self._max_ids)
-            self._others = np.maximum(self._others + counts.sum(axis=1) - counts[:, kept].sum(axis=1), 0.0)
-            all_ids, counts = all_ids[kept], counts[:, kept]
-        order = np.argsort(all_ids, kind="stable")
-        self._ids, self._counts = all_ids[order], np.ascontiguousarray(counts[:, order])
+        kept = _largest(counts.sum(axis=0), all_ids, self._max_ids)
+        if kept.size < all_ids.size:
+            # Added up one after the other: in another order the last bits, and with them a replay, would be others.
+            remaining = counts.take(kept, axis=1).cumsum(axis=1)[:, -1]
+            self._others = np.maximum(self._others + counts.sum(axis=1) - remaining, 0.0)
+        kept = kept[np.argsort(all_ids[kept], kind="stable")]
+        self._ids, self._counts = all_ids[kept], counts.take(kept, axis=1)
 
     def state(self) -> Json:
         """Return all that ``restore`` needs."""
@@ -201,7 +219,8 @@ class Shares:
 
     def share(self, token: int) -> float:
         """Return the usual share of an id."""
-        return float(self.of(np.array([token], np.int64))[0])
+        place = int(self.ids.searchsorted(token))
+        return float(self.shares[place]) if place < self.ids.size and self.ids[place] == token else 0.0
 
     def of(self, ids: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the usual share of each id."""
@@ -237,16 +256,18 @@ def pooled(ids: NDArray[np.int64], values: NDArray[np.float64]) -> tuple[NDArray
     return distinct, sums.astype(np.float64, copy=False)
 
 
-def _found(known: NDArray[np.int32], ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Return the place of each id in the ascending ``known``, and whether it is there at all."""
+def _find(known: NDArray[np.int32], ids: NDArray[np.int64]) -> Found:
+    """Return where ``ids`` stand in the ascending ``known``."""
     if not known.size:
-        return np.zeros(ids.size, np.int64), np.zeros(ids.size, np.bool_)
-    places = np.minimum(np.searchsorted(known, ids), known.size - 1)
-    return places, known[places] == ids
+        return Found(ids, np.zeros(ids.size, np.int64), np.zeros(ids.size, np.bool_))
+    columns = np.minimum(known.searchsorted(ids), known.size - 1)
+    return Found(ids, columns, known[columns] == ids)
 
 
 def _largest(values: NDArray[np.float32], ids: NDArray[np.int32], number: int) -> NDArray[np.int64]:
     """Return the places of the largest values, of equal ones those of the smallest ids: the same on every machine."""
+    if values.size <= number:
+        return np.arange(values.size)
     least = np.partition(values, values.size - number)[values.size - number]
     above = np.flatnonzero(values > least)
     equal = np.flatnonzero(values == least)

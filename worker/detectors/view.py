@@ -55,6 +55,16 @@ class StepView:
         return self.record.entropies.astype(np.float64) if self.record.entropies.size == self.num_rows > 0 else None
 
     @cached_property
+    def mean_loss(self) -> float:
+        """Mean of the rows' losses; there is a row."""
+        return float(self.losses.mean())
+
+    @cached_property
+    def mean_entropy(self) -> float | None:
+        """Mean of the rows' entropies; None where unknown."""
+        return float(self.entropies.mean()) if self.entropies is not None else None
+
+    @cached_property
     def distinct(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Distinct target ids, ascending [k]; which of them each row has [n]; how many rows have each [k]."""
         ids, which = np.unique(self.record.targets, return_inverse=True)
