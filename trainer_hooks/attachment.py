@@ -16,9 +16,11 @@ from sidestep.trainer_hooks.checks import check_samples, check_topology
 from sidestep.trainer_hooks.config import HooksConfig
 from sidestep.trainer_hooks.console import Console
 from sidestep.trainer_hooks.faulty_staging import make_staging
+from sidestep.trainer_hooks.future_probe import FutureProbe
 from sidestep.trainer_hooks.generation import GenerateFunction, Generator, with_prompts
 from sidestep.trainer_hooks.heads import find_head, head_sizes
 from sidestep.trainer_hooks.image_probe import ImageProbe
+from sidestep.trainer_hooks.kept_batch import StepProbe
 from sidestep.trainer_hooks.opening import Introduction, RunNames, choose_run_id, find_worker, introduce, way_there
 from sidestep.trainer_hooks.parameters import ParameterTable, unwrapped
 from sidestep.trainer_hooks.reducing import Reducer
@@ -188,8 +190,6 @@ def make_signals(training: Training, seen: Seen) -> SignalWatch | None:
     """What looks at every step, where it is wanted."""
     if not training.config.signal_rows_per_step:
         return None
-    probes = seen.topology.rank == 0 and not seen.topology.sharded
-    interval = training.config.image_probe_interval if probes else 0
     device = next((parameter.device for parameter in training.model.parameters()), None)
     return SignalWatch(
         training.model,
@@ -198,8 +198,21 @@ def make_signals(training: Training, seen: Seen) -> SignalWatch | None:
         vocabulary=seen.vocabulary,
         topology=seen.topology,
         on_device=device is not None and device.type != "cpu",
-        probe=ImageProbe(training.model, seen.reader, interval) if interval else None,
+        probes=make_probes(training, seen),
     )
+
+
+def make_probes(training: Training, seen: Seen) -> list[StepProbe]:
+    """What looks at a micro-batch again: on the first rank, whose forward needs no other."""
+    model, config, reader = training.model, training.config, seen.reader
+    probes: list[StepProbe] = []
+    if seen.topology.rank != 0 or seen.topology.sharded:
+        return probes
+    if config.image_probe_interval:
+        probes.append(ImageProbe(model, reader, config.image_probe_interval))
+    if config.future_probe_interval:
+        probes.append(FutureProbe(model, reader, config.future_probe_interval))
+    return probes
 
 
 def make_session(

@@ -148,7 +148,7 @@ class ForwardReader:
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Batch | None:
         """The batch of one forward; None where its token ids cannot be found."""
         given = self.arguments(args, kwargs)
-        ids = _integers(given, _IDS) if any(name in given for name in _IDS) else _first_ids(given)
+        ids = _found_ids(given)
         shifted_labels = _integers(given, _SHIFTED_LABELS)
         labels = shifted_labels if shifted_labels is not None else _integers(given, _PLAIN_LABELS)
         if ids is None and labels is None:
@@ -197,6 +197,16 @@ class ForwardReader:
             )
             return self._vocabulary_size <= width <= most
         return named
+
+
+def ids_argument(given: Mapping[str, Any]) -> str | None:
+    """Return the name of the argument that holds the token ids [b, t]; None where there is none."""
+    ids = _found_ids(given)
+    return None if ids is None else next(name for name, value in given.items() if value is ids)
+
+
+def _found_ids(given: Mapping[str, Any]) -> torch.Tensor | None:
+    return _integers(given, _IDS) if any(name in given for name in _IDS) else _first_ids(given)
 
 
 def _integers(given: Mapping[str, Any], names: tuple[str, ...]) -> torch.Tensor | None:

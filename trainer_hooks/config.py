@@ -21,6 +21,7 @@ _INTERVALS = (
     "lr_interval",
     "signal_gradient_interval",
     "image_probe_interval",
+    "future_probe_interval",
 )
 _RATIOS = ("single_token_dominance", "excessive_eos")
 _AT_LEAST_ONE = (
@@ -130,6 +131,12 @@ class HooksConfig:
     """
     image_probe_interval: int = 100
     """Steps between two probes of what the images are worth, two forwards of one micro-batch each; 0: never."""
+    future_probe_interval: int = 100
+    """Steps between two probes of whether a position sees the tokens that follow it; 0: never.
+
+    A causal mask that is lost makes the loss splendid and the model useless. Two forwards of one micro-batch each, in
+    the mode that it is trained in; at step 10, then at half of each interval, apart from the probe of the images.
+    """
 
     def __post_init__(self) -> None:
         for each in fields(self):

@@ -33,7 +33,7 @@ class Guard:
         self._began = 0.0
         self._seconds = 0.0
         self.grad_enabled = True
-        """Whether gradients were on where the current call came from."""
+        """Whether gradients were on where the current call came from; off where it came from another of ours."""
         self.failures: Counter[str] = Counter()
         """Exceptions by where they were raised."""
         courtesy.watch(self)
@@ -73,8 +73,8 @@ class Guard:
             Whether gradients were on, which ``leave`` puts back.
         """
         records_gradients = torch.is_grad_enabled()
+        self.grad_enabled = records_gradients
         if self._depth == 0:
-            self.grad_enabled = records_gradients
             self._began = time.perf_counter()
         self._depth += 1
         if records_gradients:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from sidestep.protocol.messages import Message, Probe
 from sidestep.trainer_hooks.capture import Batch, ForwardReader
 from sidestep.trainer_hooks.isolation import undisturbed
+from sidestep.trainer_hooks.kept_batch import KeptBatch, Ran, forward_logits
 from sidestep.trainer_hooks.parameters import unwrapped
 from sidestep.trainer_hooks.reductions.alignment import AlignedBatch
-from sidestep.trainer_hooks.reductions.cross_entropy import logits_source
 from sidestep.trainer_hooks.reductions.host_index import to_device
 from sidestep.trainer_hooks.signals.images import find_images, image_leaves, image_numbers, num_images
 from sidestep.trainer_hooks.signals.rows import choose_on_device, choose_on_host, row_signals
@@ -31,18 +31,16 @@ _MASK_ARGUMENTS = ("pixel_attention_mask", "image_sizes", "image_grid_thw")
 
 
 class ImageProbe:
-    """Keeps one micro-batch of a due step until the step has ended, and looks at it twice.
+    """Keeps one micro-batch of a due step until the step has ended, and looks at it twice."""
 
-    It is the one place where the hooks keep tensors of the trainer's beyond a call; those on the host are copied.
-    """
+    name = "image_probe"
 
     def __init__(self, model: nn.Module, reader: ForwardReader, interval: int) -> None:
         """Probe every ``interval`` steps; 0: never."""
         self._model = unwrapped(model)
         self._reader = reader
         self._interval = interval
-        self._given: dict[str, Any] | None = None
-        self._aligned: AlignedBatch | None = None
+        self._kept = KeptBatch()
 
     def is_due(self, step: int) -> bool:
         """Whether ``step`` is probed; step 0 is not, as nothing has been learnt."""
@@ -51,17 +49,14 @@ class ImageProbe:
     def see(self, given: Mapping[str, Any]) -> None:
         """Keep the arguments of a due step's first forward that has at least two images."""
         found = find_images(given)
-        if self._given is None and found is not None and num_images(found[1]) > 1:
-            self._given = {name: _kept(value) for name, value in given.items()}
+        if found is not None and num_images(found[1]) > 1:
+            self._kept.see(given)
 
     def keep(self, batch: Batch, align: Callable[[Batch], AlignedBatch]) -> None:
         """Take the labels that belong to what was seen."""
-        labels = batch.labels
-        if self._given is not None and self._aligned is None and labels is not None:
-            kept = labels.clone() if labels.is_cpu else labels
-            self._aligned = align(Batch(labels=kept, shifted=batch.shifted, captured=batch.captured))
+        self._kept.keep(batch, align)
 
-    def run(self, step: int) -> tuple[dict[str, Tensor], Callable[[Mapping[str, Any]], Sequence[Message]]] | None:
+    def run(self, step: int) -> Ran | None:
         """Look at what was kept, and let go of it; None where nothing was.
 
         Returns:
@@ -70,10 +65,11 @@ class ImageProbe:
         Raises:
             Exception: whatever the model's forward raises.
         """
-        given, aligned, self._given, self._aligned = self._given, self._aligned, None, None
-        moved = rolled(given) if given is not None else None
-        if given is None or aligned is None or moved is None:
+        taken = self._kept.take()
+        moved = rolled(taken[0]) if taken is not None else None
+        if taken is None or moved is None:
             return None
+        given, aligned = taken
         began = time.perf_counter()
         with undisturbed(self._model):
             plain, counted = self._loss(given, aligned)
@@ -98,12 +94,10 @@ class ImageProbe:
 
     def _loss(self, given: Mapping[str, Any], aligned: AlignedBatch) -> tuple[Tensor, Tensor]:
         """Mean loss over chosen labelled positions, and how many they are."""
-        output = self._model(**given)
-        logits, _ = self._reader.outputs(output, aligned.targets.shape)
-        if logits is None:
+        source = forward_logits(self._model, self._reader, given, aligned)
+        if source is None:
             raise ValueError("the forward shows no logits [b, t, v]: what images are worth cannot be told")
-        rows, positions = aligned.targets.shape
-        source = logits_source(logits, rows, positions)
+        positions = aligned.targets.shape[1]
         if aligned.on_host:
             index = to_device(choose_on_host(aligned.runs_on_host(), MAX_ROWS, 0).index, source.device)
         else:
@@ -155,13 +149,4 @@ def _replaced(value: Any, leaves: Any) -> Any:
         return next(leaves) if value.numel() else value
     if isinstance(value, list | tuple):
         return type(value)([_replaced(each, leaves) for each in value])
-    return value
-
-
-def _kept(value: Any) -> Any:
-    """Tensors on the host are copied: trainers change theirs in place."""
-    if isinstance(value, Tensor):
-        return value.detach().clone() if value.is_cpu else value.detach()
-    if type(value) in {list, tuple}:
-        return type(value)([_kept(each) for each in value])
     return value

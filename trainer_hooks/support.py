@@ -40,8 +40,11 @@ def capabilities(
     for family in known:
         if schedule.shortest_interval_steps(family) == 0:
             known[family] = _SWITCHED_OFF
-    if topology.sharded and config.signal_rows_per_step and config.image_probe_interval:
-        known["image probe"] = _SHARDED.format("a probe")
+    if topology.sharded and config.signal_rows_per_step:
+        if config.image_probe_interval:
+            known["image probe"] = _SHARDED.format("a probe")
+        if config.future_probe_interval:
+            known["future probe"] = _SHARDED.format("a probe")
     known["labels"] = _labels(config, reader)
     if vocabulary.texts:
         known["tokenizer"] = _TEXTS

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sidestep.protocol.messages import Kind, Message
 from sidestep.trainer_hooks.capture import Batch
 from sidestep.trainer_hooks.config import HooksConfig
-from sidestep.trainer_hooks.image_probe import ImageProbe
+from sidestep.trainer_hooks.kept_batch import StepProbe
 from sidestep.trainer_hooks.loader import BatchHashes, HashedBatch
 from sidestep.trainer_hooks.reductions.alignment import AlignedBatch
 from sidestep.trainer_hooks.reductions.gradients import LocalGradient
@@ -53,9 +53,9 @@ class SignalWatch:
         vocabulary: Vocabulary,
         topology: Topology,
         on_device: bool,
-        probe: ImageProbe | None,
+        probes: Sequence[StepProbe],
     ) -> None:
-        self._probe = probe
+        self._probes = tuple(probes)
         self.failed: Callable[[str, Exception], None] = _raised
         """Where exceptions are counted: the session's guard."""
         self._optimizer = optimizer
@@ -92,8 +92,9 @@ class SignalWatch:
         self._forward_at = time.perf_counter()
         found = find_images(given)
         self._images = None if found is None else found[1]
-        if found is not None and self._probe is not None and self._probe.is_due(step):
-            self._probe.see(given)
+        for probe in self._probes:
+            if probe.is_due(step):
+                probe.see(given)
 
     def microbatch(
         self, batch: Batch, align: Callable[[Batch], AlignedBatch], *, shifted: bool, step: int, microstep: int
@@ -106,8 +107,9 @@ class SignalWatch:
         began = time.perf_counter()
         self._device_time.start(labels if batch.logits is None else batch.logits)
         try:
-            if self._probe is not None and self._probe.is_due(step):
-                self._probe.keep(batch, align)
+            for probe in self._probes:
+                if probe.is_due(step):
+                    probe.keep(batch, align)
             return self._reader.read(
                 batch,
                 None if labels.is_cpu else align(batch),
@@ -211,20 +213,21 @@ class SignalWatch:
     # ------------------------------------------------------------------------------------------------ a step's end
 
     def end(self, step: int, microbatches: Sequence[MicroSignals], staging: Staging, counts: StepCounts) -> None:
-        """Launch the copies of a step's signals, and probe the images where that is due; counted either way."""
+        """Launch the copies of a step's signals, and run the probes that are due; counted either way."""
         for error in self._take_errors():
             self.failed("projector", error)
         try:
             counts.add((Kind.SIGNALS,), staged=self._stage(step, microbatches, staging))
         except Exception as error:  # noqa: BLE001  (counted and said; the step still has its end)
             self.failed("signals", error)
-        if self._probe is not None and self._probe.is_due(step):
-            try:
-                self._run_probe(self._probe, step, staging, counts)
-            except Exception as error:  # noqa: BLE001  (counted and said; without a probe nobody judges the images)
-                self.failed("image_probe", error)
+        for probe in self._probes:
+            if probe.is_due(step):
+                try:
+                    self._run_probe(probe, step, staging, counts)
+                except Exception as error:  # noqa: BLE001  (counted and said; what it would tell is not judged)
+                    self.failed(probe.name, error)
 
-    def _run_probe(self, probe: ImageProbe, step: int, staging: Staging, counts: StepCounts) -> None:
+    def _run_probe(self, probe: StepProbe, step: int, staging: Staging, counts: StepCounts) -> None:
         began = time.perf_counter()
         try:
             ran = probe.run(step)
