@@ -62,6 +62,13 @@ CAUSES: Final[tuple[Cause, ...]] = (
         "compare input_ids[i + 1] with labels[i]; tell the hooks with shifted= which convention holds",
     ),
     _cause(
+        "future_visible",
+        "future_visible",
+        "a causal mask is missing: each position sees the answer that it is to give",
+        "look at the attention mask and is_causal that reach the attention kernel, in training mode and with this batch's"
+        " padding or packing",
+    ),
+    _cause(
         "stop_token_missing",
         "no_stop_token",
         "EOS is not among the labels: another tokenizer's EOS, or masked as padding (pad == eos), or cut off",

@@ -18,6 +18,7 @@ POINTS_TO: Final[Mapping[str, frozenset[Blame]]] = {
     "image_tokens_labelled": frozenset({_L}),
     "label_leak": frozenset({_L}),
     "label_shift": frozenset({_L}),
+    "future_visible": frozenset({_M, _L}),
     "stop_token_missing": frozenset({_L}),
     "answers_cut": frozenset({_L, _D}),
     "loader_stuck": frozenset({_Q}),

@@ -49,6 +49,7 @@ pad_labelled|critical|exact||the padding id is among the targets
 image_tokens_labelled|critical|exact||image placeholders are among the targets
 label_leak|critical|exact||the targets stand in the inputs
 label_alignment|critical|exact||the targets are not the next tokens
+future_visible|critical|exact||predictions see the tokens that follow
 no_stop_token|critical|exact||answers never end
 dup_batch|critical|exact||the same batch over and over
 dup_ranks|critical|exact||ranks see the same samples

@@ -8,6 +8,7 @@ from sidestep.worker.detectors.composition import CompositionAdjusted
 from sidestep.worker.detectors.confidence import Confidence
 from sidestep.worker.detectors.data_shift import DataShift
 from sidestep.worker.detectors.exact import ExactChecks
+from sidestep.worker.detectors.future import Future
 from sidestep.worker.detectors.generation import GeneratedAnswers
 from sidestep.worker.detectors.gradient_changes import GradientChanges
 from sidestep.worker.detectors.images import Images
@@ -28,6 +29,7 @@ def make_families(settings: DetectorSettings) -> tuple[Family, ...]:
         RepeatedData(settings),
         PriorKnowledge(settings),
         Images(settings),
+        Future(settings),
         Updates(settings),
         AbsoluteChecks(settings),
         CompositionAdjusted(settings),
