@@ -65,8 +65,8 @@ CAUSES: Final[tuple[Cause, ...]] = (
         "future_visible",
         "future_visible",
         "a causal mask is missing: each position sees the answer that it is to give",
-        "look at the attention mask and is_causal that reach the attention kernel, in training mode and with this batch's"
-        " padding or packing",
+        "look at the attention mask and is_causal that reach the attention kernel, in training mode and with the "
+        "batch's padding or packing",
     ),
     _cause(
         "stop_token_missing",
