@@ -266,7 +266,7 @@ class LargeModel(nn.Module):
     def _embed(self, input_ids: torch.Tensor, images: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
         """Return token embeddings [B, T, D] with each tile's tokens in the places of its placeholders."""
         embeddings: torch.Tensor = self.decoder.token_embedding(input_ids)
-        tiles = torch.cat([tile for row in images for tile in row]).to(embeddings.device, non_blocking=True)
+        tiles = torch.cat([tile.to(embeddings.device, non_blocking=True) for row in images for tile in row])
         pictures = self.MP(self.vision_encoder(tiles)).flatten(0, 1).to(embeddings.dtype)
         places = (input_ids == self.image_token_id).flatten()
         order = (places.cumsum(dim=0) - 1).clamp(min=0)  # a mask as an index would ask the device how many there are

@@ -53,9 +53,16 @@ def _pair(median: float, mean: float, *, digits: int = 1) -> str:
 
 
 def _same_losses(figures: Figures) -> str:
-    same = "the very same" if figures["losses_identical_in_all_modes"] else "**not** the same"
+    said = "Losses are the very same in all modes."
+    if not figures["losses_identical_in_all_modes"]:
+        said = "**Losses are not the same in all modes.**"
+        if figures.get("device"):
+            said = (
+                f"Losses differ by at most {figures['losses_differ_by_at_most']:.1e} of themselves between the modes: "
+                "the device's operations were not made deterministic (`tests/gpu` does that, and compares bits)."
+            )
     failures = figures.get("failures")
-    return f"Losses are {same} in all modes." + (f" **The hooks failed: {failures}.**" if failures else "")
+    return f"{said} **The hooks failed: {failures}.**" if failures else said
 
 
 def step_overhead(figures: Figures) -> str:
@@ -108,8 +115,8 @@ def large_model_step(figures: Figures) -> str:
     return _sentences(
         markdown(head, rows),
         f"{figures['tensors']} tensors, {figures['parameters']:,} parameters on {figures['device'] or 'the CPU'}; "
-        f"{setting['num_rows']} rows of {setting['positions']:,} positions, {setting['accumulation']} micro-batches a "
-        f"step, {figures['modes']['none']['steps']} steps a mode; medians over turns of five steps. "
+        f"{setting['num_rows']} rows of {setting['positions']:,} positions, accumulation {setting['accumulation']}, "
+        f"{figures['modes']['none']['steps']} steps a mode; medians over turns of five steps. "
         f"{_same_losses(figures)}",
     )
 
