@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -31,9 +31,13 @@ def stack() -> Iterator[ExitStack]:
         yield made
 
 
-def again(worker: WorkerProcess) -> None:
+def again(worker: WorkerProcess, ranks: Sequence[RankProcess]) -> None:
+    """Start the worker anew, and wait until it knows its ranks: none is late for want of a connection."""
+    before = [rank.accounts()["welcomes"] for rank in ranks]
     worker.kill()
     worker.start()
+    for rank, num_welcomes in zip(ranks, before, strict=True):
+        rank.greeted(num_welcomes + 1)
 
 
 def reasons(worker: WorkerProcess) -> dict[int, str]:
@@ -50,14 +54,16 @@ def test_a_rank_whose_messages_come_after_the_deadline_and_a_restart(
 ) -> None:
     ranks = [stack.enter_context(RankProcess(worker.address, rank=rank, world_size=2)) for rank in (0, 1)]
     for rank in ranks:
+        rank.greeted()
+    for rank in ranks:
         rank.steps(0, 3)
         rank.flush()
     ranks[0].steps(3, 5)
     wait_until(lambda: reasons(worker).get(4) == "deadline", "the deadline passes")
-    again(worker)
+    again(worker, ranks)
     ranks[1].steps(3, 5)
     ranks[1].flush()
-    again(worker)  # what came late is journaled, and waits for the next closing
+    again(worker, ranks)  # what came late is journaled, and waits for the next closing
     for rank in ranks:
         rank.steps(5, 8)
     for rank in ranks:
@@ -79,16 +85,19 @@ def test_a_rank_that_comes_late_with_its_hello_and_one_that_never_comes(
 ) -> None:
     ranks = [stack.enter_context(RankProcess(worker.address, rank=rank, world_size=3)) for rank in (0, 1)]
     for rank in ranks:
+        rank.greeted()
+    for rank in ranks:
         rank.steps(0, 2)
     wait_until(lambda: reasons(worker) == {0: "deadline", 1: "deadline"}, "they close without rank 2")
-    again(worker)
+    again(worker, ranks)
     ranks.append(stack.enter_context(RankProcess(worker.address, rank=2, world_size=3)))
+    ranks[2].greeted()
     for rank in ranks:
         rank.steps(2, 6)
         rank.flush()
     wait_until(lambda: len(reasons(worker)) == 6, "all three are here")
     ranks.pop().kill()
-    again(worker)
+    again(worker, ranks)
     for rank in ranks:
         rank.steps(6, 8)
     wait_until(lambda: len(reasons(worker)) == 8, "they close without rank 2 again")

@@ -2,9 +2,10 @@
 
     python -m tests.support.rank_process ADDRESS RUN_ID INCARNATION RANK WORLD_SIZE START_STEP
 
-Lines on its standard input: ``steps FIRST LAST`` hands over whole steps, ``flush`` waits until the worker has all of
-it, ``send`` until all is on its way, ``accounts`` tells what became of all, ``close`` says goodbye and ends. Each is
-answered by a line. ``RankProcess`` is the other end of these lines.
+Lines on its standard input: ``steps FIRST LAST`` hands over whole steps, ``greeted N`` waits until workers have
+welcomed it so often, ``flush`` until the worker has all of it, ``send`` until all is on its way, ``accounts`` tells
+what became of all, ``close`` says goodbye and ends. Each is answered by a line. ``RankProcess`` is the other end of
+these lines.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from sidestep.trainer_hooks.publisher import Publisher
 
 _CLOSE_SECONDS = 30.0
 _POLL_SECONDS = 0.01
-_ON_THE_WIRE_SECONDS = 0.3
+_ON_THE_WIRE_SECONDS = 1.0
 """After which the socket has handed its messages to the kernel, where they outlive the process."""
 
 
@@ -84,6 +85,10 @@ class RankProcess:
         """Hand over steps ``first`` to ``last - 1``."""
         self.ask(f"steps {first} {last}")
 
+    def greeted(self, num_welcomes: int = 1) -> None:
+        """Return when workers have welcomed it so often: what it is told to hand over leaves at once."""
+        self.ask(f"greeted {num_welcomes}")
+
     def flush(self) -> None:
         """Return when the worker has acked all."""
         self.ask("flush")
@@ -93,7 +98,7 @@ class RankProcess:
         self.ask("send")
 
     def accounts(self) -> dict[str, int]:
-        """Return what became of all messages so far, over all kinds, and how many were sent again."""
+        """Return what became of all that it was told to hand over so far, how many were sent again, and welcomes."""
         found: dict[str, int] = json.loads(self.ask("accounts"))
         return found
 
@@ -122,6 +127,10 @@ class _Rank:
                 self._publisher.submit(message)
                 self._num_submitted += 1
 
+    def greeted(self, num_welcomes: int) -> None:
+        while self._publisher.statistics().num_welcomes < num_welcomes:
+            time.sleep(_POLL_SECONDS)
+
     def flush(self) -> None:
         while sum(each.accepted for each in self._publisher.accounts().values()) < self._num_submitted:
             time.sleep(_POLL_SECONDS)
@@ -131,14 +140,24 @@ class _Rank:
             time.sleep(_POLL_SECONDS)
         time.sleep(_ON_THE_WIRE_SECONDS)
 
+    def _wait_for_a_tick(self) -> None:
+        """Return when the publisher's figures, which are those of its last tick, tell of all that was handed over."""
+        while self._publisher._submissions:
+            time.sleep(_POLL_SECONDS)
+        seen = self._publisher.statistics().num_ticks
+        while self._publisher.statistics().num_ticks == seen:
+            time.sleep(_POLL_SECONDS)
+
     def _num_taken(self) -> int:
         return sum(each.produced for each in self._publisher.accounts().values())
 
     def accounts(self) -> str:
+        self._wait_for_a_tick()
         accounts = list(self._publisher.accounts().values())
         names = ("produced", "accepted", "refused", "dropped", "in_window")
         found = {name: sum(getattr(account, name) for account in accounts) for name in names}
-        return json.dumps({**found, "resent": self._publisher.statistics().num_resends})
+        statistics = self._publisher.statistics()
+        return json.dumps({**found, "resent": statistics.num_resends, "welcomes": statistics.num_welcomes})
 
     def close(self) -> None:
         self._publisher.close(_CLOSE_SECONDS)
@@ -160,6 +179,7 @@ def main() -> None:
     commands: Mapping[str, Callable[..., str | None]] = {
         "accounts": made.accounts,
         "steps": made.steps,
+        "greeted": made.greeted,
         "flush": made.flush,
         "send": made.send,
         "close": made.close,
