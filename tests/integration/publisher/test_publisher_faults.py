@@ -52,6 +52,17 @@ class Trainer:
     def accepted(self) -> int:
         return sum(account.accepted for account in self.publisher.accounts().values())
 
+    def produced(self, kind: Kind) -> int:
+        account = self.publisher.accounts().get(kind)
+        return account.produced if account is not None else 0
+
+    def wait_for_the_end(self) -> None:
+        """Return when the thread has ended, which ``close`` does not wait for beyond its time."""
+        thread = self.publisher._thread
+        assert thread is not None
+        thread.join(20)
+        assert not thread.is_alive(), "the thread ends with close"
+
     def assert_exact(self) -> None:
         for account in self.publisher.accounts().values():
             assert account.produced == account.accepted + account.refused + account.dropped + account.in_window
@@ -68,8 +79,7 @@ def make_trainer(address: str) -> Iterator[Callable[..., Trainer]]:
     yield make
     for trainer in made:
         trainer.publisher.close(0.05)
-        thread = trainer.publisher._thread
-        assert thread is None or not thread.is_alive(), "the thread ends with close"
+        trainer.wait_for_the_end()
 
 
 def losses(step: int, num_tokens: int = 4) -> Losses:
@@ -176,6 +186,7 @@ def test_a_full_window_drops_by_lane_counts_exactly_and_corrects_step_ends(
         time.sleep(0.002)
         trainer.assert_exact()
         assert trainer.publisher.statistics().window_bytes <= 256 << 10
+    eventually(lambda: trainer.produced(Kind.GENERATION) == 119)  # accounts are those of the last tick
     accounts = trainer.publisher.accounts()
     assert accounts[Kind.GENERATION].dropped > accounts[Kind.LOSSES].dropped > 0
     worker.reading = True
@@ -363,10 +374,7 @@ def test_a_console_that_blocks_stops_neither_submit_nor_close(address: str, make
     trainer.publisher.close(0.2)
     assert time.monotonic() - began < 10, "close gives up on a thread that hangs in the user's terminal"
     released.set()
-    thread = trainer.publisher._thread
-    assert thread is not None
-    thread.join(20)
-    assert not thread.is_alive()
+    trainer.wait_for_the_end()
     trainer.assert_exact()
 
 
@@ -405,6 +413,7 @@ def test_close_is_bounded_without_a_worker_and_says_what_is_lost(
     began = time.monotonic()
     trainer.publisher.close(60 if silent_for_long else 0.3)
     assert time.monotonic() - began < 20
+    trainer.wait_for_the_end()
     accounts = trainer.publisher.accounts()
     assert accounts[Kind.LOSSES].dropped == 7
     assert accounts[Kind.GOODBYE].dropped == 1
