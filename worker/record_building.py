@@ -34,7 +34,7 @@ def build_record(step: AssembledStep, context: RunContext) -> StepRecord:
     signals = messages_of(distinct_batches(first_of_rank, context), Signals)
     ends = [end for _, end in sorted(step.ends.items())]
     applied = all(end.applied for end in ends) if ends else None
-    rows = [found for rank, message in signals if (found := sound_rows(rank, message)) is not None]
+    rows = sound_rows(signals)
     facts: dict[str, Any] = {**row_facts(rows), **mean_facts([message for _, message in signals], rows)}
     facts.update(batch_facts(signals))
     facts.update(weight_facts(messages_of(first_of_rank, Signals)))
@@ -80,9 +80,11 @@ def _id(value: int | None) -> int:
 def _counts(signals: Sequence[Signals]) -> Mapping[str, int]:
     """Sum each count over ranks; one that a rank does not know, or is negative, is known of none."""
     found: dict[str, int] = {}
-    for place, name in enumerate(SIGNAL_COUNTS):
-        values = [int(m.counts[place]) if m.counts.ndim == 1 and place < m.counts.size else -1 for m in signals]
-        if values and min(values) >= 0:
+    if not signals:
+        return found
+    known = [m.counts.tolist() if m.counts.ndim == 1 else [] for m in signals]
+    for name, *values in zip(SIGNAL_COUNTS, *known, strict=False):  # what the shortest of them has
+        if min(values) >= 0:
             found[name] = min(sum(values), MAX_COUNT)
     return found
 
