@@ -174,6 +174,11 @@ class Conversation:
             return now - self._opened_at > self._patience.progress_seconds
         return self._delivery.num_unacked > 0 and now - self._last_progress > self._patience.progress_seconds
 
+    def is_alone(self, now: float) -> bool:
+        """Return whether no worker has answered since the start, which is long enough ago to say so."""
+        waited = now - self._started_at
+        return self.num_welcomes == 0 and not self.rejected and waited > self._patience.warning_seconds
+
     def warn_if_alone(self, now: float, address: str) -> None:
         """Say once that no worker answers, or that one does not answer any more."""
         patience = self._patience
@@ -185,7 +190,7 @@ class Conversation:
                 f"{WINDOW_BYTES >> 20} MiB of measurements are kept until it does, then the cheapest are dropped "
                 "and counted.",
             )
-        if self.num_welcomes == 0 and not self.rejected and now - self._started_at > self._patience.warning_seconds:
+        if self.is_alone(now):
             self._console.once(
                 "alone",
                 f"no worker answers at {address}. Training goes on; up to {WINDOW_BYTES >> 20} MiB of measurements "

@@ -13,7 +13,7 @@ _MAX_RECEIVED_PER_TICK = 64
 _BACKOFF_SECONDS = (1.0, 30.0)
 _MAX_FAILURES_COUNTED = 10
 _MOST_DROPPED = 5
-"""Handshakes in a row that the other side may break off before it counts as a refusal."""
+"""Handshakes in a row that the other side may break off before it counts as a refusal, or as what is wrong."""
 
 
 class Link:
@@ -42,6 +42,7 @@ class Link:
         self._num_refusals_in_a_row = 0
         self._num_handshakes = 0
         self._num_dropped = 0
+        self._hangs_up = False
         self.is_blocked = False
         """Whether the socket had no room at the last tick."""
         self.num_frames_sent = 0
@@ -92,6 +93,7 @@ class Link:
             if frame is None:
                 return
             self._num_refusals_in_a_row = 0
+            self._hangs_up = False
             self._conversation.received(frame, now)
 
     def _send(self, connection: Connection, now: float) -> None:
@@ -115,11 +117,13 @@ class Link:
         for outcome in connection.handshakes():
             if outcome is Handshake.DONE:
                 self._num_dropped = 0
+                self._hangs_up = False
                 self._num_handshakes += 1
                 if self._num_handshakes > 1:
                     self._conversation.reconnected(now)
                 continue
             self._num_dropped += 1
+            self._hangs_up = self._hangs_up or self._num_dropped >= _MOST_DROPPED
             # Without keys nothing is proved by a peer that hangs up: a worker that goes away does so too.
             is_in_vain = self._has_keys and self._num_dropped >= _MOST_DROPPED
             if outcome is not Handshake.DROPPED or is_in_vain:
@@ -128,7 +132,10 @@ class Link:
         if self._conversation.wants_new_connection(now):
             self._reopen_at = now
             self.disconnect()
-        if not self._num_refusals_in_a_row:  # else the console has been told what is wrong, and what to do
+        if self._hangs_up and self._conversation.is_alone(now):
+            # Of two that part over keys, the one that has heard the other out hangs up. It may always be the worker.
+            self._console.once("handshake", why_refused(Handshake.DROPPED, self._address, has_keys=self._has_keys))
+        elif not self._num_refusals_in_a_row:  # else the console has been told what is wrong, and what to do
             self._conversation.warn_if_alone(now, self._address)
 
     def _refused(self, outcome: Handshake, now: float) -> None:

@@ -39,20 +39,31 @@ def web_server() -> Iterator[str]:
         thread.join()
 
 
-@pytest.mark.parametrize("is_answered", [False, True])
-def test_worker_absent(
-    make_training: MakeTraining, told: Any, tmp_path: Path, web_server: str, is_answered: bool
-) -> None:
-    address = web_server if is_answered else f"ipc://{tmp_path}/nobody"
+def impatient(address: str) -> Callable[..., Publisher]:
+    """Return what makes a publisher that says soon that nobody answers: ten seconds otherwise."""
 
     def publisher(identity: Any, hello: Any, blobs: Any, staging: Any) -> Publisher:
-        patience = Patience(warning_seconds=0.3)  # ten seconds otherwise
+        patience = Patience(warning_seconds=0.3)
         return Publisher(address, identity, hello, blobs=blobs, source=staging, patience=patience).start()
 
+    return publisher
+
+
+def test_worker_absent(make_training: MakeTraining, told: Any, tmp_path: Path) -> None:
     training = make_training()
-    training.attach(transport=publisher, settings={"close_timeout_seconds": 0.2})
+    training.attach(transport=impatient(f"ipc://{tmp_path}/nobody"), settings={"close_timeout_seconds": 0.2})
     training.run(3)
     told.once("worker absent")
+    training.hooks.close()
+    told.once("worker absent to the end")
+    assert training.hooks.failures() == {}
+
+
+def test_what_listens_is_no_worker(make_training: MakeTraining, told: Any, web_server: str) -> None:
+    training = make_training()
+    training.attach(transport=impatient(web_server), settings={"close_timeout_seconds": 0.2})
+    training.run(3)
+    told.once("a locked endpoint")
     training.hooks.close()
     told.once("worker absent to the end")
     assert training.hooks.failures() == {}
@@ -63,9 +74,9 @@ def test_a_locked_endpoint(make_training: MakeTraining, told: Any) -> None:
         router.plain_server = True  # asks for a name and a password
         port = router.bind_to_random_port("tcp://127.0.0.1")
         training = make_training()
-        training.attach(endpoint=f"tcp://127.0.0.1:{port}", settings={"close_timeout_seconds": 0.2})
+        training.attach(transport=impatient(f"tcp://127.0.0.1:{port}"), settings={"close_timeout_seconds": 0.2})
         training.run(3)
-        told.once("a locked endpoint", 10.0)
+        told.once("a locked endpoint")
         assert training.hooks.failures() == {}
 
 
