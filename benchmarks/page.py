@@ -58,8 +58,8 @@ def _section(name: str, outcome: Mapping[str, Any]) -> str:
     how = f"`{outcome['command']}`, {outcome['seconds']:.0f} s, load before it {outcome['load_before']:.2f}."
     if outcome["status"] == suite.FAILED:
         return f"**Failed**: `{outcome['reason'].replace('`', chr(39))}`\n\n{how}"
-    left_out = f" Left out: {outcome['left_out']}." if outcome["left_out"] else ""
-    return f"{TABLES[name](outcome['figures'])}\n\n{how}{left_out}"
+    note = f" Note: {outcome['note']}." if outcome["note"] else ""
+    return f"{TABLES[name](outcome['figures'])}\n\n{how}{note}"
 
 
 def overhead_block(file: str, content: Mapping[str, Any]) -> str:

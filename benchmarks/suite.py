@@ -47,8 +47,8 @@ class Part:
     """Packages without which nothing of it can be measured."""
     lacks: Says = _nothing
     """Why else nothing of it can be measured here."""
-    leaves_out: Says = _nothing
-    """What of it cannot be measured here."""
+    note: Says = _nothing
+    """What a reader must know: what of it is not measured here."""
 
     def command(self, *, quick: bool) -> list[str]:
         """Return the script and its arguments, as one would type them in the checkout."""
@@ -80,11 +80,7 @@ def _large_device(machine: Surroundings) -> str:
 
 
 def _scaled_down(machine: Surroundings) -> str:
-    return (
-        "scaled down to 2 layers of a small width: it shows that it runs, and nothing about 460M"
-        if machine.quick
-        else ""
-    )
+    return "2 layers of a small width: it shows that it runs, and nothing about 460M" if machine.quick else ""
 
 
 def _kernels_without_device(machine: Surroundings) -> str:
@@ -110,7 +106,7 @@ PARTS = (
         quick=("--layers", "2"),
         needs=("torch", "tokenizers", "wandb"),
         lacks=_large_device,
-        leaves_out=_scaled_down,
+        note=_scaled_down,
     ),
     Part(
         name="nanovlm_step",
@@ -120,14 +116,14 @@ PARTS = (
     Part(
         name="kernels",
         question="How near are the large reductions to one read of the memory that they look at?",
-        leaves_out=_kernels_without_device,
+        note=_kernels_without_device,
     ),
     Part(
         name="publish_cost",
         question="What does handing over 1,760 statistics cost the training thread, beside the trackers?",
         full=("--messages", "0"),
         quick=("--messages", "0"),
-        leaves_out=_trackers,
+        note=_trackers,
     ),
     Part(name="detector_cost", question="What do the detectors cost the worker?", needs=("numpy",)),
     Part(
@@ -170,7 +166,7 @@ def run_parts(parts: Iterable[Part], machine: Surroundings, say: Callable[[str],
         command = part.command(quick=machine.quick)
         say(f"{part.name}: {' '.join(['python', *command])}")
         outcome = run_script(command, limit_seconds=limit_seconds)
-        outcomes[part.name] = {**outcome, "left_out": part.leaves_out(machine)}
+        outcomes[part.name] = {**outcome, "note": part.note(machine)}
         say(f"{part.name}: {outcome['status']} in {outcome['seconds']:.0f} s{_why(outcome)}")
     return outcomes
 

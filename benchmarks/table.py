@@ -21,18 +21,18 @@ WAYS = {
     "trackio": "Trackio",
     "tensorboard": "TensorBoard",
 }
-"""The ways to hand statistics over."""
+"""The ways to hand statistics over, in the order in which they are shown."""
 
 Figures = Mapping[str, Any]
 
 
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table; all columns but the first stand to the right.
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], *, num_texts: int = 1) -> str:
+    """Return a Markdown table; all columns but the first ``num_texts`` stand to the right.
 
     Raises:
         ValueError: a row has more or fewer cells than the head.
     """
-    lines = [_line(head), "| --- |" + " ---: |" * (len(head) - 1)]
+    lines = [_line(head), "|" + " --- |" * num_texts + " ---: |" * (len(head) - num_texts)]
     for row in rows:
         if len(row) != len(head):
             raise ValueError(f"{len(row)} cells under {len(head)} columns: {row}")
@@ -158,7 +158,7 @@ def kernels(figures: Figures) -> str:
     rate = figures.get("copy_terabytes_per_second")
     failed = figures.get("kernels that failed")
     return _sentences(
-        markdown(("of", "way", "median ms", "quartiles ms", "times the floor"), rows),
+        markdown(("of", "way", "median ms", "quartiles ms", "times the floor"), rows, num_texts=2),
         f"A large copy moves {rate:.2f} TB/s; the floor is one read at that rate." if rate else
         "The floor is one sum over each gradient, by the training thread's CPU.",
         f"**Kernels that failed: {failed}.**" if failed else "",
@@ -169,12 +169,14 @@ def publish_cost(figures: Figures) -> str:
     """Return each way to hand 1,760 statistics over."""
     ours = figures["sidestep"]["median_ms"]
     rows = []
-    for way, row in {"sidestep": figures["sidestep"], **figures["peers"]}.items():
+    found = {"sidestep": figures["sidestep"], **figures["peers"]}
+    for way in sorted(found, key=list(WAYS).index):
+        row = found[way]
         if "not_measured" in row:
-            rows.append([WAYS.get(way, way), *[""] * 3, f"not measured: {row['not_measured']}", ""])
+            rows.append([WAYS[way], row["not_measured"], *[""] * 4])
         else:
             figures_of_way = (f"{row[which]:.3f}" for which in ("median_ms", "p99_ms", "slowest_ms"))
-            rows.append([WAYS.get(way, way), str(row["calls"]), *figures_of_way, f"{row['median_ms'] / ours:.1f}"])
+            rows.append([WAYS[way], str(row["calls"]), *figures_of_way, f"{row['median_ms'] / ours:.1f}"])
     return markdown(("way", "calls", "median ms", "p99 ms", "slowest ms", "median, of Sidestep's"), rows)
 
 
