@@ -1,8 +1,8 @@
-"""Whether a position sees the tokens that follow it: the loss there as it is, and with all later answers exchanged.
+"""Whether a position sees the tokens that follow it: its loss as it is, and with all later answer tokens exchanged.
 
 A causal mask that is lost lets every position read the answer that it is to give: the training's loss falls to nothing,
 and what is learnt is to copy (docs/detection.md). In a causal model nothing changes, to the last bit. It costs two
-forwards of one micro-batch on its own interval, on rank 0, in the mode that the model is trained in.
+forwards of one micro-batch on its own interval (the first time three), on rank 0, in the mode that is trained in.
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ from sidestep.trainer_hooks.reductions.cross_entropy import cross_entropy
 FIRST_STEP = 10
 """Probed whatever the interval is: a mask that is lacking from the start is found at once."""
 MAX_ROWS = 512
-"""Rows of a micro-batch that are looked at, one position each."""
+"""Rows of a micro-batch that are looked at, one position each; and candidates for these positions."""
+MAX_PER_ROW = 16
+"""Candidates of a row; the one with the highest loss is taken, as what is certain anyway tells nothing."""
+NOISE_FACTOR = 4.0
+"""Of the change between two equal forwards, taken off: where a kernel adds in another order each time, it is not 0."""
 MAX_FAILURES = 3
 """Exceptions after which it is switched off."""
 
@@ -47,6 +51,7 @@ class FutureProbe:
         self._autocast: Autocast = ()
         self._failures = 0
         self._without_labels = False
+        self._noise: Tensor | None = None
         config = getattr(self._model, "config", None)
         if getattr(config, "is_encoder_decoder", False) is True:
             self._interval = 0  # every position of an encoder sees all others, as it should
@@ -86,17 +91,21 @@ class FutureProbe:
     def _run(self, step: int, given: dict[str, Any], aligned: AlignedBatch) -> Ran | None:
         began = time.perf_counter()
         name = ids_argument(given)
-        other = exchanged(given[name], aligned) if name is not None else None
-        if name is None or other is None:
+        answers = find_answers(given[name], aligned) if name is not None else None
+        if name is None or answers is None:
             return None
-        plain = self._losses(given, aligned, other.positions)
-        changed = None if plain is None else self._losses({**given, name: other.input_ids}, aligned, other.positions)
-        if plain is None or changed is None:
+        seen = self._losses(given, aligned, answers.candidates)
+        if seen is None:
             self._interval = 0  # no logits in any way: nothing can be told of this model
             return None
-        counted = other.counted.to(plain.device) & plain.isfinite() & changed.isfinite()
-        rows = counted.sum()
-        change = torch.where(counted, (changed - plain).abs(), 0.0).sum() / rows.clamp(min=1)
+        plain, best = torch.where(seen.isfinite(), seen, -1.0).max(dim=1)
+        position = answers.candidates.gather(1, best.to(answers.candidates.device).unsqueeze(1))
+        other, is_exchanged = answers.exchanged(position)
+        counted = is_exchanged.to(plain.device) & (plain >= 0)
+        change, rows = _change(plain, self._losses({**given, name: other}, aligned, position), counted)
+        if self._noise is None:
+            self._noise = _change(plain, self._losses(given, aligned, position), counted)[0]
+        beyond = (change - NOISE_FACTOR * self._noise).clamp(min=0)
         seconds = time.perf_counter() - began
 
         def finish(arrays: Mapping[str, Any]) -> Sequence[Message]:
@@ -113,10 +122,10 @@ class FutureProbe:
                 ),
             )
 
-        return {"change": change, "rows": rows}, finish
+        return {"change": beyond, "rows": rows}, finish
 
     def _losses(self, given: Mapping[str, Any], aligned: AlignedBatch, positions: Tensor) -> Tensor | None:
-        """Return the loss at one position of each row, float32 [b]; None where the forward shows no logits.
+        """Return the losses at positions [b, k] of the first rows, float32 [b, k]; None where there are no logits.
 
         A fused loss has no logits while there are labels: then it is asked without them.
         """
@@ -130,30 +139,68 @@ class FutureProbe:
                 return None
             self._without_labels = True
             return self._losses(given, aligned, positions)
-        rows = torch.arange(positions.shape[0], device=source.device)
-        here = positions.to(aligned.targets.device)
-        targets = aligned.targets.narrow(0, 0, here.shape[0]).gather(1, here.unsqueeze(1)).squeeze(1)
-        return cross_entropy(source, rows, positions.to(source.device), targets.to(source.device, torch.int64))
+        targets = aligned.targets.narrow(0, 0, positions.shape[0]).gather(1, positions.to(aligned.targets.device))
+        rows = torch.arange(positions.shape[0], device=source.device).unsqueeze(1).expand(positions.shape)
+        here = positions.to(source.device)
+        wanted = targets.to(source.device, torch.int64)
+        return cross_entropy(source, rows.flatten(), here.flatten(), wanted.flatten()).view(positions.shape)
+
+
+def _change(plain: Tensor, other: Tensor | None, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean absolute change [] of counted rows whose new loss is finite, and how many these are []."""
+    if other is None:
+        raise ValueError("a second forward shows no logits, though the first one did")
+    changes = (other.squeeze(1) - plain).abs()
+    counted = counted & changes.isfinite()
+    rows = counted.sum()
+    return torch.where(counted, changes, 0.0).sum() / rows.clamp(min=1), rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Exchanged:
-    """A batch with its later answers exchanged, on the device of its ids."""
+class Answers:
+    """Where the answer tokens of a micro-batch stand in its ids; all on the device of the ids."""
 
     input_ids: Tensor
     """int [B, T]"""
-    positions: Tensor
-    """Of each row the position after which all answer tokens are others; int64 [min(B, MAX_ROWS)]."""
-    counted: Tensor
-    """Rows in which one was exchanged; bool, the same shape."""
+    targets: Tensor
+    """int [B, T]"""
+    is_answer: Tensor
+    """Labelled positions right behind which their target stands; bool [B, T]."""
+    candidates: Tensor
+    """Some of them in each of the first rows, evenly spread; int64 [min(B, MAX_ROWS), at most MAX_PER_ROW]."""
+
+    def exchanged(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Exchange all answer tokens behind one position of each row for others.
+
+        For the row's first answer token, else for its last, else for the first of the row above.
+
+        Args:
+            position: int64 [b, 1], b as many rows as have candidates.
+
+        Returns:
+            The new ids, int [B, T]; and in which of the rows one was exchanged, bool [b].
+        """
+        rows = position.shape[0]
+        following = F.pad(self.input_ids, (-1, 1))
+        places = self.is_answer.cumsum(dim=1)
+        total = places[:, -1:]
+        first = _token_at(self.targets, self.is_answer & (places == 1))
+        last = _token_at(self.targets, self.is_answer & (places == total))
+        above = torch.where(total.roll(1, dims=0) > 0, first.roll(1, dims=0), first)
+        token = following
+        for candidate in (above, last, first):
+            token = torch.where(candidate == following, token, candidate)
+        columns = torch.arange(following.shape[1], device=following.device)
+        is_later = self.is_answer & (columns >= F.pad(position, (0, 0, 0, following.shape[0] - rows)))
+        put = torch.where(is_later, token, following)
+        is_exchanged = (put != following).any(dim=1).narrow(0, 0, rows)
+        return torch.cat((self.input_ids[:, :1], put[:, :-1]), dim=1), is_exchanged
 
 
-def exchanged(ids: Tensor, aligned: AlignedBatch) -> Exchanged | None:
-    """Exchange the second half of each row's answer tokens for others; no host read, fixed shapes.
+def find_answers(ids: Tensor, aligned: AlignedBatch) -> Answers | None:
+    """Find answer tokens in the ids, in fixed shapes and without a host read.
 
-    A token is exchanged where it stands right behind a labelled position and is that position's target, so that
-    placeholders of images and padding stay; for the row's first such token, else for its last, else for the next row's
-    first. The position looked at is the one in front of the first that is exchanged.
+    Only what stands right behind a labelled position and is its target counts: image placeholders and padding stay.
 
     Returns:
         None where the ids do not go with the labels, or lie on the host and the labels do not.
@@ -161,28 +208,14 @@ def exchanged(ids: Tensor, aligned: AlignedBatch) -> Exchanged | None:
     if ids.shape != aligned.targets.shape or (ids.is_cpu and not aligned.on_host):
         return None
     targets = aligned.targets.to(ids.device, ids.dtype, non_blocking=True)
-    labelled = aligned.labelled.to(ids.device, non_blocking=True)
-    following = F.pad(ids, (-1, 1))
-    is_answer = labelled & (following == targets)
-    is_answer[:, -1] = False
-    places = is_answer.cumsum(dim=1)
-    total = places[:, -1:]
-    middle = (total + 1) // 2
-    is_later = is_answer & (places >= middle)
-    first = _token_at(targets, is_answer & (places == 1))
-    last = _token_at(targets, is_answer & (places == total))
-    has_answer = total > 0
-    beside = torch.where(has_answer.roll(1, dims=0), first.roll(1, dims=0), first)
-    token = following
-    for candidate in (beside, last, first):
-        token = torch.where(candidate == following, token, candidate)
-    put = torch.where(is_later, token, following)
+    is_answer = aligned.labelled.to(ids.device, non_blocking=True) & (F.pad(ids, (-1, 1)) == targets)
+    is_answer = F.pad(is_answer.narrow(1, 0, ids.shape[1] - 1), (0, 1))  # nothing stands behind a row's last position
     rows = min(ids.shape[0], MAX_ROWS)
-    return Exchanged(
-        input_ids=torch.cat((ids[:, :1], put[:, :-1]), dim=1),
-        positions=(is_answer & (places == middle)).to(torch.uint8).argmax(dim=1).narrow(0, 0, rows),
-        counted=(put != following).any(dim=1).narrow(0, 0, rows),
-    )
+    places = is_answer.narrow(0, 0, rows).cumsum(dim=1)
+    per_row = max(1, min(MAX_PER_ROW, MAX_ROWS // rows))
+    ranks = 1 + torch.arange(per_row, device=ids.device) * places[:, -1:] // per_row
+    candidates = torch.searchsorted(places, ranks).clamp(max=ids.shape[1] - 1)
+    return Answers(input_ids=ids, targets=targets, is_answer=is_answer, candidates=candidates)
 
 
 def _token_at(tokens: Tensor, here: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class DetectorSettings:
     image_tokens_labelled: Limit = field(default_factory=lambda: Limit(hits=2, window=3, threshold=0.0))
     label_alignment: Alignment = field(default_factory=Alignment)
     label_leak: Alignment = field(default_factory=Alignment)
-    future_visible: Limit = field(default_factory=lambda: Limit(threshold=0.02, rearm=2))  # nats; causal models: 0
+    future_visible: Limit = field(default_factory=lambda: Limit(threshold=0.002, rearm=2))  # nats; causal: 0
     no_stop_token: StopToken = field(default_factory=StopToken)
     dup_batch: Repeats = field(default_factory=lambda: Repeats(hits=3, window=3))
     dup_in_batch: Limit = field(default_factory=lambda: Limit(hits=3, window=4, threshold=0.6))
