@@ -211,7 +211,8 @@ def make_probes(training: Training, seen: Seen) -> list[StepProbe]:
     if config.image_probe_interval:
         probes.append(ImageProbe(model, reader, config.image_probe_interval))
     if config.future_probe_interval:
-        probes.append(FutureProbe(model, reader, config.future_probe_interval))
+        image_token_id = seen.vocabulary.image_token_id
+        probes.append(FutureProbe(model, reader, config.future_probe_interval, image_token_id=image_token_id))
     return probes
 
 

@@ -42,11 +42,14 @@ class FutureProbe:
 
     name = "future_probe"
 
-    def __init__(self, model: nn.Module, reader: ForwardReader, interval: int) -> None:
+    def __init__(
+        self, model: nn.Module, reader: ForwardReader, interval: int, *, image_token_id: int | None = None
+    ) -> None:
         """Probe at ``FIRST_STEP`` and at half of every ``interval`` steps; 0: never."""
         self._model = unwrapped(model)
         self._reader = reader
         self._interval = interval
+        self._image_token_id = image_token_id
         self._kept = KeptBatch()
         self._autocast: Autocast = ()
         self._failures = 0
@@ -91,7 +94,7 @@ class FutureProbe:
     def _run(self, step: int, given: dict[str, Any], aligned: AlignedBatch) -> Ran | None:
         began = time.perf_counter()
         name = ids_argument(given)
-        answers = find_answers(given[name], aligned) if name is not None else None
+        answers = find_answers(given[name], aligned, self._image_token_id) if name is not None else None
         if name is None or answers is None:
             return None
         seen = self._losses(given, aligned, answers.candidates)
@@ -197,10 +200,11 @@ class Answers:
         return torch.cat((self.input_ids[:, :1], put[:, :-1]), dim=1), is_exchanged
 
 
-def find_answers(ids: Tensor, aligned: AlignedBatch) -> Answers | None:
+def find_answers(ids: Tensor, aligned: AlignedBatch, image_token_id: int | None = None) -> Answers | None:
     """Find answer tokens in the ids, in fixed shapes and without a host read.
 
-    Only what stands right behind a labelled position and is its target counts: image placeholders and padding stay.
+    Only what stands right behind a labelled position and is its target counts: padding stays, and so do placeholders of
+    images, also where they are labelled by mistake.
 
     Returns:
         None where the ids do not go with the labels, or lie on the host and the labels do not.
@@ -210,6 +214,8 @@ def find_answers(ids: Tensor, aligned: AlignedBatch) -> Answers | None:
     targets = aligned.targets.to(ids.device, ids.dtype, non_blocking=True)
     is_answer = aligned.labelled.to(ids.device, non_blocking=True) & (F.pad(ids, (-1, 1)) == targets)
     is_answer = F.pad(is_answer.narrow(1, 0, ids.shape[1] - 1), (0, 1))  # nothing stands behind a row's last position
+    if image_token_id is not None:
+        is_answer = is_answer & (targets != image_token_id)
     rows = min(ids.shape[0], MAX_ROWS)
     places = is_answer.narrow(0, 0, rows).cumsum(dim=1)
     per_row = max(1, min(MAX_PER_ROW, MAX_ROWS // rows))

@@ -374,6 +374,17 @@ def test_only_answer_tokens_are_exchanged_and_all_of_them_behind_the_position(sh
     assert set(made[0][moved[0]].tolist()) <= set(labels[0].tolist())
 
 
+def test_placeholders_of_images_stay_where_they_are_labelled() -> None:
+    given = rows("padded")
+    labels = given["input_ids"].clone()
+    batch = align(input_ids=given["input_ids"], labels=labels, attention_mask=given["attention_mask"])
+    answers = find_answers(given["input_ids"], batch, IMAGE)
+    assert answers is not None
+    made, _ = answers.exchanged(torch.zeros(4, 1, dtype=torch.int64))
+    assert torch.equal(made == IMAGE, given["input_ids"] == IMAGE)
+    assert (made != given["input_ids"]).any(dim=1).all()
+
+
 def test_labels_that_are_not_the_next_tokens_are_left_alone() -> None:
     ids = torch.arange(3, 23).expand(2, 20)
     answers = find_answers(ids, align(input_ids=ids, labels=ids, shifted=True))  # not shifted, and said to be
