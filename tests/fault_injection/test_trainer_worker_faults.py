@@ -7,7 +7,6 @@ the worker is in trouble, and what the accounts say is what the journal holds.
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.faults_scene import MakeTraining, a_worker, assert_all_arrived, closed_steps, trainings
+from tests.support.rank_processes import free_port
 from tests.support.worker_process import WorkerProcess, wait_until
 
 from sidestep.worker.keys import make_keys
@@ -103,13 +103,6 @@ def test_a_worker_that_is_stopped_and_goes_on_gets_everything(
 # ----------------------------------------------------------------------------------- another address, the same name
 
 HOST = "worker.sidestep.test"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def own_hosts_file(hosts: Path) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import random
 import re
 import signal
 import socket
@@ -24,6 +25,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 _MARK = "SIDESTEP_TEST_TREE"
 _OURS = "trainer_hooks"
+_GIVEN_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_FIRST_PORT = 10_000
 
 Commands = Callable[[int], Sequence[Sequence[str]]]
 """From the number of the attempt, 0 or 1, to the commands that run side by side."""
@@ -38,11 +41,17 @@ def say_where_it_hangs(after_seconds: float, grace_seconds: float = 5.0) -> None
 
 
 def free_port() -> int:
-    """A port for the group to meet at: torch's own FileStore hangs now and then when ranks end."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port to be listened on soon, by another process. (Ranks meet at one: torch's own FileStore hangs now and then.)
+
+    It is below those that the kernel gives to whoever connects, which could take it in between, and drawn from where no
+    two tests draw alike.
+    """
+    first_given = int(_GIVEN_PORTS.read_text(encoding="ascii").split()[0])
+    while True:
+        port = random.SystemRandom().randrange(_FIRST_PORT, first_given) if first_given > 2 * _FIRST_PORT else 0
+        with socket.socket() as probe, suppress(OSError):  # else it is taken: draw again
+            probe.bind(("127.0.0.1", port))
+            return int(probe.getsockname()[1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -158,7 +158,7 @@ class WireTrainer:
         for sequence in sorted(set(self.sent) - self.acked):
             self.send_frames(self.sent[sequence])
 
-    def receive(self, timeout_seconds: float = 10.0) -> Message | UnknownMessage | None:
+    def receive(self, timeout_seconds: float = 30.0) -> Message | UnknownMessage | None:
         """Return the next message of the worker, None after the timeout."""
         assert self._socket is not None
         if not self._socket.poll(int(timeout_seconds * 1_000)):
@@ -170,7 +170,7 @@ class WireTrainer:
         self.heard.append(message)
         return message
 
-    def wait_for(self, kind: type[Kindly], timeout_seconds: float = 10.0) -> Kindly:
+    def wait_for(self, kind: type[Kindly], timeout_seconds: float = 30.0) -> Kindly:
         """Return the next message of this kind; others are remembered in ``heard``."""
         deadline = time.monotonic() + timeout_seconds
         while (left := deadline - time.monotonic()) > 0:
@@ -179,7 +179,7 @@ class WireTrainer:
                 return message
         raise AssertionError(f"no {kind.__name__} within {timeout_seconds} s; heard {self.heard[-5:]}")
 
-    def wait_for_acks(self, sequences: Sequence[int], timeout_seconds: float = 15.0) -> None:
+    def wait_for_acks(self, sequences: Sequence[int], timeout_seconds: float = 30.0) -> None:
         """Return when all of ``sequences`` are acked."""
         deadline = time.monotonic() + timeout_seconds
         while not self.acked.issuperset(sequences):
