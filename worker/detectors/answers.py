@@ -81,12 +81,12 @@ class AnswerContent:
         judged = 0
         predictions, entropies = view.predictions, view.entropies
         if predictions is not None and entropies is not None:
-            judged = int(content.sum())
+            judged = view.num_content
             sure = content & (entropies < self._settings.single_answer.sure)
             surely = _most(predictions[sure])
         ids, counts = view.content_targets
         targets = dict(zip(ids[:MAX_COUNTED].tolist(), counts[:MAX_COUNTED].tolist(), strict=True))
-        return _Content(int(view.starts.size), int(content.sum()), judged, targets, surely)
+        return _Content(int(view.starts.size), view.num_content, judged, targets, surely)
 
     def _chosen(self) -> list[_Content]:
         """Return the newest steps that are enough: so many content rows, or as many answers without any."""

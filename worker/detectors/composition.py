@@ -103,7 +103,7 @@ class CompositionAdjusted:
         means = np.bincount(which, weights=view.losses, minlength=counts.size) / counts
         if self._centre.count > self._rule.warmup:
             reach = 3.0 * max(math.sqrt(float(np.square(residuals).mean())), self._rule.floor)
-            means = np.clip(means, expected - reach, expected + reach)
+            means = np.minimum(np.maximum(means, expected - reach), expected + reach)
         self._level.update(view.mean_loss)
         self._costs.learn(known, means, counts)
 

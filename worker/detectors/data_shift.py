@@ -13,7 +13,7 @@ from sidestep.protocol.messages import Json
 from sidestep.worker.detectors.reading import Reading
 from sidestep.worker.detectors.running import RunningMoments, Window
 from sidestep.worker.detectors.settings import DetectorSettings
-from sidestep.worker.detectors.token_table import Shares, pooled
+from sidestep.worker.detectors.token_table import Shares, is_among, pooled
 from sidestep.worker.detectors.view import StepView
 from sidestep.worker.step_record import StepRecord
 
@@ -56,7 +56,7 @@ class DataShift:
     def _histogram(self, view: StepView) -> Iterator[Reading]:
         """Jensen-Shannon divergence of the last steps' content and the usual one, in nats (at most 0.69)."""
         rule = self._settings.target_shift
-        num_rows = int(view.content.sum())
+        num_rows = view.num_content
         if not num_rows:
             return
         ids, counts = view.content_targets
@@ -76,8 +76,8 @@ class DataShift:
             np.concatenate([each[0] for each in self._targets]),
             np.concatenate([each[1] for each in self._targets]) * weights,
         )
-        value = _divergence(ids, shares, self._usual)
         usual = self._usual.of(ids)
+        value = _divergence(ids, shares, self._usual, usual)
         place = int((shares - usual).argmax())
         evidence = (
             f"the targets of the last {rule.pooled} steps are others (divergence {value:.2f}): {{token}} is "
@@ -172,12 +172,20 @@ class DataShift:
         self._samples.values = [float(value) for value in state["samples"]]
 
 
-def _divergence(ids: NDArray[np.int64], shares: NDArray[np.float64], usual: Shares) -> float:
-    """Jensen-Shannon divergence from what is usual, in nats; what neither names is one more id."""
-    absent = ~np.isin(usual.ids, ids)
-    p = np.concatenate([shares, np.zeros(int(absent.sum())), [max(0.0, 1.0 - float(shares.sum()))]])
-    rest = max(0.0, 1.0 - float(usual.shares.sum()))
-    q = np.concatenate([usual.of(ids), usual.shares[absent], [rest]])
+def _divergence(
+    ids: NDArray[np.int64], shares: NDArray[np.float64], usual: Shares, theirs: NDArray[np.float64]
+) -> float:
+    """Jensen-Shannon divergence from what is usual, in nats; what neither names is one more id.
+
+    Args:
+        ids: ascending ids [k].
+        shares: the share of each [k].
+        usual: what is usual.
+        theirs: the usual share of each [k].
+    """
+    absent = usual.shares[~is_among(usual.ids, ids)]
+    p = np.concatenate([shares, np.zeros(absent.size), [max(0.0, 1.0 - float(shares.sum()))]])
+    q = np.concatenate([theirs, absent, [max(0.0, 1.0 - float(usual.shares.sum()))]])
     middle = np.maximum((p + q) / 2, TINY)
     terms = p * np.log(np.maximum(p, TINY) / middle) + q * np.log(np.maximum(q, TINY) / middle)
     return float(terms.sum()) / 2

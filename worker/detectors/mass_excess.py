@@ -19,6 +19,7 @@ from sidestep.protocol.messages import Json
 from sidestep.worker.detectors.reading import Reading
 from sidestep.worker.detectors.rules import Mass
 from sidestep.worker.detectors.settings import DetectorSettings
+from sidestep.worker.detectors.token_table import is_among
 from sidestep.worker.detectors.view import StepView
 
 MAX_TARGETS: Final = 32
@@ -177,7 +178,7 @@ def _pool(view: StepView) -> _Pooled | None:
     if ids.size:  # frequent targets that the mean prediction does not name
         targets, _, counts = view.distinct
         frequent = np.argsort(-counts, kind="stable")[:MAX_TARGETS]
-        unnamed = frequent[~np.isin(targets[frequent], ids)]
+        unnamed = frequent[~is_among(targets[frequent], np.sort(ids))]
         ids = np.concatenate([ids, targets[unnamed].astype(np.int32)])
         low = np.concatenate([low, np.zeros(unnamed.size, np.float32)])
         high = np.concatenate([high, np.full(unnamed.size, rest, np.float32)])
@@ -192,7 +193,7 @@ def _pairs(view: StepView) -> tuple[float, float, float]:
     if predictions is None:
         return 0.0, 0.0, 0.0
     targets = view.record.targets
-    follows = view.answers[1:] == view.answers[:-1]
-    copies = predictions[1:][follows] == targets[:-1][follows]
-    repeats = targets[1:][follows] == targets[:-1][follows]
-    return float(follows.sum()), float(copies.sum()), float(repeats.sum())
+    follows = ~view.begins[1:]
+    copies = (predictions[1:] == targets[:-1]) & follows
+    repeats = (targets[1:] == targets[:-1]) & follows
+    return float(np.count_nonzero(follows)), float(np.count_nonzero(copies)), float(np.count_nonzero(repeats))

@@ -79,7 +79,7 @@ class RepeatedData:
         sketch = record.sketch.tolist()
         if len(sketch) < rule.min_rows or _is_blank(record):
             return
-        known = {key for earlier in self._sketches for key in earlier}
+        known = set[int]().union(*self._sketches)
         share = sum(key in known for key in sketch) / len(sketch)
         self._sketches = [*self._sketches, sketch][-SKETCHED_STEPS:]
         usual = self._usual.mean

@@ -154,8 +154,7 @@ class Window:
         if len(ordered) < 16:
             return None
         middle = _middle(ordered)
-        # Sorted values fall towards their middle and rise from it: two runs, which sorted() only has to merge.
-        spread = MAD_TO_SD * _middle(sorted([abs(each - middle) for each in ordered]))
+        spread = MAD_TO_SD * _median_distance(ordered, middle)
         return (value - middle) / max(spread, floor)
 
 
@@ -175,6 +174,27 @@ class Freeze:
 def median(values: Sequence[float]) -> float:
     """Return the median of at least one value."""
     return _middle(sorted(values))
+
+
+def _median_distance(ordered: Sequence[float], middle: float) -> float:
+    """Return the median of the distances of at least two ascending values from ``middle``, which is among them.
+
+    The nearest values stand in a row: where that row begins is found by bisection, and no distance is sorted.
+    """
+    number = (len(ordered) + 1) // 2
+    low, high = 0, len(ordered) - number
+    while low < high:
+        first = (low + high) // 2
+        if middle - ordered[first] > ordered[first + number] - middle:
+            low = first + 1
+        else:
+            high = first
+    farthest = max(middle - ordered[low], ordered[low + number - 1] - middle)
+    if len(ordered) % 2:
+        return farthest
+    left = middle - ordered[low - 1] if low else math.inf
+    right = ordered[low + number] - middle if low + number < len(ordered) else math.inf
+    return (farthest + min(left, right)) / 2
 
 
 def _middle(ordered: Sequence[float]) -> float:

@@ -226,8 +226,8 @@ class Shares:
         """Return the usual share of each id."""
         if not self.ids.size:
             return np.zeros(ids.size)
-        places = np.minimum(np.searchsorted(self.ids, ids), self.ids.size - 1)
-        return np.where(self.ids[places] == ids, self.shares[places], 0.0)
+        _, places, is_known = _find(self.ids, ids)
+        return np.where(is_known, self.shares[places], 0.0)
 
     def learn(self, ids: NDArray[np.int64], shares: NDArray[np.float64]) -> None:
         """Take in the shares of a step's distinct ids (of the first step, whole)."""
@@ -249,6 +249,11 @@ class Shares:
         self.ids, self.shares = np.frombuffer(ids, "<i8"), np.frombuffer(shares, "<f8")
 
 
+def is_among(ids: NDArray[Any], known: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return which of ``ids`` are among the ascending ``known`` [k]."""
+    return _find(known, ids).is_own
+
+
 def pooled(ids: NDArray[np.int64], values: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return distinct ids, ascending, and the sum of the values of each."""
     distinct, places = np.unique(ids, return_inverse=True)
@@ -256,7 +261,7 @@ def pooled(ids: NDArray[np.int64], values: NDArray[np.float64]) -> tuple[NDArray
     return distinct, sums.astype(np.float64, copy=False)
 
 
-def _find(known: NDArray[np.int32], ids: NDArray[np.int64]) -> Found:
+def _find(known: NDArray[Any], ids: NDArray[np.int64]) -> Found:
     """Return where ``ids`` stand in the ascending ``known``."""
     if not known.size:
         return Found(ids, np.zeros(ids.size, np.int64), np.zeros(ids.size, np.bool_))

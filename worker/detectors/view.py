@@ -77,22 +77,28 @@ class StepView:
         return self.record.predictions if self.record.predictions.size == self.num_rows > 0 else None
 
     @cached_property
-    def starts(self) -> NDArray[np.int64]:
-        """First row of each answer [a]; a rank's first row begins one."""
-        begins = self.record.places == 0
-        ranks = np.concatenate([[0], np.cumsum(self.record.rank_rows)[:-1]]).astype(np.int64)
+    def begins(self) -> NDArray[np.bool_]:
+        """Which rows begin an answer; a rank's first row does [n]."""
+        begins: NDArray[np.bool_] = self.record.places == 0
+        sizes = self.record.rank_rows
+        ranks = np.cumsum(sizes) - sizes
         begins[ranks[ranks < begins.size]] = True
-        return np.flatnonzero(begins)
+        return begins
+
+    @cached_property
+    def starts(self) -> NDArray[np.int64]:
+        """First row of each answer [a]."""
+        return np.flatnonzero(self.begins)
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """Rows of each answer [a]."""
-        return np.diff(np.append(self.starts, self.num_rows))
+        return np.concatenate([self.starts[1:], [self.num_rows]])[: self.starts.size] - self.starts
 
     @cached_property
     def answers(self) -> NDArray[np.int64]:
         """Number of the answer that each row belongs to [n]."""
-        return np.repeat(np.arange(self.starts.size), self.lengths)
+        return np.cumsum(self.begins) - 1
 
     @cached_property
     def content(self) -> NDArray[np.bool_]:
@@ -105,11 +111,16 @@ class StepView:
         return is_content
 
     @cached_property
+    def num_content(self) -> int:
+        """How many rows are content."""
+        return int(np.count_nonzero(self.content))
+
+    @cached_property
     def content_targets(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Distinct targets of the content rows, most frequent first, and how many rows have each [k]."""
         ids, which, _ = self.distinct
         counts = np.bincount(which[self.content], minlength=ids.size)
-        order = np.argsort(-counts, kind="stable")[: int((counts > 0).sum())]
+        order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
         return ids[order], counts[order]
 
     @cached_property
