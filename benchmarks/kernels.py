@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where this is ru
 
 from sidestep.trainer_hooks.kernels import gradient_launch, row_launch
 from sidestep.trainer_hooks.kernels.choice import kernels, stated
-from sidestep.trainer_hooks.reductions import gradients as gradients_module
 from sidestep.trainer_hooks.reductions.cross_entropy import logits_source
+from sidestep.trainer_hooks.reductions.gradient_blocks import BLOCK_ELEMENTS
 from sidestep.trainer_hooks.reductions.gradients import LocalGradient, reduce_gradients
 from sidestep.trainer_hooks.signals.rows import row_signals
 
@@ -298,7 +298,7 @@ def main() -> None:
     else:
         torch.set_num_threads(1)
         results["threads"] = 1
-        results["block_rows"] = gradients_module.BLOCK_ROWS
+        results["block_elements"] = BLOCK_ELEMENTS
         results["gradients, torch.float32"] = host_rows(rounds, width=96 if told.quick else 480)
     print({name: value for name, value in results.items() if not isinstance(value, Mapping)})
     report(results)

@@ -16,12 +16,14 @@ from torch import Tensor
 from sidestep.protocol.limits import GRADIENT_HISTOGRAM_BINS
 from sidestep.protocol.merge import Moments
 from sidestep.protocol.messages import Gradients
+from sidestep.trainer_hooks.reductions import gradient_rows
 from sidestep.trainer_hooks.reductions import gradients as gradients_module
+from sidestep.trainer_hooks.reductions.gradient_pieces import ROW_ELEMENTS
 from sidestep.trainer_hooks.reductions.gradients import LocalGradient, gradients_message, reduce_gradients
 
 torch.set_num_threads(1)
 
-ROW = gradients_module.ROW_ELEMENTS
+ROW = ROW_ELEMENTS
 
 
 def message_of(gradients: list[LocalGradient], **arguments: Any) -> Gradients:
@@ -139,7 +141,7 @@ def test_a_wide_range_within_one_tensor_keeps_its_norm() -> None:
 
 
 def test_a_parameter_may_span_blocks_and_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gradients_module, "BLOCK_ROWS", 3)
+    monkeypatch.setattr(gradient_rows, "BLOCK_ROWS", 3)
     generator = torch.Generator().manual_seed(3)
     sizes = (5, 4 * ROW + 17, 2, 3 * ROW, 9 * ROW + 1)
     gradients = [
@@ -154,7 +156,7 @@ def test_a_parameter_may_span_blocks_and_share_them(monkeypatch: pytest.MonkeyPa
 
 def test_both_ways_of_counting_bins_agree() -> None:
     slots = torch.rand((37, ROW)) * 64
-    on_host = gradients_module._bin_counts(slots)
+    on_host = gradient_rows._bin_counts(slots)
     counts = torch.zeros((64, ROW), dtype=torch.int32)
     one = torch.ones((1, 1), dtype=torch.int32).expand(slots.shape)
     assert torch.equal(counts.scatter_add_(0, slots.to(torch.int64), one).sum(dim=1), on_host)
