@@ -127,6 +127,8 @@ class Signals(Message):
     """Mean of the pixels of each of the hashed images [i], or empty where it is not known."""
     weight_norms: Float32Array = field(default_factory=lambda: empty(np.float32))
     """Norm of each module's trainable weights after the step, as ``module_norms`` [modules], or empty; -1: none."""
+    heartbeat_ungrouped: int = 0
+    """How many of the weights in ``heartbeat``, the last ones, are of parameters that the optimizer has in no group."""
     optimizer_steps: Float64Array = field(default_factory=lambda: empty(np.float64))
     """Updates that the optimizer's own state counts, for the first parameter of each group that has one [groups];
     -1: none. Empty where no group has one on the host."""

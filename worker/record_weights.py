@@ -39,6 +39,7 @@ def weight_facts(signals: Sequence[tuple[int, Signals]]) -> dict[str, Any]:
     lowest = sent[0][1]
     return {
         "weights": lowest.heartbeat.astype(np.float32, copy=False),
+        "weights_ungrouped": min(max(lowest.heartbeat_ungrouped, 0), lowest.heartbeat.size),
         "weights_digest": _digest(lowest.heartbeat.tobytes()),
         "weights_kind": _digest(f"{lowest.heartbeat_digest} {lowest.heartbeat.size}".encode()),
         "desynced_ranks": tuple(desynced[:MAX_NAMED_RANKS]),

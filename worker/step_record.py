@@ -168,6 +168,8 @@ class StepRecord:
     or empty."""
     weights: NDArray[np.float32] = field(default_factory=_NO_SINGLES)
     """The sampled weights of the lowest rank, after the step [h], or empty."""
+    weights_ungrouped: int = 0
+    """How many of them, the last ones, are of parameters that the optimizer has in no group."""
     weights_digest: int = 0
     """Stands for the sampled weights of the lowest rank; 0: not known. Equal digests are equal weights."""
     weights_kind: int = 0

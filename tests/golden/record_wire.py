@@ -173,6 +173,7 @@ def every_kind() -> list[m.Message]:
             forward_seconds=0.25,
             image_means=f32(-0.5),
             weight_norms=f32(3.0, -1.0),
+            heartbeat_ungrouped=1,
             optimizer_steps=f64(12.0, -1.0),
         ),
         m.Probe(

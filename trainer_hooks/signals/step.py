@@ -41,6 +41,7 @@ class StepFacts:
     device_seconds: float = -1.0
     rows_share: float = 1.0
     heartbeat_digest: int = 0
+    heartbeat_ungrouped: int = 0
     norm_shares: int = 0
     norms_clipped: bool = False
     forward_seconds: float = -1.0
@@ -135,6 +136,7 @@ def signals_message(facts: StepFacts, copies: Sequence[HostCopies | None], vocab
         module_norms=_array(arrays, "module_norms"),
         heartbeat=_array(arrays, "heartbeat"),
         heartbeat_digest=facts.heartbeat_digest,
+        heartbeat_ungrouped=facts.heartbeat_ungrouped,
         rates=np.array(facts.rates, np.float64),
         step_seconds=facts.step_seconds,
         wait_seconds=facts.wait_seconds,

@@ -68,7 +68,7 @@ class SignalWatch:
         budget = config.overhead_budget
         self.budget = OverheadBudget((DEVICE_BUDGET if on_device else CPU_BUDGET) if budget is None else budget)
         self._device_time = DeviceTime()
-        self._heartbeat = Heartbeat(model)
+        self._heartbeat = Heartbeat(model, optimizer)
         found = find_projector(model)
         self._projector = ProjectorWatch(found[1], lambda: model.training) if found is not None else None
         self._images: Any = None
@@ -283,6 +283,7 @@ class SignalWatch:
             device_seconds=device_seconds,
             rows_share=self.budget.share,
             heartbeat_digest=self._weights_digest(),
+            heartbeat_ungrouped=self._heartbeat.num_ungrouped,
             norm_shares=0 if self._topology.num_shares == 1 else self._topology.num_shares,
             norms_clipped=self._norms_clipped,
             forward_seconds=self._forward_seconds(),
