@@ -32,7 +32,7 @@ from sidestep.worker.intake.segments import Row
 from sidestep.worker.outbox import entry
 from sidestep.worker.records import StepClosing
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = pytest.mark.timeout(150)
 
 
 @pytest.fixture

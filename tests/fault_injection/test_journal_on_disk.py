@@ -17,7 +17,7 @@ from sidestep.worker.health import ask_health
 SMALL = ("--segment-bytes", "65536")
 NUM_STEPS = 40
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = pytest.mark.timeout(150)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tests.support.rank_process import RankProcess
 from tests.support.run_balance import check_balance, late_parts, num_answers, rows_of
+from tests.support.wire_trainer import step_messages
 from tests.support.worker_process import WorkerProcess, wait_until
 
 pytestmark = pytest.mark.timeout(120)
@@ -35,6 +36,10 @@ def finish(worker: WorkerProcess, num_attempts: int) -> None:
 
 def steps(worker: WorkerProcess) -> list[tuple[int, int]]:
     return [(attempt, step) for attempt, step, reason in worker.closed_steps() if reason != "tail"]
+
+
+def num_stored(worker: WorkerProcess) -> int:
+    return int(worker.query("SELECT COUNT(*) FROM message", "segment-000001.sqlite")[0][0])
 
 
 def has_closed(worker: WorkerProcess, step: tuple[int, int]) -> bool:
@@ -95,6 +100,10 @@ def test_what_a_killed_trainer_had_on_its_way_is_in_the_run_though_the_next_one_
             first.kill()
             worker.process.send_signal(signal.SIGCONT)
             second.flush()
+            # Of two connections either is read first, and nobody sends again what the first one had on its way.
+            wait_until(
+                lambda: num_stored(worker) == (14 + 4) * len(step_messages(0)), "all that was on its way is stored"
+            )
             worker.kill()
             worker.start()
             second.steps(16, 20)

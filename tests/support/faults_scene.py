@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 from tests.support.worker_process import WorkerProcess, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
-HARD_SECONDS = 45.0
+HARD_SECONDS = 60.0
 
 
 class FaultsTraining:

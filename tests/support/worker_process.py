@@ -16,10 +16,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-START_SECONDS = 30.0
+START_SECONDS = 60.0
+"""On a busy machine torch alone takes half a minute to be loaded."""
 
 
-def wait_until(condition: Callable[[], object], what: str, timeout_seconds: float = 30.0) -> None:
+def wait_until(condition: Callable[[], object], what: str, timeout_seconds: float = START_SECONDS) -> None:
     """Return when ``condition`` holds; fails the test after the timeout."""
     deadline = time.monotonic() + timeout_seconds
     while not condition():
