@@ -88,6 +88,11 @@ class _Draft:
         )
 
 
+def _large_ones(detectors: Sequence[Detector]) -> Mapping[str, LargeState]:
+    """Return those that cut their state into pieces, by name; asked once, as asking takes as long as a detector."""
+    return {detector.name: detector for detector in detectors if isinstance(detector, LargeState)}
+
+
 @contextmanager
 def _restoring() -> Iterator[None]:
     try:
@@ -123,6 +128,7 @@ class RunProjection:
         self._settings = RunSettings.from_map(context.settings)
         self._answers = AnswerCounts()
         self._detectors: tuple[Detector, ...] = (UserRules(),) if detectors is None else tuple(detectors)
+        self._large = _large_ones(self._detectors)
         self._own_detectors = tuple(own_detectors)
         self._watch = make_watch(self._settings, self._own_detectors)
         self._changed = ChangedPieces()
@@ -196,10 +202,11 @@ class RunProjection:
         for detector in self._detectors:
             name = f"detector/{detector.name}"
             made.append(Piece(name=name, make=detector.state))
-            if isinstance(detector, LargeState):
+            if detector.name in self._large:
+                large = self._large[detector.name]
                 made += [
-                    Piece(name=f"{name}/{piece}", make=partial(detector.piece, piece), revision=revision)
-                    for piece, revision in detector.revisions().items()
+                    Piece(name=f"{name}/{piece}", make=partial(large.piece, piece), revision=revision)
+                    for piece, revision in large.revisions().items()
                 ]
         return made
 
@@ -270,10 +277,11 @@ class RunProjection:
             name = f"detector/{detector.name}"
             if name in detectors:
                 detector.restore(detectors[name])
-            if isinstance(detector, LargeState):
-                for piece in detector.revisions():
+            if detector.name in self._large:
+                large = self._large[detector.name]
+                for piece in large.revisions():
                     if f"{name}/{piece}" in detectors:
-                        detector.restore_piece(piece, detectors[f"{name}/{piece}"])
+                        large.restore_piece(piece, detectors[f"{name}/{piece}"])
 
     def go_back(self, earlier: RunProjection, notice: Notice | None = None) -> Projection:
         """Know again what ``earlier`` knows, which is not used any more; what was said and counted stays.
@@ -283,7 +291,8 @@ class RunProjection:
             notice: what is to be said of it.
         """
         without_labels = self._answers.batches_without_labels
-        self._answers, self._detectors = earlier._answers, earlier._detectors
+        self._answers = earlier._answers
+        self._detectors, self._large = earlier._detectors, earlier._large
         earlier._watch.follow(self._watch)
         self._watch = earlier._watch
         self._remembered = earlier._remembered
@@ -329,23 +338,15 @@ class RunProjection:
         measured = measure_step(step, self._context, self._settings, self._answers)
         found = measured.found
         seen = self._detect(step, measured)
-        facts, lost = telling_facts(step), self._accounts.losses()
-        companions = {**companion_facts(step), **self._accounts.figures(), **seen.companions}
-        own = {**found.values, **facts}
-        logged = scalar_rows(step.parts.get(Kind.SCALARS, ()), {**own, **companions, **lost})
-        if logged.num_nonfinite:
-            own["sidecar/nonfinite_scalars"] = logged.num_nonfinite
-        if logged.num_left_out:
-            own["sidecar/scalars_left_out"] = logged.num_left_out
-        first, *further = logged.rows
-        if own or first or changed(lost, self._lost_written):
-            draft.add_row({**rank_facts(step, self._context), **companions, **lost, **first, **own})
-            self._lost_written = lost
+        own, lost = {**found.values, **telling_facts(step)}, self._accounts.losses()
+        companions: dict[str, Value] = {}
+        # At most steps nothing is due and nothing is logged: then no row is laid out that would not be written.
+        if own or measured.generated is not None or Kind.SCALARS in step.parts or changed(lost, self._lost_written):
+            companions = {**companion_facts(step), **self._accounts.figures(), **seen.companions}
+            self._add_rows(step, draft, own=own, companions=companions, lost=lost)
         missing = missing_ranks(step, self._context)
         if missing is not None:
             self._tell(missing, draft)
-        for row in further:
-            draft.add_row(row)
         self._remembered.update({key: (step.step, found.values[key]) for key in REMEMBERED if key in found.values})
         self._add_late_rows(step, draft)
         for table in found.tables:
@@ -358,6 +359,37 @@ class RunProjection:
         draft.requests += [self._command(request, draft) for request in seen.requests]
         if measured.generated is not None:
             self._show_evaluation({**companions, **found.values}, draft)
+
+    def _add_rows(
+        self,
+        step: AssembledStep,
+        draft: _Draft,
+        *,
+        own: Mapping[str, Value],
+        companions: Mapping[str, Value],
+        lost: Mapping[str, Value],
+    ) -> None:
+        """Write the step's row, if there is anything to be written, and further ones of what the trainer logged.
+
+        Args:
+            step: the step.
+            draft: takes the rows in.
+            own: what was measured: it is worth a row.
+            companions: what stands in a row that is written anyway.
+            lost: messages that were lost so far: worth a row where they are not those that were written last.
+        """
+        logged = scalar_rows(step.parts.get(Kind.SCALARS, ()), {**own, **companions, **lost})
+        own = dict(own)
+        if logged.num_nonfinite:
+            own["sidecar/nonfinite_scalars"] = logged.num_nonfinite
+        if logged.num_left_out:
+            own["sidecar/scalars_left_out"] = logged.num_left_out
+        first, *further = logged.rows
+        if own or first or changed(lost, self._lost_written):
+            draft.add_row({**rank_facts(step, self._context), **companions, **lost, **first, **own})
+            self._lost_written = dict(lost)
+        for row in further:
+            draft.add_row(row)
 
     def _detect(self, step: AssembledStep, measured: StepMetrics) -> WatchVerdict:
         """Let the user's rules judge, then everything else; what they find joins what was measured."""

@@ -170,7 +170,7 @@ def mean_facts(signals: Sequence[Signals], rows: SoundRows) -> dict[str, Any]:
     values *= np.repeat(weights, [m.mean_ids.size for m in sound])
     means = np.bincount(places.reshape(-1), weights=values, minlength=ids.size)
     order = np.lexsort((ids, -means))[:MAX_MEAN_IDS]
-    targets = np.concatenate([m.targets for m in sound])
+    targets = np.concatenate([np.sort(m.targets) for m in sound])  # rows of a rank weigh the same, in any order
     found = np.minimum(ids.searchsorted(targets), ids.size - 1)
     # A row whose target nobody names adds 0 to another's share, which changes nothing.
     row_weights = np.repeat(weights / sizes, sizes) * (ids[found] == targets)

@@ -32,15 +32,18 @@ class StepMetrics:
 
 
 def measure_step(step: AssembledStep, context: RunContext, settings: RunSettings, counts: AnswerCounts) -> StepMetrics:
-    """Measure every family that has parts at this step; ``counts`` takes the step's answers in."""
+    """Measure every family that has parts at this step, most often none; ``counts`` takes the step's answers in."""
     parts = step.parts
     found = Measurement()
-    found.add(measure_tokens(parts.get(Kind.TOKENS, ()), context))
-    found.add(measure_loss(parts.get(Kind.LOSSES, ()), context, high_loss_sigmas=settings.high_loss_sigmas))
-    if all(end.applied for end in step.ends.values()):
-        gradients = parts.get(Kind.GRADIENTS, ())
+    if tokens := parts.get(Kind.TOKENS):
+        found.add(measure_tokens(tokens, context))
+    if losses := parts.get(Kind.LOSSES):
+        found.add(measure_loss(losses, context, high_loss_sigmas=settings.high_loss_sigmas))
+    gradients = parts.get(Kind.GRADIENTS)
+    if gradients and all(end.applied for end in step.ends.values()):
         found.add(measure_gradients(gradients, context, detail=settings.gradient_detail))
-    found.add(measure_learning_rates(parts.get(Kind.LEARNING_RATES, ()), context))
+    if rates := parts.get(Kind.LEARNING_RATES):
+        found.add(measure_learning_rates(rates, context))
     _measure_answers(step, context, settings, counts, found)
     generated = _measure_generated(step, context, settings, found)
     _tell_malformed(step, context, found)

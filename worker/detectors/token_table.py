@@ -179,7 +179,8 @@ class Places:
         num = num.reshape(self._num_places, num_ids)
         own, new = np.flatnonzero(found.is_own), np.flatnonzero(~found.is_own)
         if own.size:
-            self._counts[:, found.columns[own]] += num.take(own, axis=1).astype(np.float32)
+            columns = found.columns[own]
+            self._counts[:, columns] = self._counts.take(columns, axis=1) + num.take(own, axis=1).astype(np.float32)
         if new.size:
             self._add(found.ids[new], num.take(new, axis=1))
 
