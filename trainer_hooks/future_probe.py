@@ -186,7 +186,7 @@ class Answers:
         rows = position.shape[0]
         following = F.pad(self.input_ids, (-1, 1))
         places = self.is_answer.cumsum(dim=1)
-        total = places[:, -1:]
+        total = _last(places)
         first = _token_at(self.targets, self.is_answer & (places == 1))
         last = _token_at(self.targets, self.is_answer & (places == total))
         above = torch.where(total.roll(1, dims=0) > 0, first.roll(1, dims=0), first)
@@ -197,7 +197,8 @@ class Answers:
         is_later = self.is_answer & (columns >= F.pad(position, (0, 0, 0, following.shape[0] - rows)))
         put = torch.where(is_later, token, following)
         is_exchanged = (put != following).any(dim=1).narrow(0, 0, rows)
-        return torch.cat((self.input_ids[:, :1], put[:, :-1]), dim=1), is_exchanged
+        begin, rest = self.input_ids.narrow(1, 0, 1), put.narrow(1, 0, put.shape[1] - 1)
+        return torch.cat((begin, rest), dim=1), is_exchanged
 
 
 def find_answers(ids: Tensor, aligned: AlignedBatch, image_token_id: int | None = None) -> Answers | None:
@@ -207,9 +208,9 @@ def find_answers(ids: Tensor, aligned: AlignedBatch, image_token_id: int | None 
     images, also where they are labelled by mistake.
 
     Returns:
-        None where the ids do not go with the labels, or lie on the host and the labels do not.
+        None where the ids do not go with the labels, are none, or lie on the host and the labels do not.
     """
-    if ids.shape != aligned.targets.shape or (ids.is_cpu and not aligned.on_host):
+    if ids.shape != aligned.targets.shape or not ids.numel() or (ids.is_cpu and not aligned.on_host):
         return None
     targets = aligned.targets.to(ids.device, ids.dtype, non_blocking=True)
     is_answer = aligned.labelled.to(ids.device, non_blocking=True) & (F.pad(ids, (-1, 1)) == targets)
@@ -219,9 +220,14 @@ def find_answers(ids: Tensor, aligned: AlignedBatch, image_token_id: int | None 
     rows = min(ids.shape[0], MAX_ROWS)
     places = is_answer.narrow(0, 0, rows).cumsum(dim=1)
     per_row = max(1, min(MAX_PER_ROW, MAX_ROWS // rows))
-    ranks = 1 + torch.arange(per_row, device=ids.device) * places[:, -1:] // per_row
+    ranks = 1 + torch.arange(per_row, device=ids.device) * _last(places) // per_row
     candidates = torch.searchsorted(places, ranks).clamp(max=ids.shape[1] - 1)
     return Answers(input_ids=ids, targets=targets, is_answer=is_answer, candidates=candidates)
+
+
+def _last(values: Tensor) -> Tensor:
+    """Return the last column [B, 1]."""
+    return values.narrow(1, values.shape[1] - 1, 1)
 
 
 def _token_at(tokens: Tensor, here: Tensor) -> Tensor:

@@ -19,8 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from sidestep.trainer_hooks.capture import Batch
+from sidestep.trainer_hooks.capture import Batch, ForwardReader
 from sidestep.trainer_hooks.config import HooksConfig
+from sidestep.trainer_hooks.future_probe import FutureProbe, find_answers
 from sidestep.trainer_hooks.reducing import Reducer
 from sidestep.trainer_hooks.reductions.alignment import AlignedBatch, align
 from sidestep.trainer_hooks.reductions.answers import reduce_answers
@@ -271,6 +272,41 @@ def test_every_steps_signals(source: str, labels_at: str, shifted: bool, masked:
         assert _on_device(tensors["0/numbers"])
         assert shapes(tensors)["0/numbers"] == (4, 16 if labels_at == "device" else shapes(tensors)["0/numbers"][1])
     assert watch.device_operations > 20
+
+
+class Predicting(nn.Module):
+    """Logits of the shape of the ids, on the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = head_module()
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        assert labels.shape == input_ids.shape
+        made: Tensor = self.head(torch.zeros((ROWS, POSITIONS, FEATURES), device=CUDA))
+        return made
+
+
+@pytest.mark.parametrize("labels_at", ["host", "device"])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_the_probe_of_the_future(labels_at: str, shifted: bool) -> None:
+    with watched() as watch:
+        labels = ids(CUDA if labels_at == "device" else torch.device("cpu"))
+        given = {"input_ids": ids(CUDA), "labels": labels}
+        model = Predicting()
+        probe = FutureProbe(model, ForwardReader(model, VOCABULARY), 1, image_token_id=3)
+        probe.see(given)
+        probe.keep(Batch(labels=labels), lambda batch: align(input_ids=None, labels=batch.labels, shifted=shifted))
+        made = probe.run(10)
+    assert made is not None
+    assert shapes(made[0]) == {"change": (), "rows": ()}
+    assert all(_on_device(tensor) for tensor in made[0].values())
+    assert watch.device_operations > 50
+
+
+def test_ids_on_the_host_are_not_compared_with_labels_on_a_device() -> None:
+    with watched():
+        assert find_answers(ids(torch.device("cpu")), align(input_ids=None, labels=ids(CUDA))) is None
 
 
 READS: dict[str, Callable[[Tensor], Any]] = {
