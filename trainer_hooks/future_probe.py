@@ -97,7 +97,7 @@ class FutureProbe:
         answers = find_answers(given[name], aligned, self._image_token_id) if name is not None else None
         if name is None or answers is None:
             return None
-        seen = self._losses(given, aligned, answers.candidates)
+        seen = self._losses(given, aligned, answers, answers.candidates)
         if seen is None:
             self._interval = 0  # no logits in any way: nothing can be told of this model
             return None
@@ -105,9 +105,9 @@ class FutureProbe:
         position = answers.candidates.gather(1, best.to(answers.candidates.device).unsqueeze(1))
         other, is_exchanged = answers.exchanged(position)
         counted = is_exchanged.to(plain.device) & (plain >= 0)
-        change, rows = _change(plain, self._losses({**given, name: other}, aligned, position), counted)
+        change, rows = _change(plain, self._losses({**given, name: other}, aligned, answers, position), counted)
         if self._noise is None:
-            self._noise = _change(plain, self._losses(given, aligned, position), counted)[0]
+            self._noise = _change(plain, self._losses(given, aligned, answers, position), counted)[0]
         beyond = (change - NOISE_FACTOR * self._noise).clamp(min=0)
         seconds = time.perf_counter() - began
 
@@ -127,7 +127,9 @@ class FutureProbe:
 
         return {"change": beyond, "rows": rows}, finish
 
-    def _losses(self, given: Mapping[str, Any], aligned: AlignedBatch, positions: Tensor) -> Tensor | None:
+    def _losses(
+        self, given: Mapping[str, Any], aligned: AlignedBatch, answers: Answers, positions: Tensor
+    ) -> Tensor | None:
         """Return the losses at positions [b, k] of the first rows, float32 [b, k]; None where there are no logits.
 
         A fused loss has no logits while there are labels: then it is asked without them.
@@ -141,8 +143,8 @@ class FutureProbe:
             if self._without_labels or labels not in given:
                 return None
             self._without_labels = True
-            return self._losses(given, aligned, positions)
-        targets = aligned.targets.narrow(0, 0, positions.shape[0]).gather(1, positions.to(aligned.targets.device))
+            return self._losses(given, aligned, answers, positions)
+        targets = answers.targets.narrow(0, 0, positions.shape[0]).gather(1, positions)
         rows = torch.arange(positions.shape[0], device=source.device).unsqueeze(1).expand(positions.shape)
         here = positions.to(source.device)
         wanted = targets.to(source.device, torch.int64)
