@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -14,6 +15,11 @@ from sidestep.worker.intake.index import Index
 
 ELSEWHERE_FACTOR: Final = 8
 """Where the process cannot be looked at (another host), silence has to last so many times longer."""
+
+_LONGEST_LISTENING_SECONDS: Final = 0.25
+"""A turn of the worker's loop counts as silence for so long at most: one that took longer was stopped, or starved, and
+what came meanwhile is still to be read."""
+_MAX_PAUSES: Final = 100
 
 _CLOCK_SLACK_SECONDS: Final = 5.0
 """The clock may be set while a host runs, and processes' starts are counted from its boot."""
@@ -57,6 +63,9 @@ class Trainers:
         self._silence_seconds = silence_seconds
         self._born = time.monotonic()
         self._pids: dict[str, list[int] | None] = {}
+        self._asked_at: float | None = None
+        self._pauses: deque[tuple[float, float]] = deque(maxlen=_MAX_PAUSES)
+        """When the loop went on, and for how long it had not listened."""
 
     def refresh(self, incarnation: str) -> None:
         """Another rank has said Hello."""
@@ -65,7 +74,7 @@ class Trainers:
     def lost(
         self, incarnations: Sequence[Incarnation], last_heard: Mapping[str, float], now: float, *, at_once: bool = False
     ) -> dict[str, str]:
-        """Return which of ``incarnations`` are gone, with the reason.
+        """Return which of ``incarnations`` are gone, with the reason; asked in every turn of the worker's loop.
 
         Args:
             incarnations: those that have not ended.
@@ -74,9 +83,10 @@ class Trainers:
             at_once: do not wait for silence where the processes can be seen to be gone (the worker ends).
         """
         gone: dict[str, str] = {}
+        self._note_a_pause(now)
         for incarnation in incarnations:
             name = incarnation.incarnation
-            silent = now - last_heard.get(name, self._born)
+            silent = self._silent_seconds(last_heard.get(name, self._born), now)
             if not at_once and silent < self._silence_seconds:
                 continue  # its processes, which are named by all ranks' Hellos, are looked for when they matter
             pids = self._local_pids(name)
@@ -86,6 +96,16 @@ class Trainers:
             elif not any(self._is_there(pid, incarnation.first_seen) for pid in pids):
                 gone[name] = f"the trainer's process {pids[0]} is gone"
         return gone
+
+    def _note_a_pause(self, now: float) -> None:
+        pause = 0.0 if self._asked_at is None else now - self._asked_at - _LONGEST_LISTENING_SECONDS
+        if pause > 0.0:
+            self._pauses.append((now, pause))
+        self._asked_at = now
+
+    def _silent_seconds(self, heard_at: float, now: float) -> float:
+        """Return for how long the worker has listened since ``heard_at`` in vain."""
+        return now - heard_at - sum(seconds for went_on_at, seconds in self._pauses if went_on_at > heard_at)
 
     @staticmethod
     def _is_there(pid: int, first_seen: float) -> bool:

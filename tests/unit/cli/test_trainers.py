@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tests.support.wire_trainer import make_hello
 
 from sidestep.protocol.frames import Envelope, encode
@@ -61,6 +62,26 @@ def test_a_trainer_whose_process_is_gone_is_lost_once_it_is_silent(tmp_path: Pat
     assert not lost_after(index, made, SILENCE_SECONDS - 1)
     assert lost_after(index, made, SILENCE_SECONDS)
     assert lost_after(index, made, 0.0, at_once=True)
+    index.close()
+
+
+def test_a_worker_that_stood_still_listens_again_before_it_gives_a_trainer_up(tmp_path: Path) -> None:
+    """What came while it stood still is in its sockets."""
+    index, made = index_with(tmp_path, {"host": socket.gethostname(), "pid": ended_pid()})
+    trainers, heard = Trainers(index, SILENCE_SECONDS), {"inc": 100.0}
+    assert not trainers.lost([made], heard, 101.0)
+    went_on_at = 101.0 + 10 * SILENCE_SECONDS
+    listened = [turn / 10 for turn in range(100)]
+    lost = [bool(trainers.lost([made], heard, went_on_at + seconds)) for seconds in listened]
+    assert listened[lost.index(True)] == pytest.approx(SILENCE_SECONDS - 1.0, abs=0.5), "the second before counts"
+    assert trainers.lost([made], heard, went_on_at, at_once=True)
+    index.close()
+
+
+def test_a_worker_that_is_always_slow_gives_a_trainer_up_too(tmp_path: Path) -> None:
+    index, made = index_with(tmp_path, {"host": socket.gethostname(), "pid": ended_pid()})
+    trainers = Trainers(index, SILENCE_SECONDS)
+    assert any(trainers.lost([made], {"inc": 100.0}, 100.0 + 3.0 * turn) for turn in range(60))
     index.close()
 
 
