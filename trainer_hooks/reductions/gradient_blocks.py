@@ -2,15 +2,15 @@
 
 A block goes through all passes while it lies in a core's cache; the operations are those of numpy that run at the
 cache's speed on one thread, whatever the trainer's number of threads is. Sums of a few thousand values are float32, all
-beyond is float64. What this way cannot do (values that are not finite, very large, very small, or far from zero
-compared with how they differ) is left to the operations of ``gradient_rows.py``, and small tensors are too.
+beyond is float64. All is float64 where float32 would not do (very large or very small values, or a mean far from zero),
+where some values are not finite, and for small tensors, which are joined.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sidestep.protocol.limits import GRADIENT_HISTOGRAM_BINS
-from sidestep.trainer_hooks.reductions.gradient_magnitudes import MagnitudeCounter
+from sidestep.trainer_hooks.reductions.gradient_magnitudes import MagnitudeCounter, float32_bits
 from sidestep.trainer_hooks.reductions.gradient_pieces import (
     ABSMAX,
     BETWEEN,
@@ -35,11 +35,11 @@ from sidestep.trainer_hooks.reductions.gradient_rows import reduce_by_rows
 HOST = torch.device("cpu")
 SUMMED_ELEMENTS = 4096
 """Summed in float32; so few are also summed by one thread, since no BLAS would start others for them."""
-BLOCK_ELEMENTS = 24 * SUMMED_ELEMENTS
-"""A block and its magnitudes together take 0.8 MB."""
-LEAST_ELEMENTS = 8192
-"""Of a tensor that is read in blocks."""
-LEAST, MOST = 2.0**-40, 2.0**50
+BLOCK_ELEMENTS = 32 * SUMMED_ELEMENTS
+"""A block and its magnitudes together take 1 MB."""
+SMALL_ELEMENTS = SUMMED_ELEMENTS
+"""Tensors of fewer are joined."""
+_LEAST, _MOST, _NOT_FINITE = (float32_bits(value) for value in (2.0**-40, 2.0**50, np.inf))
 """The largest magnitudes of a block whose squares neither vanish nor overflow."""
 
 
@@ -57,135 +57,229 @@ def reduce_on_host(
     Returns:
         float64 [slots, 6] and int64 [modules, bins]; the same bits for the same gradients.
     """
-    large = [piece for piece in pieces if _is_read_in_blocks(piece.values)]
-    if not large:
-        return reduce_by_rows(HOST, pieces, slots, modules)
-    left = [piece for piece in pieces if not _is_read_in_blocks(piece.values)]
+    readable = [piece for piece in pieces if _has_memory(piece.values)]
+    others = [piece for piece in pieces if not _has_memory(piece.values)]
     histograms = np.zeros((modules, GRADIENT_HISTOGRAM_BINS), np.int64)
-    room = min(BLOCK_ELEMENTS, max(piece.values.shape[0] for piece in large))
+    room = min(BLOCK_ELEMENTS, sum(piece.values.shape[0] for piece in readable))
     counter = MagnitudeCounter(room) if counts_magnitudes else None
-    reader = _Reader(room, sum(-(-piece.values.shape[0] // SUMMED_ELEMENTS) for piece in large), counter)
-    for module, blocks in groupby(_blocks(large), key=lambda block: block.module):
-        left += [block for block in blocks if not reader.read(block)]
+    reader = _Reader(slots, room, counter)
+    for module, group in groupby(sorted(readable, key=_module), key=_module):
+        small: list[Piece] = []
+        large: list[Piece] = []
+        for piece in group:
+            (small if piece.values.shape[0] < SMALL_ELEMENTS else large).append(piece)
+        for joined in _joined(small):
+            reader.read_joined(joined)
+        for piece in large:
+            reader.read(piece)
         if counter is not None:
             counter.move_to(histograms[module])
-    sums, again = reader.sums(slots)
-    if left or again:
-        # Magnitudes of what is summed again have been counted: this time they go to a histogram that nobody reads.
-        left += [Piece(slot=block.slot, module=modules, values=block.values) for block in again]
-        by_rows, counts = (part.numpy() for part in reduce_by_rows(HOST, left, slots, modules + 1))
-        largest = np.maximum(sums[:, ABSMAX], by_rows[:, ABSMAX])
-        sums += by_rows
-        sums[:, ABSMAX] = largest
-        histograms += counts[:modules]
-    return torch.from_numpy(sums), torch.from_numpy(histograms)
+    sums = reader.sums()
+    made = torch.from_numpy(sums), torch.from_numpy(histograms)
+    if others:  # in slots of their own
+        by_rows = reduce_by_rows(HOST, others, slots, modules)
+        made = made[0] + by_rows[0], made[1] + by_rows[1]
+    return made
 
 
-def _is_read_in_blocks(values: Tensor) -> bool:
-    # Subclasses (fake, functional) have no memory to look at.
-    return values.shape[0] >= LEAST_ELEMENTS and type(values) is Tensor and not values.is_neg()
+def _has_memory(values: Tensor) -> bool:
+    """Tell whether a tensor's memory holds its values: not so of subclasses (fake, functional)."""
+    return type(values) is Tensor and not values.is_neg()
 
 
-def _blocks(pieces: Sequence[Piece]) -> Iterator[Piece]:
-    """Cut pieces into blocks of about the same size, module by module."""
-    for piece in sorted(pieces, key=lambda piece: piece.module):
-        size = piece.values.shape[0]
-        number = -(-size // BLOCK_ELEMENTS)
-        step = -(-size // (number * SUMMED_ELEMENTS)) * SUMMED_ELEMENTS
-        for start in range(0, size, step):
-            yield piece if number == 1 else piece.part(start, min(step, size - start))
+def _is_to_be_copied(values: Tensor) -> bool:
+    """Tell whether values are not float32, or do not lie side by side."""
+    return values.dtype != torch.float32 or values.stride(0) != 1
+
+
+def _lengths_and_starts(sizes: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return how long stretches are that lie one after the other, and where they begin; int64 [n] each."""
+    lengths = np.array(sizes, np.int64)
+    return lengths, np.cumsum(lengths) - lengths
+
+
+def _module(piece: Piece) -> int:
+    return piece.module
+
+
+def _joined(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+    """Gather small pieces into blocks."""
+    block: list[Piece] = []
+    room = BLOCK_ELEMENTS
+    for piece in pieces:
+        if piece.values.shape[0] > room:
+            yield block
+            block, room = [], BLOCK_ELEMENTS
+        block.append(piece)
+        room -= piece.values.shape[0]
+    if block:
+        yield block
 
 
 class _Block(NamedTuple):
-    """What is known of a block besides its sums."""
+    """A block that has been summed in float32."""
 
     piece: Piece
-    first_row: int
+    start: int
+    size: int
     zeros: int
-    largest: float
+    largest: int
+    """As ``float32_bits``."""
+    first_row: int
 
 
 class _Reader:
     """Reads blocks, into memory of its own."""
 
-    def __init__(self, most_elements: int, most_rows: int, counter: MagnitudeCounter | None) -> None:
-        """Make room for blocks of at most so many elements, and for the sums of so many rows in all of them."""
+    def __init__(self, slots: int, most_elements: int, counter: MagnitudeCounter | None) -> None:
+        """Make room for blocks of at most so many elements; without a counter, magnitudes are not counted."""
         self._counter = counter
-        self._blocks: list[_Block] = []
-        self._copied: Tensor | None = None
+        self._sums = np.zeros((slots, COLUMNS))
+        self._copied: NDArray[np.float32] | None = None
         self._magnitudes = np.empty(most_elements, np.float32)
+        self._bits = self._magnitudes.view(np.int32)  # without a sign, the order of floats is that of their bits
         self._is_zero = np.empty(most_elements, np.bool_)
         self._ones = np.ones((SUMMED_ELEMENTS, 1), np.float32)
-        self._totals, self._squares = (np.empty((most_rows, 1, 1), np.float32) for _ in range(2))
-        self._num_rows = 0
+        self._blocks: list[_Block] = []
+        self._totals: list[float] = []
+        self._squares: list[float] = []
 
-    def read(self, block: Piece) -> bool:
-        """Read a block; False where it has to go by rows."""
-        size = block.values.shape[0]
-        values = self._float32(block.values)
-        magnitudes = np.abs(values, out=self._magnitudes[:size])
-        # Without a sign, the order of floats is that of their bits: NaN is above all, and no pass looks for it.
-        bits = magnitudes.view(np.int32)
-        largest = np.maximum.reduce(bits).view(np.float32)
-        if largest != 0.0 and not LEAST <= largest <= MOST:
-            return False
-        smallest = np.minimum.reduce(bits).view(np.float32)
-        zeros = 0
-        if smallest == 0.0:
-            zeros = int(np.count_nonzero(np.equal(bits, 0, out=self._is_zero[:size])))
-        self._blocks.append(_Block(block, self._num_rows, zeros, float(largest)))
-        self._sum(values)
-        if self._counter is not None and zeros < size:
-            self._counter.count(magnitudes, float(smallest), float(largest), zeros)
-        return True
+    def read(self, piece: Piece) -> None:
+        """Read a piece in blocks of about the same size."""
+        size = piece.values.shape[0]
+        number = -(-size // BLOCK_ELEMENTS)
+        step = -(-size // (number * SUMMED_ELEMENTS)) * SUMMED_ELEMENTS
+        values = None if _is_to_be_copied(piece.values) else piece.values.numpy()
+        for start in range(0, size, step):
+            end = min(start + step, size)
+            self._read_block(piece, start, self._copy(piece.values[start:end]) if values is None else values[start:end])
 
-    def _float32(self, values: Tensor) -> NDArray[np.float32]:
-        """Return the values themselves where they are float32 and lie side by side, else a copy."""
-        if values.dtype != torch.float32 or values.stride(0) != 1:
-            if self._copied is None:
-                self._copied = torch.empty(self._magnitudes.size, dtype=torch.float32)
-            values = self._copied[: values.shape[0]].copy_(values)
-        made: NDArray[np.float32] = values.numpy()
+    def _copy(self, values: Tensor) -> NDArray[np.float32]:
+        """Return values as float32, side by side, in memory that the next copy overwrites."""
+        if self._copied is None:
+            self._copied = np.empty_like(self._magnitudes)
+        made = self._copied[: values.shape[0]]
+        torch.from_numpy(made).copy_(values)
         return made
 
-    def _sum(self, values: NDArray[np.float32]) -> None:
-        """Add up values and squares, row by row: products of short vectors, which a BLAS has its best code for."""
-        first, full = self._num_rows, values.size // SUMMED_ELEMENTS
-        last = first + full
-        rows = values[: full * SUMMED_ELEMENTS].reshape(full, 1, SUMMED_ELEMENTS)
-        np.matmul(rows, self._ones, out=self._totals[first:last])
-        np.matmul(rows, rows.reshape(full, SUMMED_ELEMENTS, 1), out=self._squares[first:last])
-        rest = values[full * SUMMED_ELEMENTS :]
-        if rest.size:
-            self._totals[last] = np.dot(rest, self._ones[: rest.size, 0])
-            self._squares[last] = np.dot(rest, rest)
-            last += 1
-        self._num_rows = last
+    def _read_block(self, piece: Piece, start: int, values: NDArray[np.float32]) -> None:
+        size = values.size
+        magnitudes, bits = self._magnitudes[:size], self._bits[:size]
+        np.abs(values, out=magnitudes)
+        largest = int(np.maximum.reduce(bits))
+        if largest >= _NOT_FINITE:  # NaN is above all numbers
+            self._read_broken(piece.slot, values)
+            return
+        smallest = int(np.minimum.reduce(bits))
+        zeros = 0 if smallest else int(np.count_nonzero(np.equal(bits, 0, out=self._is_zero[:size])))
+        if not largest or _LEAST <= largest <= _MOST:
+            self._blocks.append(_Block(piece, start, size, zeros, largest, len(self._totals)))
+            self._sum_rows(values)
+        else:
+            self._sum_wide([piece.slot], [size], values, [zeros], [largest])
+        if self._counter is not None and zeros < size:
+            self._counter.count(magnitudes, smallest, largest, zeros)
 
-    def sums(self, slots: int) -> tuple[NDArray[np.float64], list[Piece]]:
-        """Return float64 [slots, 6], and the blocks that are missing there: their means are too far from zero."""
-        made = np.zeros((slots, COLUMNS))
+    def _read_broken(self, slot: int, values: NDArray[np.float32]) -> None:
+        """Read a block some of whose values are not finite: the others of them, in a copy."""
+        kept = values[np.isfinite(values)]
+        self._sums[slot, NOT_ZERO] += values.size - kept.size + -values.size % ROW_ELEMENTS - -kept.size % ROW_ELEMENTS
+        if kept.size:
+            magnitudes = np.abs(kept)
+            smallest, largest = (float32_bits(value) for value in (magnitudes.min(), magnitudes.max()))
+            zeros = kept.size - int(np.count_nonzero(kept))
+            self._sum_wide([slot], [kept.size], kept, [zeros], [largest])
+            if self._counter is not None and zeros < kept.size:
+                self._counter.count(magnitudes, smallest, largest, zeros)
+
+    def _sum_rows(self, values: NDArray[np.float32]) -> None:
+        """Add up values and squares, row by row: products of short vectors, which a BLAS has its best code for."""
+        full, rest = divmod(values.size, SUMMED_ELEMENTS)
+        if full:
+            rows = values[: values.size - rest].reshape(full, 1, SUMMED_ELEMENTS)
+            self._totals += np.matmul(rows, self._ones).ravel().tolist()
+            self._squares += np.matmul(rows, rows.reshape(full, SUMMED_ELEMENTS, 1)).ravel().tolist()
+        if rest:
+            row = values[values.size - rest :]
+            self._totals.append(float(np.dot(row, self._ones[:rest, 0])))
+            self._squares.append(float(np.dot(row, row)))
+
+    def _sum_wide(
+        self,
+        slots: Sequence[int],
+        sizes: Sequence[int],
+        values: NDArray[np.float32],
+        zeros: Sequence[int],
+        largest: Sequence[int],
+    ) -> None:
+        """Add up stretches that lie one after the other, and squared distances from their means, in float64."""
+        lengths, starts = _lengths_and_starts(sizes)
+        wide = values.astype(np.float64)
+        totals = np.add.reduceat(wide, starts)
+        wide -= np.repeat(totals / lengths, lengths)
+        within = np.add.reduceat(np.square(wide, out=wide), starts)
+        self._add(slots=slots, sizes=sizes, zeros=zeros, largest=largest, totals=totals, within=within)
+
+    def read_joined(self, pieces: Sequence[Piece]) -> None:
+        """Read small pieces of one module."""
+        sizes = [piece.values.shape[0] for piece in pieces]
+        _, starts = _lengths_and_starts(sizes)
+        size = sum(sizes)
+        values = np.concatenate([piece.values.to(torch.float32).numpy() for piece in pieces])
+        magnitudes, bits = self._magnitudes[:size], self._bits[:size]
+        np.abs(values, out=magnitudes)
+        largest = np.maximum.reduceat(bits, starts)
+        if largest.max() >= _NOT_FINITE:
+            for piece, value in zip(pieces, largest, strict=True):
+                self.read(piece) if value >= _NOT_FINITE else self.read_joined([piece])
+            return
+        zeros = np.add.reduceat(np.equal(bits, 0, out=self._is_zero[:size]), starts, dtype=np.int64)
+        self._sum_wide([piece.slot for piece in pieces], sizes, values, zeros.tolist(), largest.tolist())
+        num_zeros = int(zeros.sum())
+        if self._counter is not None and num_zeros < size:
+            smallest = int(np.minimum.reduce(bits))
+            self._counter.count(magnitudes, smallest, int(largest.max()), num_zeros)
+
+    def _add(
+        self,
+        *,
+        slots: Sequence[int],
+        sizes: Sequence[int],
+        zeros: Sequence[int],
+        largest: Sequence[int],
+        totals: NDArray[np.float64],
+        within: NDArray[np.float64],
+    ) -> None:
+        """Add what was found of some stretches to their slots."""
+        lengths = np.array(sizes, np.int64)
+        not_zero = lengths - zeros
+        columns = np.zeros((len(slots), COLUMNS))
+        columns[:, NOT_ZERO] = not_zero + -lengths % ROW_ELEMENTS
+        columns[:, FINITE_NOT_ZERO] = not_zero
+        columns[:, SUM], columns[:, WITHIN], columns[:, BETWEEN] = totals, within, totals * totals / lengths
+        np.add.at(self._sums, slots, columns)
+        np.maximum.at(self._sums[:, ABSMAX], slots, np.array(largest, np.int32).view(np.float32))
+
+    def sums(self) -> NDArray[np.float64]:
+        """Return float64 [slots, 6] of all that was read; to be called once."""
         if not self._blocks:
-            return made, []
-        starts = np.array([block.first_row for block in self._blocks])
-        totals, squares = (
-            np.add.reduceat(part[: self._num_rows, 0, 0].astype(np.float64), starts)
-            for part in (self._totals, self._squares)
+            return self._sums
+        starts = [block.first_row for block in self._blocks]
+        totals, squares = (np.add.reduceat(np.array(part), starts) for part in (self._totals, self._squares))
+        between = totals * totals / np.array([block.size for block in self._blocks])
+        is_spread = between <= 0.5 * squares  # else the difference of the two is less exact than they are
+        spread = [block for block, is_in in zip(self._blocks, is_spread, strict=True) if is_in]
+        self._add(
+            slots=[block.piece.slot for block in spread],
+            sizes=[block.size for block in spread],
+            zeros=[block.zeros for block in spread],
+            largest=[block.largest for block in spread],
+            totals=totals[is_spread],
+            within=(squares - between)[is_spread],
         )
-        sizes = np.array([block.piece.values.shape[0] for block in self._blocks])
-        zeros = np.array([block.zeros for block in self._blocks])
-        largest = np.array([block.largest for block in self._blocks])
-        between = totals * totals / sizes
-        is_spread = between <= 0.5 * squares
-        columns: dict[int, NDArray[Any]] = {
-            NOT_ZERO: sizes - zeros + -sizes % ROW_ELEMENTS,
-            FINITE_NOT_ZERO: sizes - zeros,
-            SUM: totals,
-            WITHIN: squares - between,
-            BETWEEN: between,
-        }
-        owners = np.array([block.piece.slot for block in self._blocks])[is_spread]
-        for column, values in columns.items():
-            np.add.at(made[:, column], owners, values[is_spread])
-        np.maximum.at(made[:, ABSMAX], owners, largest[is_spread])
-        return made, [block.piece for block, is_in in zip(self._blocks, is_spread, strict=True) if not is_in]
+        for block, is_in in zip(self._blocks, is_spread, strict=True):
+            if not is_in:
+                values = block.piece.values[block.start : block.start + block.size]
+                here = self._copy(values) if _is_to_be_copied(values) else values.numpy()
+                self._sum_wide([block.piece.slot], [block.size], here, [block.zeros], [block.largest])
+        return self._sums

@@ -14,7 +14,7 @@ from sidestep.protocol.limits import GRADIENT_HISTOGRAM_BINS, GRADIENT_HISTOGRAM
 
 _LOW, _HIGH = GRADIENT_HISTOGRAM_LOG10_RANGE
 _BINS_PER_DECADE = GRADIENT_HISTOGRAM_BINS / (_HIGH - _LOW)
-_FIRST, _LAST = np.float32(1.0001 * 10.0**_LOW), np.float32(0.9999 * 10.0**_HIGH)
+_FIRST, _LAST = 1.0001 * 10.0**_LOW, 0.9999 * 10.0**_HIGH
 """Within the first and the last bin: what lies beyond counts as these."""
 _SLOPE = -_BINS_PER_DECADE * math.log10(2.0)
 _BELOW_ONE = np.float32(_SLOPE * (1.0 - 3e-7))
@@ -24,6 +24,14 @@ _FROM_LAST = np.float32(_SLOPE), np.float32(_BINS_PER_DECADE * _HIGH - 2e-6)
 """Times the logarithm of any magnitude, plus: bins that it lies under the last edge, a hair less."""
 _HIGHEST_BINS = int(-_BINS_PER_DECADE * _LOW) - 1, GRADIENT_HISTOGRAM_BINS - 1
 """The bins of code 0, by ``_BELOW_ONE`` and by ``_FROM_LAST``."""
+
+
+def float32_bits(value: float) -> int:
+    """Return a float32's representation as a whole number."""
+    return int(np.float32(value).view(np.int32))
+
+
+_FIRST_BITS, _LAST_BITS, _ONE_BITS = (float32_bits(value) for value in (_FIRST, _LAST, 1.0))
 
 
 class MagnitudeCounter:
@@ -36,19 +44,19 @@ class MagnitudeCounter:
         self._pairs = np.zeros((2, GRADIENT_HISTOGRAM_BINS * 256), np.int64)
         self._single = np.zeros((2, GRADIENT_HISTOGRAM_BINS), np.int64)
 
-    def count(self, magnitudes: NDArray[np.float32], smallest: float, largest: float, zeros: int) -> None:
+    def count(self, magnitudes: NDArray[np.float32], smallest: int, largest: int, zeros: int) -> None:
         """Count magnitudes [n], which are used up.
 
         Args:
             magnitudes: finite.
-            smallest: the smallest of them.
-            largest: the largest of them.
+            smallest: the smallest of them, as ``float32_bits``.
+            largest: the largest of them, likewise.
             zeros: how many are zero; they do not count.
         """
         size = magnitudes.size
-        if smallest < _FIRST or largest > _LAST:
-            torch.from_numpy(magnitudes).clamp_(float(_FIRST), float(_LAST))
-        above_one = int(largest >= 1.0)
+        if smallest < _FIRST_BITS or largest > _LAST_BITS:
+            torch.from_numpy(magnitudes).clamp_(_FIRST, _LAST)
+        above_one = int(largest >= _ONE_BITS)
         _log2(magnitudes)
         codes = self._codes[:size]
         if above_one:

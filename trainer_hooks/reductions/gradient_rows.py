@@ -1,4 +1,4 @@
-"""Partial statistics of gradients by operations of torch, on any device, whatever the values are.
+"""Partial statistics of gradients by operations of torch, on any device, whatever the values are; nothing is read.
 
 Many small tensors, or few large ones, become rows of equal length, so that a handful of operations serve all of them
 and the memory in use is that of one block of rows. Sums over a row are float32 with the row's own scale and centre;
@@ -19,9 +19,6 @@ from sidestep.trainer_hooks.reductions.gradient_pieces import COLUMNS, FINITE_NO
 BLOCK_ROWS = 4096
 """Rows that are reduced together; a block takes 5 times its 16 MB while it is."""
 
-HOST_BLOCK_ROWS = 256
-"""The same on the host: few enough for its caches."""
-
 _LEAST, _MOST = 2.0**-120, 2.0**120
 
 
@@ -41,17 +38,12 @@ def reduce_by_rows(device: torch.device, pieces: Sequence[Piece], slots: int, mo
     largest = torch.zeros(slots, dtype=torch.float32, device=device)
     histograms = torch.zeros((modules, GRADIENT_HISTOGRAM_BINS), dtype=torch.int64, device=device)
     filler = torch.full((ROW_ELEMENTS,), torch.nan, device=device)
-    on_host = device.type == "cpu"
-    for block in _blocks(pieces, min(BLOCK_ROWS, HOST_BLOCK_ROWS) if on_host else BLOCK_ROWS):
+    for block in _blocks(pieces, BLOCK_ROWS):
         values = _in_rows(block, filler)
         owners = _owners(block, device)
-        magnitudes = values.abs()
-        if on_host and bool((row_absmax := magnitudes.amax(dim=1)).isfinite().all()):
-            row_sums = _finite_row_sums(values, row_absmax)
-        else:
-            finite = torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
-            magnitudes = torch.abs(finite, out=magnitudes)
-            row_sums, row_absmax = _row_sums(values, finite, magnitudes)
+        finite = torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+        magnitudes = finite.abs()
+        row_sums, row_absmax = _row_sums(values, finite, magnitudes)
         sums.index_add_(0, owners, row_sums)
         largest.scatter_reduce_(0, owners, row_absmax, "amax")
         _count_magnitudes(histograms, block, magnitudes, row_sums.select(1, FINITE_NOT_ZERO))
@@ -106,20 +98,6 @@ def _row_sums(values: Tensor, finite: Tensor, magnitudes: Tensor) -> tuple[Tenso
     return torch.stack(columns, dim=1), absmax
 
 
-def _finite_row_sums(values: Tensor, absmax: Tensor) -> Tensor:
-    """Return what ``_row_sums`` does of rows that are full and finite, in half the passes; ``values`` are used up."""
-    not_zero = torch.ne(values, 0.0, out=torch.empty_like(values)).sum(dim=1).to(torch.float64)
-    factor = torch.exp2(-absmax.clamp(_LEAST, _MOST).log2_().floor_())
-    unit = factor.to(torch.float64).reciprocal_()
-    centre = values.mul_(factor.unsqueeze(1)).sum(dim=1) / ROW_ELEMENTS
-    rest = values.sub_(centre.unsqueeze(1))
-    left = rest.sum(dim=1).to(torch.float64) / ROW_ELEMENTS
-    spread = (torch.linalg.vecdot(rest, rest).to(torch.float64) - ROW_ELEMENTS * left.square()).clamp_(min=0.0)
-    mean = (centre.to(torch.float64) + left) * unit
-    total = mean * ROW_ELEMENTS
-    return torch.stack((not_zero, not_zero, total, spread * unit.square(), total * mean), dim=1)
-
-
 def _count_magnitudes(histograms: Tensor, block: Sequence[Piece], magnitudes: Tensor, finite_not_zero: Tensor) -> None:
     """Add each row's log10 magnitudes to its module's histogram; ``magnitudes`` are used up."""
     low, high = GRADIENT_HISTOGRAM_LOG10_RANGE
@@ -138,8 +116,6 @@ def _count_magnitudes(histograms: Tensor, block: Sequence[Piece], magnitudes: Te
 
 def _bin_counts(slots: Tensor) -> Tensor:
     """Count whole parts of 0 to 63; int64 [64]."""
-    if slots.device.type == "cpu":
-        return torch.bincount(slots.flatten().to(torch.uint8), minlength=GRADIENT_HISTOGRAM_BINS)
     # One column of counters per column of the rows: a device's threads then never meet at one counter.
     counts = torch.zeros((GRADIENT_HISTOGRAM_BINS, ROW_ELEMENTS), dtype=torch.int32, device=slots.device)
     one = torch.ones((1, 1), dtype=torch.int32, device=slots.device).expand(slots.shape)
