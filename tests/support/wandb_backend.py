@@ -14,7 +14,6 @@ import json
 import re
 import socket
 import threading
-import time
 import weakref
 from collections import Counter
 from collections.abc import Mapping
@@ -118,8 +117,8 @@ class Fault:
     """HTTP status; -1: the connection is dropped."""
     requests: int = -1
     """How many; -1: all."""
-    delay_seconds: float = 0.0
-    """Wait instead of failing, where it is not 0."""
+    until: threading.Event | None = None
+    """Wait for this instead of failing, and then go on: what the sender meant long ago lands late."""
 
 
 class WandbBackend:
@@ -396,10 +395,10 @@ class _Connection(BaseHTTPRequestHandler):
         fault = self.server.backend.fault_of(kind)
         if fault is None:
             return False
-        if run_id and not fault.delay_seconds and run_id in self.server.backend.runs:
+        if run_id and fault.until is None and run_id in self.server.backend.runs:
             self.server.backend.runs[run_id].posts_by_status[fault.status] += 1
-        if fault.delay_seconds:
-            time.sleep(fault.delay_seconds)
+        if fault.until is not None:
+            fault.until.wait()
             self._late = True
             return False
         if fault.status < 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,8 @@ def test_a_post_of_a_killed_sink_that_lands_late_changes_nothing(
     outbox.write([run_entry(), *map(row_entry, range(6))])
     supervisor.start()
     until(supervisor, lambda: supervisor.status().num_rows == 6)
-    backend.faults["filestream"] = Fault(delay_seconds=3.0, requests=1)
+    landing = threading.Event()
+    backend.faults["filestream"] = Fault(until=landing, requests=1)
     outbox.write([row_entry(6), row_entry(7)])
     until(supervisor, lambda: backend.operations["fault filestream"] == 1)
     for pid in sink_processes(tmp_path):
@@ -93,6 +95,7 @@ def test_a_post_of_a_killed_sink_that_lands_late_changes_nothing(
     outbox.write([row_entry(8), FINISH])
     until(supervisor, lambda: is_finished(supervisor))
     run = backend.runs["run1"]
+    landing.set()
     until(supervisor, lambda: backend.operations["stored late"] == 1)
     assert_every_row_once(run, 9)
     assert run.repeated_lines >= 2, "rows 6 and 7 at least, and those before them where no post was sooner"
@@ -145,7 +148,8 @@ def test_a_table_whose_upload_died_with_the_worker_is_asked_for_once_more(
     first.start()
     run = backend.runs.setdefault("run1", BackendRun(name="run1"))
     until(first, lambda: len(run.history) == 1 and backend.operations["CommitArtifact"] == 1)
-    backend.faults["upload"] = Fault(delay_seconds=20.0)
+    landing = threading.Event()
+    backend.faults["upload"] = Fault(until=landing)
     outbox.write([table_entry(1, "t-1")])
     until(first, lambda: len(run.history) == 2)
     for pid in sink_processes(tmp_path):
@@ -159,6 +163,7 @@ def test_a_table_whose_upload_died_with_the_worker_is_asked_for_once_more(
     assert second.take_unconfirmed_tables() == (1,)
     outbox.write([table_entry(1, "t-1"), FINISH])  # what the worker does with it
     until(second, lambda: is_finished(second))
+    landing.set()
     assert [row["sidecar/table_id"] for row in run.history] == ["t-0", "t-1", "t-1"]
     third = supervise(backend)
     third.start()
