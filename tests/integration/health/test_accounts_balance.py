@@ -21,6 +21,7 @@ from tests.support.worker_process import WorkerProcess, wait_until
 from sidestep.protocol import frames
 from sidestep.protocol.frames import Envelope
 from sidestep.protocol.messages import Generation, Kind, LearningRates, Message, StepEnd
+from sidestep.trainer_hooks.accounts import KindAccount
 from sidestep.trainer_hooks.publisher import Publisher
 from sidestep.worker.intake.schema import unpack_pairs
 
@@ -51,6 +52,11 @@ class Trainer:
         self.submitted: Counter[Kind] = Counter()
         self.num_looks = 0
         self.step = -1
+
+    def account(self, kind: Kind) -> KindAccount:
+        """Return a kind's account as of the last tick, which may have seen nothing of it yet."""
+        nothing = KindAccount(produced=0, accepted=0, refused=0, dropped=0, in_window=0)
+        return self.publisher.accounts().get(kind, nothing)
 
     def look(self) -> None:
         for kind, account in self.publisher.accounts().items():
@@ -122,13 +128,13 @@ def test_the_accounts_balance_at_every_step_and_the_run_ends_with_the_publishers
     trainer = Trainer(worker.address)
     try:
         trainer.train(12)
-        wait_until(lambda: trainer.publisher.accounts()[Kind.LEARNING_RATES].refused == 1, "one message is refused")
+        wait_until(lambda: trainer.account(Kind.LEARNING_RATES).refused == 1, "one message is refused")
         wait_until(trainer.is_settled, "the rest is stored")
         os.kill(worker.process.pid, signal.SIGSTOP)
         trainer.train(10)  # they leave, and nobody reads them
         worker.kill()
         trainer.train(20, bulky=True)  # a megabyte into a window of a quarter
-        wait_until(lambda: trainer.publisher.accounts()[Kind.GENERATION].dropped > 0, "the window is full")
+        wait_until(lambda: trainer.account(Kind.GENERATION).dropped > 0, "the window is full")
         worker.start()
         trainer.train(5)
         wait_until(trainer.is_settled, "all that is left is stored")

@@ -80,7 +80,7 @@ def test_a_killed_trainers_run_has_all_it_acked_ends_as_failed_and_its_worker_fo
 def test_a_trainer_elsewhere_is_given_up_after_a_long_silence_and_goes_on_where_it_comes_back(
     folder_of_workers: list[WorkerProcess],
 ) -> None:
-    worker = WorkerProcess("--trainer-silence-seconds", "0.2")
+    worker = WorkerProcess("--trainer-silence-seconds", "0.5")
     folder_of_workers.append(worker)
     worker.start()
     place = {**make_hello().topology, "host": "another.example"}
