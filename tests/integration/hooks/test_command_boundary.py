@@ -22,7 +22,8 @@ RANKS = 4
 TRIALS = 60
 STEPS_BETWEEN = 30
 STEP_SECONDS = 0.005
-PATIENCE_SECONDS = 120.0
+STEPS_APART = 5
+PATIENCE_SECONDS = 170.0
 
 
 def client(port: int) -> Any:
@@ -53,7 +54,8 @@ def rank(number: int, port: int, together: Barrier, pipe: Connection) -> None:
     for step in range((TRIALS + 1) * STEPS_BETWEEN):
         if step in heard:
             waiting.append(heard[step])
-        together.wait(PATIENCE_SECONDS)  # as an all-reduce keeps them in step; each then goes on when it does
+        if step % STEPS_APART == 0:
+            together.wait(PATIENCE_SECONDS)  # as all-reduces keep them in step, give or take some
         time.sleep(draw.random() * 2 * STEP_SECONDS)
         command = control.at_boundary(step)
         if command is not None:
@@ -61,7 +63,7 @@ def rank(number: int, port: int, together: Barrier, pipe: Connection) -> None:
     pipe.send((taken, len(control.over), agreement.errors))
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(240)
 def test_all_ranks_take_a_command_at_one_step_or_none_does() -> None:
     torch_distributed: Any = distributed
     store = torch_distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
