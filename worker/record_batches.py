@@ -110,9 +110,10 @@ def _image_facts(signals: Sequence[tuple[int, Signals]]) -> dict[str, Any]:
 
 
 def _median(values: NDArray[np.float32]) -> float:
-    """Return the median of at least one finite value, as ``np.median`` has it and in a tenth of its time."""
+    """Return the median of at least one finite value, in single precision, as ``np.median`` in a tenth of its time."""
     ordered, half = np.sort(values), values.size // 2
-    return float(ordered[half] if values.size % 2 else ordered[half - 1 : half + 1].mean())
+    low, high = float(ordered[half if values.size % 2 else half - 1]), float(ordered[half])
+    return float(np.float32((low + high) / 2))
 
 
 def _num_flat(message: Signals) -> int:

@@ -192,8 +192,8 @@ def _rest(message: Signals) -> float | None:
     ids, values = message.mean_ids, message.mean_probabilities
     if not ids.size or ids.shape != values.shape or ids.ndim != 1:
         return None
-    named, least, total = ids.tolist(), values.min(), float(values.sum(dtype=np.float64))
-    is_sound = least >= 0 and total <= 1.01  # False for a NaN
-    if not is_sound or min(named) < 0 or max(named) > MAX_ID or len(set(named)) < ids.size:
+    named, least = ids.tolist(), values.min()
+    if not least >= 0 or min(named) < 0 or max(named) > MAX_ID or len(set(named)) < ids.size:  # not >=: a NaN too
         return None
-    return float(min(least, max(0.0, 1.0 - total)))
+    total = float(values.sum(dtype=np.float64))
+    return float(min(least, max(0.0, 1.0 - total))) if total <= 1.01 else None
