@@ -4,8 +4,9 @@
 
 On a CUDA device, by its own clock: the statistics of all gradients of nanoVLM-460M (440 tensors), and the labelled
 fifth of the logits of 32 x 1024 positions, by kernel, by torch's operations, by foreach and by torch.compile. The floor
-is the bytes of one read at the rate of a large copy. Without a device: the gradients' statistics by torch's operations
-beside one sum over them. Medians of one run, the ways taking turns. ``--sweep`` tries other sizes of the programs.
+is the bytes of one read at the rate of a large copy. Without a device: the gradients' statistics with and without their
+histogram beside one sum over each gradient, by the calling thread's CPU time on one thread and by the wall clock on as
+many as torch has. Medians of one run, the ways taking turns. ``--sweep`` tries other sizes of the programs.
 """
 
 from __future__ import annotations
@@ -32,14 +33,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where this is ru
 from sidestep.trainer_hooks.kernels import gradient_launch, row_launch
 from sidestep.trainer_hooks.kernels.choice import kernels, stated
 from sidestep.trainer_hooks.reductions.cross_entropy import logits_source
-from sidestep.trainer_hooks.reductions.gradient_blocks import BLOCK_ELEMENTS
+from sidestep.trainer_hooks.reductions.gradient_blocks import BLOCK_ELEMENTS, reduce_on_host
+from sidestep.trainer_hooks.reductions.gradient_pieces import Piece
+from sidestep.trainer_hooks.reductions.gradient_rows import reduce_by_rows
 from sidestep.trainer_hooks.reductions.gradients import LocalGradient, reduce_gradients
 from sidestep.trainer_hooks.signals.rows import row_signals
 
 Call = Callable[[], object]
 
-ROUNDS, QUICK_ROUNDS = 30, 3
+ROUNDS, HOST_ROUNDS, QUICK_ROUNDS = 30, 15, 3
 COPY_BYTES = 2 << 30
+ONE_READ = "one read"
 LABELLED_SHARE = 0.2
 SIGNAL_ROWS = 896
 """Labelled rows of a step that the detectors look at, by default."""
@@ -88,12 +92,17 @@ def drawn(shapes: Sequence[tuple[int, ...]], device: torch.device, dtype: torch.
     return made
 
 
-def timed(ways: Mapping[str, Call], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Return milliseconds of every call of each way; they take turns, after two calls that are not counted."""
+def timed(
+    ways: Mapping[str, Call], rounds: int, device: torch.device, clock: Callable[[], float] = time.thread_time
+) -> dict[str, list[float]]:
+    """Return milliseconds of every call of each way; they take turns, after two calls that are not counted.
+
+    On the host they are those of ``clock``, which says seconds.
+    """
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 2):
         for name, call in ways.items():
-            taken_ms = _device_ms(call) if device.type == "cuda" else _host_ms(call)
+            taken_ms = _device_ms(call) if device.type == "cuda" else _host_ms(call, clock)
             if number >= 2:
                 taken[name].append(taken_ms)
     return taken
@@ -109,10 +118,10 @@ def _device_ms(call: Call) -> float:
     return float(first.elapsed_time(second))
 
 
-def _host_ms(call: Call) -> float:
-    began = time.thread_time()
+def _host_ms(call: Call, clock: Callable[[], float]) -> float:
+    began = clock()
     call()
-    return (time.thread_time() - began) * 1e3
+    return (clock() - began) * 1e3
 
 
 @contextmanager
@@ -213,18 +222,44 @@ def logit_rows(device: torch.device, rounds: int, rate: float, *, batch: int, wi
     }
 
 
-def host_rows(rounds: int, *, width: int) -> dict[str, Any]:
-    """Measure the gradients' statistics on the host, by the training thread's CPU time."""
+def host_rows(
+    rounds: int, dtype: torch.dtype, *, width: int, clock: Callable[[], float] = time.thread_time
+) -> dict[str, Any]:
+    """Measure the gradients' statistics on the host."""
     device = torch.device("cpu")
-    held = drawn(nanovlm_shapes(width), device, torch.float32)
+    held = drawn(nanovlm_shapes(width), device, dtype)
     tensors = [each.gradient for each in held]
+    pieces = [Piece(slot=slot, module=each.module, values=each.gradient.view(-1)) for slot, each in enumerate(held)]
+    slots, modules = len(pieces), 1 + max(each.module for each in held)
+    floor = f"{ONE_READ}, by torch.sum"
     ways: dict[str, Call] = {
-        "one sum over each": lambda: [tensor.sum() for tensor in tensors],
-        "torch's operations": by_torch(lambda: reduce_gradients(held)),
+        floor: lambda: [tensor.sum() for tensor in tensors],
+        f"{ONE_READ}, by torch.dot with itself": lambda: [torch.dot(each.values, each.values) for each in pieces],
+        "statistics without the histogram": lambda: reduce_on_host(pieces, slots, modules, counts_magnitudes=False),
+        "statistics": lambda: reduce_on_host(pieces, slots, modules),
+        "statistics, the whole call": by_torch(lambda: reduce_gradients(held)),
+        "statistics, by torch's operations": lambda: reduce_by_rows(device, pieces, slots, modules),
         "foreach, norms and largest only": lambda: foreach(tensors),
     }
-    taken = timed(ways, rounds, device)
-    return rows_of(taken, statistics.median(taken["one sum over each"]))
+    taken = timed(ways, rounds, device, clock)
+    both = zip(taken["statistics"], taken["statistics without the histogram"], strict=True)
+    taken["the histogram alone, by the difference"] = [whole - without for whole, without in both]
+    return rows_of(taken, statistics.median(taken[floor]))
+
+
+def host_results(*, quick: bool) -> dict[str, Any]:
+    """Measure the host: one thread by its CPU time, and all of torch's by the wall clock."""
+    rounds, width = (QUICK_ROUNDS, 96) if quick else (HOST_ROUNDS, 480)
+    threads = torch.get_num_threads()
+    results: dict[str, Any] = {"block_elements": BLOCK_ELEMENTS, "load": os.getloadavg()[0]}
+    torch.set_num_threads(1)
+    for dtype in (torch.float32, torch.bfloat16):
+        results[f"gradients, {dtype}, 1 thread, CPU time"] = host_rows(rounds, dtype, width=width)
+    torch.set_num_threads(threads)
+    if threads > 1:
+        name = f"gradients, {torch.float32}, {threads} threads, wall clock"
+        results[name] = host_rows(rounds, torch.float32, width=width, clock=time.perf_counter)
+    return results | {"load_at_the_end": os.getloadavg()[0]}
 
 
 def rows_of(taken: Mapping[str, list[float]], floor_ms: float) -> dict[str, Any]:
@@ -276,7 +311,7 @@ def main() -> None:
     told = parser.parse_args()
     on_device = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if on_device else torch.device("cpu")
-    rounds = QUICK_ROUNDS if told.quick else ROUNDS
+    rounds = QUICK_ROUNDS if told.quick else ROUNDS if on_device else HOST_ROUNDS
     results: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": torch.cuda.get_device_name(device) if on_device else platform.machine(),
@@ -296,10 +331,7 @@ def main() -> None:
             results["sweep of the gradients"] = sweep(device, rounds, rate)
         results["kernels that failed"] = dict(kernels.failures) or None
     else:
-        torch.set_num_threads(1)
-        results["threads"] = 1
-        results["block_elements"] = BLOCK_ELEMENTS
-        results["gradients, torch.float32"] = host_rows(rounds, width=96 if told.quick else 480)
+        results |= host_results(quick=told.quick)
     print({name: value for name, value in results.items() if not isinstance(value, Mapping)})
     report(results)
     if told.json is not None:

@@ -9,7 +9,6 @@ where some values are not finite, and for small tensors, which are joined.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -57,17 +56,21 @@ def reduce_on_host(
     Returns:
         float64 [slots, 6] and int64 [modules, bins]; the same bits for the same gradients.
     """
-    readable = [piece for piece in pieces if _has_memory(piece.values)]
-    others = [piece for piece in pieces if not _has_memory(piece.values)]
+    others: list[Piece] = []
+    by_module: dict[int, tuple[list[Piece], list[Piece]]] = {}
+    total = 0
+    for piece in pieces:
+        size = piece.values.shape[0]
+        if not _has_memory(piece.values):
+            others.append(piece)
+            continue
+        by_module.setdefault(piece.module, ([], []))[size >= SMALL_ELEMENTS].append(piece)
+        total += size
     histograms = np.zeros((modules, GRADIENT_HISTOGRAM_BINS), np.int64)
-    room = min(BLOCK_ELEMENTS, sum(piece.values.shape[0] for piece in readable))
+    room = min(BLOCK_ELEMENTS, total)
     counter = MagnitudeCounter(room) if counts_magnitudes else None
     reader = _Reader(slots, room, counter)
-    for module, group in groupby(sorted(readable, key=_module), key=_module):
-        small: list[Piece] = []
-        large: list[Piece] = []
-        for piece in group:
-            (small if piece.values.shape[0] < SMALL_ELEMENTS else large).append(piece)
+    for module, (small, large) in by_module.items():
         for joined in _joined(small):
             reader.read_joined(joined)
         for piece in large:
@@ -87,6 +90,10 @@ def _has_memory(values: Tensor) -> bool:
     return type(values) is Tensor and not values.is_neg()
 
 
+def _float32(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float32 else values.to(torch.float32)
+
+
 def _is_to_be_copied(values: Tensor) -> bool:
     """Tell whether values are not float32, or do not lie side by side."""
     return values.dtype != torch.float32 or values.stride(0) != 1
@@ -98,20 +105,16 @@ def _lengths_and_starts(sizes: Sequence[int]) -> tuple[NDArray[np.int64], NDArra
     return lengths, np.cumsum(lengths) - lengths
 
 
-def _module(piece: Piece) -> int:
-    return piece.module
-
-
 def _joined(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
     """Gather small pieces into blocks."""
     block: list[Piece] = []
     room = BLOCK_ELEMENTS
     for piece in pieces:
-        if piece.values.shape[0] > room:
-            yield block
-            block, room = [], BLOCK_ELEMENTS
-        block.append(piece)
         room -= piece.values.shape[0]
+        if room < 0:
+            yield block
+            block, room = [], BLOCK_ELEMENTS - piece.values.shape[0]
+        block.append(piece)
     if block:
         yield block
 
@@ -225,7 +228,7 @@ class _Reader:
         sizes = [piece.values.shape[0] for piece in pieces]
         _, starts = _lengths_and_starts(sizes)
         size = sum(sizes)
-        values = np.concatenate([piece.values.to(torch.float32).numpy() for piece in pieces])
+        values = np.concatenate([_float32(piece.values).numpy() for piece in pieces])
         magnitudes, bits = self._magnitudes[:size], self._bits[:size]
         np.abs(values, out=magnitudes)
         largest = np.maximum.reduceat(bits, starts)

@@ -75,8 +75,8 @@ class MagnitudeCounter:
     def move_to(self, histogram: NDArray[np.int64]) -> None:
         """Add what has been counted since the last time to int64 [bins]."""
         for highest, pairs, single in zip(_HIGHEST_BINS, self._pairs, self._single, strict=True):
-            table = pairs.reshape(GRADIENT_HISTOGRAM_BINS, 256)
-            codes = table.sum(axis=1) + table.sum(axis=0)[:GRADIENT_HISTOGRAM_BINS] + single
+            table = pairs.reshape(GRADIENT_HISTOGRAM_BINS, 256)[:, :GRADIENT_HISTOGRAM_BINS]
+            codes = table.sum(axis=1) + table.sum(axis=0) + single
             histogram[: highest + 1] += codes[highest::-1]
         self._pairs.fill(0)
         self._single.fill(0)
