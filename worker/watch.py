@@ -132,11 +132,12 @@ class Watch:
         spoken = self._judge(record.step, readings, context)
         spoken += self._judge_user_rules(record.step, verdict, findings)
         spoken.sort(key=lambda pair: _ORDER.get(pair[1].name, len(_ORDER)))
+        suspicious = self._suspicious(readings)
         changes = self._incidents.take(
             record,
             spoken,
             facts=self._facts.around(min(firing.first_step for firing, _ in spoken)) if spoken else frozenset(),
-            suspicious=self._suspicious(readings),
+            suspicious=suspicious,
             active={name for name, each in self._persistence.items() if each.is_active},
         )
         return WatchVerdict(
@@ -144,7 +145,7 @@ class Watch:
             companions={"incidents/open": self._num_open},
             announcements=announcements(changes, findings, record.step),
             tables=self._tables(changes, view, context),
-            requests=self._requests(record, changes, readings, has_samples=generated is not None),
+            requests=self._requests(record, changes, suspicious, has_samples=generated is not None),
             notices=tuple(notice_once(f"detector_failed:{text[:64]}", text, record.step) for text in failures),
             readings={reading.name: reading.value for reading in readings},
         )
@@ -241,17 +242,17 @@ class Watch:
         return tuple(tables)
 
     def _requests(
-        self, record: StepRecord, changes: Sequence[Change], readings: Sequence[Reading], *, has_samples: bool
+        self, record: StepRecord, changes: Sequence[Change], suspicious: frozenset[str], *, has_samples: bool
     ) -> tuple[Request, ...]:
         asked: list[Request] = []
         critical = [c.incident for c in changes if c.kind in {"opened", "worse"} and _is_critical(c.incident)]
         if critical and self._policy.on_critical:
             asked.append(Request(action=self._policy.on_critical, reason=f"incident {critical[0].name}"))
-        suspicious = sorted(self._suspicious(readings) & _SAMPLED_ON)
+        sampled_on = sorted(suspicious & _SAMPLED_ON)
         is_quiet = self._asked_at >= 0 and record.step < self._asked_at + self._policy.sample_every_steps
-        if self._policy.sample_when_suspicious and suspicious and not has_samples and not is_quiet:
+        if self._policy.sample_when_suspicious and sampled_on and not has_samples and not is_quiet:
             self._asked_at = record.step
-            asked.append(Request(action="sample", reason=f"{', '.join(suspicious)} is suspicious"))
+            asked.append(Request(action="sample", reason=f"{', '.join(sampled_on)} is suspicious"))
         return tuple(asked)
 
     def begin(self, attempt: int, step: int) -> None:  # noqa: ARG002  (the step says it all)
