@@ -30,12 +30,25 @@ def _cause(name: str, detectors: str, text: str, advice: str, facts: str = "") -
     )
 
 
+_RISEN: Final = (
+    "cal_up loss_cusum loss_spike confidence_gap worse_than_uniform worse_than_prior back_to_prior mass_excess "
+    "mass_deficit user_rules"
+)
+"""Detectors that speak where the loss rose; what went with its first step tells why."""
+
 CAUSES: Final[tuple[Cause, ...]] = (
     _cause(
         "batch_without_labels",
         "no_labels",
         "the chat template, the truncation or ignore_index leaves a batch without a label",
         "look at the collator's output for the named batch; drop or fill samples whose answer was cut away",
+    ),
+    _cause(
+        "mask_inverted",
+        "label_masked_pos",
+        "the attention mask is inverted or belongs to other rows: all that has a label is padding by it",
+        "print input_ids beside attention_mask: 1 is for what is read, 0 for padding",
+        facts="all_masked",
     ),
     _cause(
         "padding_labelled",
@@ -105,6 +118,12 @@ CAUSES: Final[tuple[Cause, ...]] = (
         "look at the pixel values of the named batch, as the model gets them",
     ),
     _cause(
+        "pixels_scaled",
+        "image_scale",
+        "pixels are on another scale: not divided, divided twice, or normalised with other numbers",
+        "print minimum, maximum and mean of the pixels as the model gets them; compare the image processor's settings",
+    ),
+    _cause(
         "data_repeats",
         "data_repeats",
         "the sampler draws the same few samples",
@@ -121,6 +140,18 @@ CAUSES: Final[tuple[Cause, ...]] = (
         "lr_zero",
         "the schedule gives 0: its length is in other units than the steps, or it was not restored",
         "print the schedule's rate over the steps to come",
+    ),
+    _cause(
+        "schedule_spent",
+        "lr_spent",
+        "the schedule was made for fewer steps: it is stepped too often, or its length is that of one rank or epoch",
+        "compare the schedule's length with the optimizer steps to come; step it once an optimizer step",
+    ),
+    _cause(
+        "optimizer_lost",
+        "optimizer_reset",
+        "the optimizer's state was lost: it was made anew, cleared, or not loaded with the checkpoint",
+        "load the optimizer's state with the weights; make the optimizer once, outside the loop",
     ),
     _cause(
         "bad_start",
@@ -169,7 +200,7 @@ CAUSES: Final[tuple[Cause, ...]] = (
     ),
     _cause(
         "weights_stand",
-        "no_update",
+        "no_update weights_frozen not_in_optimizer",
         "the optimizer does not hold these weights, or its steps are lost",
         "compare the optimizer's parameters with the model's",
     ),
@@ -184,6 +215,24 @@ CAUSES: Final[tuple[Cause, ...]] = (
         "rank_outlier",
         "one rank has other data, or computes wrongly",
         "compare the named rank's samples; move it to another device",
+    ),
+    _cause(
+        "weights_damaged",
+        "weights_jump",
+        "weights were changed by something else than the optimizer: overwritten, loaded, frozen in part, or decayed",
+        "go back to a checkpoint before the first step named; look at what was loaded, resized or frozen there",
+    ),
+    _cause(
+        "loss_changed",
+        "loss_differs",
+        "the loss has become another: a temperature, a weight, smoothing, a reduction or an auxiliary term",
+        "compare the trainer's loss with the mean cross-entropy of the same batch",
+    ),
+    _cause(
+        "too_smooth",
+        "underconfident",
+        "the targets are smoothed far too much, or the loss bounds or scales the logits",
+        "look at label smoothing, temperatures and soft targets: the share that stays is 1 minus the smoothing",
     ),
     _cause(
         "rate_too_high",
@@ -227,12 +276,26 @@ CAUSES: Final[tuple[Cause, ...]] = (
         facts="targets_changed",
     ),
     _cause(
+        "optimisation",
+        _RISEN,
+        "the updates are others than they were: gradients that add up, are clipped away, scaled or lost",
+        "look at zero_grad, at accumulation, clipping and the GradScaler from the first step named on",
+        facts="updates_changed",
+    ),
+    _cause(
+        "inputs_changed",
+        _RISEN,
+        "prompts or images are others than they were: a template, a tokenizer, an image processor",
+        "decode the named batch and look at its images, as the model gets them",
+        facts="abrupt inputs_changed",
+    ),
+    _cause(
         "labels_or_inputs_wrong",
-        "cal_up loss_cusum loss_spike confidence_gap",
+        _RISEN,
         "targets or inputs are wrong from the first step named on: the model was as sure as before (noisy "
         "or shuffled labels, images of other samples)",
         "decode the named batch: do question, image and answer belong together?",
-        facts="outputs_unchanged",
+        facts="abrupt outputs_unchanged",
     ),
     _cause(
         "module_broken",
@@ -241,12 +304,20 @@ CAUSES: Final[tuple[Cause, ...]] = (
         "look at the named module: its inputs, its scale, its rate",
     ),
     _cause(
+        "forward_changed",
+        _RISEN,
+        "the model says something else with the weights that it had: dropout, a mask, a buffer or a scale within it "
+        "has changed, or what its images show",
+        "run the named batch through a checkpoint from before, in training and in evaluation mode; look at its images",
+        facts="abrupt outputs_changed weights_steady",
+    ),
+    _cause(
         "weights_damaged",
-        "cal_up loss_cusum loss_spike worse_than_uniform worse_than_prior",
+        _RISEN,
         "the model itself changed: an update that was too large, an optimizer state that was lost, weights "
         "that were overwritten",
         "go back to a checkpoint before the first step named; lower the rate; look at what was loaded or changed there",
-        facts="outputs_changed",
+        facts="abrupt outputs_changed",
     ),
     _cause(
         "optimisation",

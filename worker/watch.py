@@ -24,6 +24,7 @@ from sidestep.worker.detectors.rules import Rule
 from sidestep.worker.detectors.settings import DetectorSettings
 from sidestep.worker.detectors.updates import Updates
 from sidestep.worker.detectors.view import StepView
+from sidestep.worker.detectors.weights import Weights
 from sidestep.worker.incident_causes import cause_named
 from sidestep.worker.incidents import Change, Incident, IncidentLog
 from sidestep.worker.metrics.measurement import Table, Value, notice_once
@@ -44,8 +45,8 @@ from sidestep.worker.watch_verdict import (
 
 __all__ = ["Announcement", "Policy", "Request", "Watch", "WatchVerdict"]
 
-STATE_VERSION: Final = 2
-READ_VERSIONS: Final = (1, STATE_VERSION)
+STATE_VERSION: Final = 3
+READ_VERSIONS: Final = (1, 2, STATE_VERSION)
 GRACE_STEPS: Final = 100
 """Steps of an announced stage in which what compares with the past does not speak (docs/detection.md)."""
 ROLLBACK_STEPS: Final = 50
@@ -127,7 +128,7 @@ class Watch:
         view = StepView(record, context, generated)
         readings = [reading for family in self._families for reading in family.read(view)]
         own, failures = self._own.read(record)
-        self._facts.take(record, view.target_cost)
+        self._facts.take(view)
         readings += own
         spoken = self._judge(record.step, readings, context)
         spoken += self._judge_user_rules(record.step, verdict, findings)
@@ -262,7 +263,7 @@ class Watch:
         ``ROLLBACK_STEPS``: then they are learned anew.
         """
         for family in self._families:
-            if isinstance(family, RepeatedData | Updates):
+            if isinstance(family, RepeatedData | Updates | Weights):
                 family.resume()
             if step + ROLLBACK_STEPS < self._newest:
                 family.forget()

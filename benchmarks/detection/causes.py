@@ -14,6 +14,7 @@ _L, _D, _I, _M, _W, _R, _O, _K, _Q = (
 
 POINTS_TO: Final[Mapping[str, frozenset[Blame]]] = {
     "batch_without_labels": frozenset({_L}),
+    "mask_inverted": frozenset({_D, _Q}),
     "padding_labelled": frozenset({_L}),
     "image_tokens_labelled": frozenset({_L}),
     "label_leak": frozenset({_L}),
@@ -31,6 +32,13 @@ POINTS_TO: Final[Mapping[str, frozenset[Blame]]] = {
     "projector_silent": frozenset({_M, _I}),
     "module_detached": frozenset({_M}),
     "weights_stand": frozenset({_O, _M}),
+    "pixels_scaled": frozenset({_I}),
+    "schedule_spent": frozenset({_R}),
+    "optimizer_lost": frozenset({_O}),
+    "loss_changed": frozenset({_L, _O}),
+    "too_smooth": frozenset({_L, _O}),
+    "inputs_changed": frozenset({_D, _I}),
+    "forward_changed": frozenset({_M, _I}),
     "bad_start": frozenset({_W}),
     "diverged": frozenset({_R, _O}),
     "numbers_lost": frozenset({_W, _O}),

@@ -63,6 +63,8 @@ updates_skipped|critical|exact||optimizer steps are skipped
 no_gradient|critical|exact||the gradient is 0
 module_dead|critical|exact||a module gets no gradient
 no_update|critical|exact||the weights do not move
+optimizer_reset|critical|exact||the optimizer has lost its state
+not_in_optimizer|critical|exact||weights that are to be trained are in no optimizer
 nonfinite|critical|exact||numbers that are none
 init_loss|critical|exact||the model starts worse than guessing
 worse_than_uniform|critical|exact||the model is worse than guessing
@@ -82,6 +84,12 @@ worse_than_start|critical|self||the model gets worse than it began
 image_lost|critical|self||images are not looked at any more
 gen_repetition|critical|generation|collapse|generated answers loop
 user_rules|critical|generation|collapse|the generated answers are collapsed
+weights_jump|critical|self||weights were changed by something else than the optimizer
+weights_frozen|warning|self||weights do not move any more
+loss_differs|warning|self||the loss that is trained on has become another
+underconfident|warning|exact||the model is far less sure than it is right
+lr_spent|warning|exact||the schedule has ended long before the training
+image_scale|warning|shift||the pixels are on another scale
 image_unused|warning|self||images are not looked at
 never_beyond_prior|warning|self||nothing is learned beyond counting
 loss_spike|warning|self||the loss spikes

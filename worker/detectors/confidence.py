@@ -24,12 +24,13 @@ MIN_ANSWERS: Final = 4
 
 
 class Confidence:
-    """``confidence_gap``: the model is surer than it is right."""
+    """``confidence_gap``: the model is surer than it is right; ``underconfident``: it is far less sure."""
 
     name = "confidence"
 
     def __init__(self, settings: DetectorSettings) -> None:
         self._rule = settings.confidence_gap
+        self._unsure = settings.underconfident
         self._reset()
 
     def _reset(self) -> None:
@@ -37,6 +38,7 @@ class Confidence:
         self._sum = Cusum(allowance=rule.allowance, limit=rule.threshold, clip=rule.clip)
         self._own = RunningMoments(rate=rule.rate, floor=rule.floor)
         self._freeze = Freeze(rule.freeze_steps)
+        self._num_readings = 0
 
     def read(self, view: StepView) -> Sequence[Reading]:
         """Judge one step."""
@@ -50,6 +52,10 @@ class Confidence:
             deviations = view.sum_by_answer(deviations)
         error = max(math.sqrt(float(np.square(deviations).sum())) / view.num_rows, self._rule.floor)
         found: list[Reading] = []
+        limit, self._num_readings = self._unsure.threshold, self._num_readings + 1
+        if self._num_readings > self._unsure.warmup:
+            said = f"the entropy of its predictions is {-gap:.2f} nats above their loss, of a calibrated model 0"
+            found.append(Reading(name="underconfident", value=-gap, limit=limit, is_beyond=-gap > limit, evidence=said))
         if self._own.count >= self._rule.warmup:
             own = min(max(self._own.mean, 0.0), self._rule.own)
             value = self._sum.add((gap - own) / error)
@@ -70,10 +76,16 @@ class Confidence:
 
     def state(self) -> Json:
         """Return all that ``restore`` needs."""
-        return {"own": self._own.state(), "sum": self._sum.state(), "frozen": self._freeze.steps}
+        return {
+            "own": self._own.state(),
+            "sum": self._sum.state(),
+            "frozen": self._freeze.steps,
+            "read": self._num_readings,
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over a state."""
         self._own.restore(state["own"])
         self._sum.restore(state["sum"])
         self._freeze.steps = int(state["frozen"])
+        self._num_readings = int(state.get("read", self._own.count))

@@ -19,7 +19,9 @@ from sidestep.worker.detectors.ranks import RankDifferences
 from sidestep.worker.detectors.reading import Family
 from sidestep.worker.detectors.repeats import RepeatedData
 from sidestep.worker.detectors.settings import DetectorSettings
+from sidestep.worker.detectors.trainer_loss import TrainerLoss
 from sidestep.worker.detectors.updates import Updates
+from sidestep.worker.detectors.weights import Weights
 
 
 def make_families(settings: DetectorSettings) -> tuple[Family, ...]:
@@ -31,9 +33,11 @@ def make_families(settings: DetectorSettings) -> tuple[Family, ...]:
         Images(settings),
         Future(settings),
         Updates(settings),
+        Weights(settings),
         AbsoluteChecks(settings),
         CompositionAdjusted(settings),
         LossChanges(settings),
+        TrainerLoss(settings),
         Confidence(settings),
         MassExcess(settings),
         AnswerContent(settings),

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from sidestep.protocol.messages import Json
 from sidestep.worker.detectors.reading import Reading
+from sidestep.worker.detectors.running import Window
 from sidestep.worker.detectors.settings import DetectorSettings
 from sidestep.worker.detectors.view import StepView
 from sidestep.worker.step_record import StepRecord
@@ -31,11 +32,21 @@ class Images:
         self._num_probes = 0
         self._unused = 0  # probes in a row in which images were worth nothing
         self._best = 0.0  # highest pooled gain so far
+        self._reset_pixels()
+
+    def _reset_pixels(self) -> None:
+        size = self._settings.image_scale.median_readings
+        self._means, self._deviations = Window(size), Window(size)
 
     def read(self, view: StepView) -> Sequence[Reading]:
         """Judge one step."""
         record = view.record
-        return [*self._alike(record), *self._projector(record), *self._probe(record, view.knowledge)]
+        return [
+            *self._alike(record),
+            *self._scaled(record),
+            *self._projector(record),
+            *self._probe(record, view.knowledge),
+        ]
 
     def _alike(self, record: StepRecord) -> Iterator[Reading]:
         if record.images < MIN_IMAGES and not record.constant_image_ranks:
@@ -50,6 +61,27 @@ class Images:
         if record.constant_image_ranks:
             evidence += f"; rank {', '.join(map(str, record.constant_image_ranks))} has one image, or blank ones"
         yield Reading(name="image_constant", value=share, limit=limit, is_beyond=is_beyond, evidence=evidence)
+
+    def _scaled(self, record: StepRecord) -> Iterator[Reading]:
+        """Pixels against what they were, and against what no preprocessing gives."""
+        mean, deviation = record.image_mean, record.image_deviation
+        if deviation is None or not deviation > 0:
+            return  # one colour: `image_constant` says that
+        rule = self._settings.image_scale
+        usual = self._deviations.median() if len(self._deviations) >= rule.warmup else None
+        ratio = max(deviation / usual, usual / deviation) if usual else 1.0
+        evidence = f"pixels deviate by {deviation:.3g} around {mean or 0.0:.3g}"
+        if usual is not None and mean is not None and len(self._means) >= rule.warmup:
+            ratio = max(ratio, abs(mean - self._means.median()) / usual)
+            evidence += f", usually by {usual:.3g} around {self._means.median():.3g}"
+        is_beyond = ratio > rule.threshold or not rule.lowest <= deviation <= rule.highest
+        yield Reading(
+            name="image_scale", value=ratio, limit=rule.threshold, is_beyond=is_beyond, reference=usual,
+            evidence=evidence,
+        )  # fmt: skip
+        self._deviations.add(deviation)
+        if mean is not None:
+            self._means.add(mean)
 
     def _projector(self, record: StepRecord) -> Iterator[Reading]:
         settings = self._settings
@@ -101,15 +133,23 @@ class Images:
             self._best = max(self._best, mean)
 
     def forget(self) -> None:
-        """Let go of what images were worth."""
+        """Let go of what images were worth, and of what they were like."""
         self._gains, self._best, self._num_probes, self._unused = [], 0.0, 0, 0
+        self._reset_pixels()
 
     def state(self) -> Json:
         """Return all that ``restore`` needs."""
-        return {"gains": self._gains, "probes": [self._num_probes, self._unused], "best": self._best}
+        return {
+            "gains": self._gains,
+            "probes": [self._num_probes, self._unused],
+            "best": self._best,
+            "pixels": [self._means.values, self._deviations.values],
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over a state."""
         self._gains = [float(gain) for gain in state["gains"]]
         self._num_probes, self._unused = map(int, state["probes"])
         self._best = float(state["best"])
+        pixels = state.get("pixels", ((), ()))  # there are none in a state of before there was `image_scale`
+        self._means.values, self._deviations.values = ([float(value) for value in values] for values in pixels)

@@ -112,6 +112,115 @@ class ModuleShare(Limit):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Jump(Limit):
+    """Weights that moved further than an optimizer moves them."""
+
+    cool_steps: int = 300
+    threshold: float = 10.0
+    """Times the usual largest move of a sampled weight (measured: at most 2.9 in 88 of 96 healthy runs, 7.2 in those
+    whose images or words have no gradient for most steps; overwritten weights 20 to 107)."""
+    threshold_norms: float = 10.0
+    """Times the usual largest relative change of a module's norm ..."""
+    least_change: float = 0.02
+    """... and at least this part of the norm."""
+    warmup: int = 24
+    median_readings: int = 64
+    warmup_norms: int = 6
+    """Readings of norms before they are judged; they come every ``signal_gradient_interval`` steps."""
+    median_norms: int = 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frozen(Limit):
+    """Sampled weights that do not move any more while others do."""
+
+    hits: int = 5
+    window: int = 5
+    threshold: float = 0.3
+    """Share of them beyond the usual one: in half precision many stand still at a low rate, and always did."""
+    warmup: int = 24
+    median_readings: int = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reset(Limit):
+    """The optimizer's own count of updates."""
+
+    rearm: int = 20
+    threshold: float = 0.5
+    """Part of the count that there should be after a resume or a gap below which the state is not the old one."""
+    least_steps: int = 20
+    """Count from which a resume is judged."""
+    first_steps: int = 20
+    """Readings in a row with a count of 1 at most from which the state is lost at every step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spent(Limit):
+    """A schedule that has ended long before the training."""
+
+    threshold: float = 0.01
+    """Part of the highest rate below which a step teaches next to nothing."""
+    least_steps: int = 100
+    """Steps below it in a row from which it is said ..."""
+    share: float = 0.15
+    """... if they are this part of all steps so far: a cosine to zero is below it for the last 6.4 % of a run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement(Limit):
+    """The trainer's own loss against the cross-entropy of the same logits and labels."""
+
+    hits: int = 3
+    window: int = 4
+    threshold: float = 0.2
+    """Change of the logarithm of their ratio: an auxiliary loss, smoothing or weights have a ratio of their own ..."""
+    drift: float = 3.0
+    """Times its change over as many steps before, which is free ..."""
+    least: float = 0.02
+    """... and of their difference, in nats, from which it is another loss."""
+    errors: float = 6.0
+    """Standard errors of the own loss that it must be over as well, where its rows are a sample."""
+    pooled: int = 8
+    """Steps whose means are compared ..."""
+    usual_steps: int = 16
+    """... with those of this many before them: of a smoothed loss both go down, each at its own pace."""
+    steady: float = 0.25
+    """Most that the logarithm of the cross-entropy itself may have changed."""
+    warmup: int = 40
+    """Readings before it judges."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unsure(Limit):
+    """A model that is far less sure than it is right."""
+
+    hits: int = 8
+    window: int = 10
+    threshold: float = 1.75
+    """Nats of entropy above the loss: smoothing of 0.1 makes 0.8 of them with 460 ids, 1.3 with 50,000 (measured from
+    step 100 on: at most 0.1 in healthy runs, 0.5 on prose and in a warm-up of 300 steps; smoothing of 0.9: 3.5)."""
+    warmup: int = 100
+    """Readings before it judges: a model from scratch learns which ids there are before it is sure of any."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scale(Limit):
+    """Pixels against what they were."""
+
+    hits: int = 4
+    window: int = 5
+    threshold: float = 2.0
+    """Times (or parts) of the usual deviation of an image's pixels, and usual deviations of their mean."""
+    warmup: int = 16
+    median_readings: int = 64
+    highest: float = 20.0
+    """Deviation from which pixels look like bytes: normalised ones have about 1 ..."""
+    lowest: float = 0.02
+    """... and below which they look divided twice."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cumulative(Rule):
     """A running reference and a cumulative sum over its z-scores (measured: 0 false alarms in 252,117 real steps)."""
 

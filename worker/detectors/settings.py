@@ -8,13 +8,16 @@ from typing import Any, Final, get_type_hints
 
 from sidestep.worker.detectors.rules import (
     AgainstStart,
+    Agreement,
     Alignment,
     Composition,
     Cumulative,
     Drop,
+    Frozen,
     Gap,
     Generated,
     GeneratedLength,
+    Jump,
     Limit,
     Mass,
     ModuleShare,
@@ -24,13 +27,17 @@ from sidestep.worker.detectors.rules import (
     RankSum,
     Regress,
     Repeats,
+    Reset,
     Rule,
+    Scale,
     Shift,
     SingleAnswer,
+    Spent,
     Spike,
     Start,
     StopToken,
     Stuck,
+    Unsure,
 )
 
 PREFIX: Final = "detectors."
@@ -62,6 +69,8 @@ class DetectorSettings:
     no_gradient: Rule = field(default_factory=lambda: Rule(hits=3, window=3))
     module_dead: ModuleShare = field(default_factory=ModuleShare)
     rank_desync: Rule = field(default_factory=lambda: Rule(hits=2, window=2))
+    optimizer_reset: Reset = field(default_factory=Reset)
+    not_in_optimizer: Rule = field(default_factory=lambda: Rule(hits=10, window=10))
     # absolute
     init_loss: Start = field(default_factory=Start)
     worse_than_uniform: Limit = field(default_factory=lambda: Limit(hits=3, window=5, threshold=0.5))
@@ -92,6 +101,11 @@ class DetectorSettings:
     image_unused: Probes = field(default_factory=Probes)
     image_lost: Probes = field(default_factory=lambda: Probes(hits=2, window=2, pooled=1))
     single_answer: SingleAnswer = field(default_factory=SingleAnswer)
+    weights_jump: Jump = field(default_factory=Jump)
+    weights_frozen: Frozen = field(default_factory=Frozen)
+    loss_differs: Agreement = field(default_factory=Agreement)
+    underconfident: Unsure = field(default_factory=Unsure)
+    lr_spent: Spent = field(default_factory=Spent)
     # generation against target
     gen_repetition: Generated = field(default_factory=lambda: Generated(threshold=0.3))
     gen_vs_target: Generated = field(default_factory=lambda: Generated(threshold=0.45))
@@ -103,6 +117,7 @@ class DetectorSettings:
     answers_truncated: Shift = field(default_factory=lambda: Shift(threshold=0.1, pooled=8))
     batch_shrunk: Shift = field(default_factory=lambda: Shift(threshold=0.3, hits=5, window=8, min_rows=4))
     data_repeats: Shift = field(default_factory=lambda: Shift(threshold=0.5, hits=8, window=10, min_rows=4))
+    image_scale: Scale = field(default_factory=Scale)
     cal_down: Drop = field(default_factory=Drop)
     user_rules: Rule = field(default_factory=lambda: Rule(rearm=1, cool_steps=0))
 

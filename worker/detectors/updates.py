@@ -30,6 +30,7 @@ class Updates:
         self._last_rate = 0.0
         self._moving_rate = 0.0
         self._skipped: list[int] = []
+        self._spent = [0, 0]  # steps below the least rate in a row, and all steps
 
     def read(self, view: StepView) -> Sequence[Reading]:
         """Judge one step."""
@@ -59,6 +60,20 @@ class Updates:
         is_zero = rate <= 0 and not is_end
         evidence = f"every learning rate is 0 (the highest so far: {self._highest_rate:g})"
         yield Reading(name="lr_zero", value=rate, limit=0.0, is_beyond=is_zero, evidence=evidence)
+        yield self._end_of_schedule(rate)
+
+    def _end_of_schedule(self, rate: float) -> Reading:
+        """The rate went down to nearly nothing, and the training goes on and on."""
+        rule = self._settings.lr_spent
+        low, steps = self._spent
+        low = low + 1 if self._last_rate > 0 and rate < rule.threshold * self._highest_rate else 0
+        self._spent = [low, steps + 1]
+        is_beyond = low >= max(rule.least_steps, rule.share * steps)
+        highest = f"{rule.threshold:.0%} of its highest ({self._highest_rate:g})"
+        evidence = f"the learning rate has been under {highest} for {low} steps"
+        return Reading(
+            name="lr_spent", value=float(low), limit=float(rule.least_steps), is_beyond=is_beyond, evidence=evidence
+        )
 
     def _movement(self, record: StepRecord) -> Iterator[Reading]:
         """No sampled weight changed, though the step was applied with a rate that should move it."""
@@ -101,13 +116,14 @@ class Updates:
         """A new stage may begin a new schedule and hold other weights still."""
         self._highest_rate = self._last_rate = 0.0
         self._has_moved, self._unmoved = False, 0
+        self._spent = [0, 0]
 
     def state(self) -> Json:
         """Return all that ``restore`` needs."""
         flags = int(self._has_moved)
         weights = [self._weights, self._kind, self._unmoved, flags]
         rates = [self._highest_rate, self._last_rate, self._moving_rate]
-        return {"weights": weights, "rates": rates, "skipped": self._skipped}
+        return {"weights": weights, "rates": rates, "skipped": self._skipped, "spent": self._spent}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over a state."""
@@ -115,3 +131,4 @@ class Updates:
         self._has_moved = bool(flags)
         self._highest_rate, self._last_rate, self._moving_rate = map(float, state["rates"])
         self._skipped = [int(each) for each in state["skipped"]]
+        self._spent = [int(each) for each in state.get("spent", (0, 0))]

@@ -36,6 +36,10 @@ class StepView:
         """What the model usually knows beyond counting its targets, in nats; set by the prior's detectors."""
         self.target_cost: float | None = None
         """What the targets cost by counting them at their places, in nats a row; set by the prior's detectors."""
+        self.weights_moved: float | None = None
+        """Largest move of a sampled weight at this step, in parts of the usual one; set by the weights' detectors."""
+        self.update_size: float | None = None
+        """Mean move of the sampled weights for their rate, in parts of the usual one; set by the weights' detectors."""
         self.residuals: NDArray[np.float64] | None = None
         """Loss of each row minus what its target usually costs [n]; set by the composition's detectors."""
 

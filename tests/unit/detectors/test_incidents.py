@@ -19,7 +19,7 @@ from tests.support.detector_traces import (
 from sidestep.protocol.metric_names import COLLAPSE_LINE
 from sidestep.worker.detectors.base import Finding
 from sidestep.worker.detectors.catalogue import KINDS, Severity, kind_of
-from sidestep.worker.detectors.facts import FACTS, OnsetFacts
+from sidestep.worker.detectors.facts import FACTS
 from sidestep.worker.detectors.persistence import Firing
 from sidestep.worker.detectors.reading import Reading
 from sidestep.worker.detectors.settings import DetectorSettings
@@ -129,12 +129,12 @@ def test_an_incident_that_nothing_judges_any_more_is_closed() -> None:
 
 def test_only_what_speaks_early_tells_the_cause() -> None:
     log = Log()
-    log.take(5, "cal_up", facts=frozenset({"outputs_unchanged"}))
+    log.take(5, "cal_up", facts=frozenset({"abrupt", "outputs_unchanged"}))
     assert log.log.open[0].cause == "labels_or_inputs_wrong"
     assert log.take(20, "target_single") == [("cause", "cal_up")]
     assert log.log.open[0].cause == "data_collapsed"
     late = Log()
-    late.take(5, "cal_up", facts=frozenset({"outputs_unchanged"}))
+    late.take(5, "cal_up", facts=frozenset({"abrupt", "outputs_unchanged"}))
     assert late.take(50, "module_dead") == [("evidence", "cal_up")], "a consequence"
 
 
@@ -156,7 +156,7 @@ def test_of_exact_checks_the_first_steps_tell_the_cause() -> None:
 
 def test_a_fall_after_a_rise_is_a_recovery_and_no_leak() -> None:
     log = Log()
-    log.take(5, "cal_up", facts=frozenset({"outputs_unchanged"}))
+    log.take(5, "cal_up", facts=frozenset({"abrupt", "outputs_unchanged"}))
     assert log.take(20, "cal_down") == [("evidence", "cal_up")]
     assert log.log.open[0].cause == "labels_or_inputs_wrong"
     fallen = Log()
@@ -193,8 +193,17 @@ def test_a_fall_after_a_rise_is_a_recovery_and_no_leak() -> None:
         ("target_single single_answer cal_up", "", "data_collapsed"),
         ("rank_outlier", "", "rank_broken"),
         ("cal_up mass_excess", "rate_raised outputs_changed", "rate_too_high"),
-        ("cal_up mass_excess", "outputs_changed", "weights_damaged"),
-        ("cal_up confidence_gap", "outputs_unchanged", "labels_or_inputs_wrong"),
+        ("cal_up mass_excess", "abrupt outputs_changed", "weights_damaged"),
+        ("cal_up mass_excess", "abrupt outputs_changed weights_steady", "forward_changed"),
+        ("cal_up mass_excess", "abrupt inputs_changed outputs_changed weights_steady", "inputs_changed"),
+        ("cal_up mass_excess", "abrupt outputs_unchanged updates_changed", "optimisation"),
+        ("cal_up mass_excess", "gradual outputs_unchanged", "optimisation"),
+        ("cal_up confidence_gap", "abrupt outputs_unchanged", "labels_or_inputs_wrong"),
+        ("label_masked_pos cal_up", "all_masked abrupt", "mask_inverted"),
+        ("weights_jump cal_up", "abrupt outputs_unchanged", "weights_damaged"),
+        ("optimizer_reset weights_jump", "", "optimizer_lost"),
+        ("image_scale cal_up", "abrupt", "pixels_scaled"),
+        ("loss_differs loss_spike", "", "loss_changed"),
         ("mass_excess single_answer", "", "optimisation"),
         ("user_rules", "", "optimisation"),
         ("cal_down", "", "leak"),
@@ -364,45 +373,3 @@ def test_open_incidents_are_told_at_the_end() -> None:
     (table,) = watch.open_rows()
     assert table.rows[0][1] == "nonfinite"
     assert Watch().open_rows() == ()
-
-
-def test_facts_tell_targets_from_the_model() -> None:
-    facts = OnsetFacts()
-    rng = np.random.default_rng(0)
-    for step in range(100):
-        entropy = 1.0 + 0.02 * float(rng.normal())
-        facts.take(StepRecord(step=step, entropy=entropy, gradient_norm=1.0, rates=np.array([1e-3])))
-    assert facts.around(99) == {"outputs_unchanged"}
-    facts.take(StepRecord(step=100, entropy=3.0, gradient_norm=30.0, rates=np.array([3e-2])))
-    assert facts.around(100) == {"outputs_changed", "gradient_up", "rate_raised"}
-
-
-@pytest.mark.parametrize("what", ["cost", "length"])
-def test_facts_say_that_the_targets_are_others(what: str) -> None:
-    facts = OnsetFacts()
-    rng = np.random.default_rng(0)
-
-    def take(step: int, *, is_other: bool) -> None:
-        cost = 2.0 + 0.1 * float(rng.normal()) + (1.5 if is_other and what == "cost" else 0.0)
-        labelled = 300 if is_other and what == "length" else 96 + int(rng.integers(8))
-        facts.take(StepRecord(step=step, counts={"answers": 32, "labelled": labelled}), cost)
-
-    for step in range(100):
-        take(step, is_other=False)
-    take(100, is_other=True)
-    assert "targets_changed" not in facts.around(100), "one batch may be made of rare ones"
-    take(101, is_other=True)
-    assert "targets_changed" in facts.around(100)
-    kept = OnsetFacts()
-    kept.restore(facts.state())
-    assert kept.state() == facts.state()
-    rates, entropy, norm, _, _, last = facts.state()
-    kept.restore([rates, entropy, norm, [row[:4] for row in last]])
-    assert "targets_changed" not in kept.around(100), "a state from before targets were compared"
-
-
-def test_a_warm_up_is_no_raised_rate() -> None:
-    facts = OnsetFacts()
-    for step in range(400):
-        facts.take(StepRecord(step=step, rates=np.array([1e-6 * (step + 1)])))
-        assert "rate_raised" not in facts.around(step)

@@ -1,0 +1,83 @@
+"""What is wrong for as long as it lasts: pixels on another scale, a spent schedule, a model that is never sure."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tests.support.detector_traces import Drawn, Failure, Task, Told, changed, trace, watched
+
+TASK = Task(batch=32)
+ONSET = 60
+
+
+def pixels(deviation: float, mean: float = 0.0) -> Failure:
+    return changed(image_deviations=np.full(32, deviation, np.float32), image_means=np.full(32, mean, np.float32))
+
+
+def found(told: Told, name: str) -> list[int]:
+    return [step for step, opened in told.openings if opened == name]
+
+
+@pytest.mark.parametrize(
+    "failure", [pixels(64.0), pixels(0.001), pixels(0.6), pixels(0.1), pixels(0.25, 0.6), pixels(0.25, -0.8)],
+    ids=["bytes", "divided twice", "2.4 times", "0.4 times", "lighter", "darker"],
+)  # fmt: skip
+def test_pixels_on_another_scale_are_found_within_five_steps(failure: Failure) -> None:
+    usual = pixels(0.25)
+    told = watched(trace(TASK, ONSET + 12, failure=lambda drawn: (failure if drawn.step >= ONSET else usual)(drawn)))
+    assert ONSET <= found(told, "image_scale")[0] <= ONSET + 5
+    assert "pixels are on another scale" in told.blocks
+
+
+@pytest.mark.parametrize(("deviation", "expected"), [(64.0, 1), (0.003, 1), (0.2, 0), (1.1, 0), (4.0, 0)])
+def test_from_the_start_only_what_no_preprocessing_gives_is_told(deviation: float, expected: int) -> None:
+    told = watched(trace(TASK, 30, failure=pixels(deviation)))
+    assert len(found(told, "image_scale")) == expected
+
+
+def test_images_that_vary_are_sound() -> None:
+    def varied(drawn: Drawn) -> None:
+        rng = np.random.default_rng(drawn.step)
+        drawn.changes["image_deviations"] = rng.uniform(0.1, 1.5, 32).astype(np.float32)
+        drawn.changes["image_means"] = rng.normal(0.0, 0.5, 32).astype(np.float32)
+
+    assert not watched(trace(TASK, 200, failure=varied)).openings
+
+
+def schedule(drawn: Drawn, length: int) -> None:
+    drawn.rate = 1e-3 * max(0.0, 0.5 + 0.5 * float(np.cos(min(1.0, drawn.step / length) * np.pi)))
+
+
+def test_a_schedule_that_ends_in_a_quarter_of_the_training_is_told() -> None:
+    told = watched(trace(TASK, 400, failure=lambda drawn: schedule(drawn, 100)))
+    assert [name for _, name in told.openings] == ["lr_spent"]
+    assert 190 <= found(told, "lr_spent")[0] <= 210
+    assert "the schedule was made for fewer steps" in told.blocks
+
+
+def test_a_cosine_down_to_zero_is_a_schedule() -> None:
+    assert not watched(trace(TASK, 400, failure=lambda drawn: schedule(drawn, 400))).openings
+
+
+def flattened(excess: float) -> Failure:
+    """The model is ``excess`` nats less sure than it is right."""
+
+    def fail(drawn: Drawn) -> None:
+        flat = drawn.probabilities.reshape(-1, drawn.probabilities.shape[-1])
+        entropies = -(flat * np.log(np.maximum(flat, 1e-12))).sum(-1)
+        losses = -np.log(np.maximum(flat[np.arange(drawn.targets.size), drawn.targets.reshape(-1)], 1e-12))
+        lifted = entropies + float(losses.mean() - entropies.mean()) + excess
+        drawn.changes["entropies"] = np.maximum(lifted, 0.0).astype(np.float16)
+
+    return fail
+
+
+def test_a_model_that_is_far_less_sure_than_right_is_told_once_it_has_learned() -> None:
+    told = watched(trace(TASK, 160, failure=flattened(2.5)))
+    assert [name for _, name in told.openings] == ["underconfident"]
+    assert 100 <= found(told, "underconfident")[0] <= 110
+    assert "smoothed far too much" in told.blocks
+
+
+def test_smoothing_of_a_tenth_is_none() -> None:
+    assert not found(watched(trace(TASK, 160, failure=flattened(1.4))), "underconfident")
