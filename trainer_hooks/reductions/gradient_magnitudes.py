@@ -22,6 +22,8 @@ _BELOW_ONE = np.float32(_SLOPE * (1.0 - 3e-7))
 upwards."""
 _FROM_LAST = np.float32(_SLOPE), np.float32(_BINS_PER_DECADE * _HIGH - 2e-6)
 """Times the logarithm of any magnitude, plus: bins that it lies under the last edge, a hair less."""
+_ONE_THREADS = 32_768
+"""For so few elements torch wakes no other threads, each of which would be waited for."""
 _HIGHEST_BINS = int(-_BINS_PER_DECADE * _LOW) - 1, GRADIENT_HISTOGRAM_BINS - 1
 """The bins of code 0, by ``_BELOW_ONE`` and by ``_FROM_LAST``."""
 
@@ -55,7 +57,8 @@ class MagnitudeCounter:
         """
         size = magnitudes.size
         if smallest < _FIRST_BITS or largest > _LAST_BITS:
-            torch.from_numpy(magnitudes).clamp_(_FIRST, _LAST)
+            for start in range(0, size, _ONE_THREADS):
+                torch.from_numpy(magnitudes[start : start + _ONE_THREADS]).clamp_(_FIRST, _LAST)
         above_one = int(largest >= _ONE_BITS)
         _log2(magnitudes)
         codes = self._codes[:size]
@@ -64,12 +67,13 @@ class MagnitudeCounter:
             np.add(magnitudes, _FROM_LAST[1], out=codes, casting="unsafe")
         else:
             np.multiply(magnitudes, _BELOW_ONE, out=codes, casting="unsafe")
-        paired = size & ~1
         # Two codes are one number of 16 bits: half as many to count, and seldom the same one twice in a row.
-        counts = torch.bincount(torch.from_numpy(codes[:paired].view(np.int16))).numpy()
-        self._pairs[above_one, : counts.size] += counts
-        if paired < size:
-            self._single[above_one, codes[paired]] += 1
+        pairs = codes[: size & ~1].view(np.int16)
+        for start in range(0, pairs.size, _ONE_THREADS):
+            counts = torch.bincount(torch.from_numpy(pairs[start : start + _ONE_THREADS])).numpy()
+            self._pairs[above_one, : counts.size] += counts
+        if size & 1:
+            self._single[above_one, codes[-1]] += 1
         self._single[0, _HIGHEST_BINS[0]] -= zeros  # they have counted in the first bin
 
     def move_to(self, histogram: NDArray[np.int64]) -> None:
