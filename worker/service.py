@@ -6,7 +6,6 @@ import logging
 import os
 import secrets
 import signal
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -65,7 +64,7 @@ class WorkerService:
             KeyFileError: a key file is missing, or others may read it.
         """
         self._config = config
-        self._stop = threading.Event()
+        self._is_asked_to_stop = False  # a plain flag: a signal handler may take no lock
         self.instance = secrets.token_hex(8)
         self._started_at = time.time()
         mode = wandb_mode(config.wandb_mode)
@@ -180,7 +179,7 @@ class WorkerService:
 
     def request_stop(self, *_signal: object) -> None:
         """Ask it to end; safe in a signal handler."""
-        self._stop.set()
+        self._is_asked_to_stop = True
 
     def take_signals(self) -> None:
         """End in order on SIGTERM and SIGINT. Only the main thread may call it."""
@@ -188,7 +187,7 @@ class WorkerService:
         signal.signal(signal.SIGINT, self.request_stop)
 
     def _is_over(self) -> bool:
-        if self._stop.is_set() or not self._receiver.is_alive:
+        if self._is_asked_to_stop or not self._receiver.is_alive:
             return True
         wants_end = self._config.until_idle or self._config.owner_pid > 0
         if not wants_end or not self._is_idle():
@@ -222,7 +221,7 @@ class WorkerService:
 
     def _end(self) -> int:
         self._lock.close_to_owners(at_once=True)
-        failed = not self._receiver.is_alive and not self._stop.is_set()
+        failed = not self._receiver.is_alive and not self._is_asked_to_stop
         self._receiver.stop()
         until = time.monotonic() + _LAST_TURNS_SECONDS
         while self._turn(time.monotonic(), is_last=True):
