@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from sidestep.protocol.messages import Json, Kind, Message, Notice, StepEnd
+from sidestep.worker.module_flags import module_flags
 
 ClosingReason: TypeAlias = Literal["complete", "ended", "deadline", "tail"]
 """Why a step closed: all parts in; its incarnation ended; the deadline passed; or ``tail``: what came after the last
@@ -124,6 +125,12 @@ class RunContext:
     """Rank to what its Hello says of it."""
     capabilities: Mapping[str, str] = field(default_factory=dict)
     """Per family ``exact``, ``sampled`` or ``absent: reason``, of the lowest rank."""
+    module_flags: tuple[int, ...] = field(init=False, default=())
+    """What ``parameters`` says of each module (``module_flags.py``): every step asks, and the table is long."""
+
+    def __post_init__(self) -> None:
+        """Read the table once."""
+        object.__setattr__(self, "module_flags", module_flags(self.parameters))
 
     @property
     def eos_id(self) -> int | None:

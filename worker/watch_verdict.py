@@ -12,7 +12,7 @@ from sidestep.worker.detectors.reading import Reading
 from sidestep.worker.incident_text import console_block, heading
 from sidestep.worker.incidents import Change
 from sidestep.worker.metrics.measurement import Table, Value
-from sidestep.worker.record_weights import module_names
+from sidestep.worker.module_flags import module_names
 from sidestep.worker.records import RunContext
 
 USER_RULES = "user_rules"
@@ -132,7 +132,7 @@ def in_words(reading: Reading, context: RunContext) -> str:
         shown = repr(context.text.token(reading.token)) if reading.token >= 0 else "a token"
         text = text.replace("{token}", shown)
     if "{module}" in text:
-        names = module_names(context)
+        names = module_names(context.parameters)
         is_known = 0 <= reading.module < len(names)
         text = text.replace("{module}", repr(names[reading.module]) if is_known else f"module {reading.module}")
     return text

@@ -81,5 +81,5 @@ def _error_over_targets(view: StepView) -> float:
     """Return the standard error of the mean loss in nats, were other ids the targets: few distinct ones say little."""
     _, which, counts = view.distinct
     shares = counts / view.num_rows
-    deviations = np.bincount(which, weights=view.losses) / counts - float(view.losses.mean())
+    deviations = np.bincount(which, weights=view.losses) / counts - view.mean_loss
     return math.sqrt(float(np.square(shares * deviations).sum()))

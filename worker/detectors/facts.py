@@ -18,8 +18,10 @@ from sidestep.worker.detectors.running import RunningMoments, Window, median
 from sidestep.worker.detectors.view import StepView
 from sidestep.worker.step_record import StepRecord
 
-RATE_READINGS: Final = 64
-"""Rates whose older ones the newest is compared with: a linear warm-up of any length rises by less than 2.3 times."""
+RATE_READINGS: Final = 56
+"""Rates whose median the newest one is compared with, ..."""
+NEWEST_RATES: Final = 8
+"""... and how many before it are left out: a linear warm-up of any length rises by less than 2.3 times."""
 RATE_RISE: Final = 2.5
 REMEMBERED_STEPS: Final = 24
 CHANGED: Final = 4.0
@@ -76,6 +78,7 @@ class OnsetFacts:
 
     def __init__(self) -> None:
         self._rates = Window(RATE_READINGS)
+        self._newest_rates: list[float] = []
         self._moments = {
             name: RunningMoments(rate=0.02, floor=floor)
             for name, floor in (
@@ -92,9 +95,11 @@ class OnsetFacts:
         seen = _Seen(step=record.step)
         rate = float(record.rates.max()) if record.rates.size else 0.0
         if rate > 0:
-            if len(self._rates.values) >= RATE_READINGS:
-                seen.rate_rise = rate / median(self._rates.values[: RATE_READINGS - 8])
-            self._rates.add(rate)
+            if len(self._newest_rates) >= NEWEST_RATES:
+                self._rates.add(self._newest_rates.pop(0))
+            if len(self._rates) >= RATE_READINGS:
+                seen.rate_rise = rate / self._rates.median()
+            self._newest_rates.append(rate)
         if record.loss is not None and math.isfinite(record.loss):
             seen.loss = record.loss
             seen.z_loss = self._z("loss", record.loss) or 0.0
@@ -187,7 +192,7 @@ class OnsetFacts:
     def state(self) -> Json:
         """Return all that ``restore`` needs."""
         return {
-            "rates": self._rates.values,
+            "rates": [self._rates.values, self._newest_rates],
             "moments": {name: each.state() for name, each in self._moments.items()},
             "last": [each.plain() for each in self._last],
         }
@@ -196,7 +201,7 @@ class OnsetFacts:
         """Take over a state; one of an older version has facts of another form, which a few steps bring back."""
         if not isinstance(state, Mapping):
             return
-        self._rates.values = [float(rate) for rate in state["rates"]]
+        self._rates.values, self._newest_rates = ([float(rate) for rate in rates] for rates in state["rates"])
         for name, saved in state["moments"].items():
             if name in self._moments:
                 self._moments[name].restore(saved)

@@ -15,7 +15,7 @@ from sidestep.worker.detectors.reading import Reading
 from sidestep.worker.detectors.running import Window
 from sidestep.worker.detectors.settings import DetectorSettings
 from sidestep.worker.detectors.view import StepView
-from sidestep.worker.record_weights import TRAINABLE, VISUAL
+from sidestep.worker.module_flags import TRAINABLE, VISUAL
 from sidestep.worker.step_record import StepRecord
 
 LOG_FLOOR: Final = 0.05

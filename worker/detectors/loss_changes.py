@@ -81,7 +81,7 @@ class LossChanges:
         rule = self._settings.worse_than_start
         self._num_readings = min(self._num_readings + 1, rule.readings + 1)
         if self._num_readings == 1 and view.starts.size >= rule.min_answers:
-            deviations = view.sum_by_answer(view.losses - float(view.losses.mean()))
+            deviations = view.sum_by_answer(view.losses - view.mean_loss)
             self._start = [loss, math.sqrt(float(np.square(deviations).sum())) / view.num_rows]
         if not self._start or not 1 < self._num_readings <= rule.readings:
             return

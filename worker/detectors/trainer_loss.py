@@ -71,7 +71,7 @@ class TrainerLoss:
         record = view.record
         if record.seen_rows >= record.labelled:
             return 0.0
-        deviations = view.sum_by_answer(view.losses - float(view.losses.mean()))
+        deviations = view.sum_by_answer(view.losses - view.mean_loss)
         return math.sqrt(float(np.square(deviations).sum())) / view.num_rows
 
     def forget(self) -> None:

@@ -92,7 +92,7 @@ def test_what_the_model_reads_or_computes_has_changed(changes: dict[str, Any], e
 
 
 def test_one_batch_may_be_made_of_rare_samples() -> None:
-    strange = {"counts": {**COUNTS, "labelled": 300, "positions": 1_500}}
+    strange: dict[str, Any] = {"counts": {**COUNTS, "labelled": 300, "positions": 1_500}}
     assert not after(step(100, rise=1.5, **strange), step(101, rise=1.5)) & {"targets_changed", "inputs_changed"}
 
 

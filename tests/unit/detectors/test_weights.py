@@ -62,7 +62,7 @@ def found(told: Told, name: str) -> list[int]:
 
 def test_healthy_weights_are_never_spoken_of() -> None:
     def warm_up_and_restarts(step: int) -> float:
-        return RATE * (0.01 + min(1.0, step / 60) * (0.5 + 0.5 * np.cos(step % 100 / 100 * np.pi)))
+        return RATE * float(0.01 + min(1.0, step / 60) * (0.5 + 0.5 * np.cos(step % 100 / 100 * np.pi)))
 
     told = run(lambda adam, drawn: adam.step(drawn), steps=400, adam=Adam(warm_up_and_restarts))
     assert told.openings == []
