@@ -153,8 +153,10 @@ def _rates(step: AssembledStep, signals: Sequence[Signals]) -> Any:
 
 
 def _optimizer_steps(signals: Sequence[Signals]) -> float | None:
-    counted = [float(count) for m in signals for count in m.optimizer_steps.reshape(-1).tolist()]
-    return min((count for count in counted if math.isfinite(count) and 0 <= count < MAX_COUNT), default=None)
+    """The longest trained group's, of the rank where that is lowest: a group that joins later begins to count then."""
+    counts = [message.optimizer_steps.reshape(-1) for message in signals]
+    longest = [float(each.max()) for each in counts if each.size]
+    return min((count for count in longest if math.isfinite(count) and 0 <= count < MAX_COUNT), default=None)
 
 
 def _seconds(signals: Sequence[Signals]) -> float | None:

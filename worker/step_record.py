@@ -179,7 +179,7 @@ class StepRecord:
     rates: NDArray[np.float64] = field(default_factory=_NO_DOUBLES)
     """Learning rate of each group, of the lowest rank [groups], or empty."""
     optimizer_steps: float | None = None
-    """Updates that the optimizer's state counts, the lowest over groups and ranks that have one."""
+    """Updates that the optimizer's state counts: the most over groups, the least over ranks that have one."""
     probe_loss: float | None = None
     probe_rolled_loss: float | None = None
     probe_labelled: int = 0

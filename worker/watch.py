@@ -49,6 +49,10 @@ STATE_VERSION: Final = 3
 READ_VERSIONS: Final = (1, 2, STATE_VERSION)
 GRACE_STEPS: Final = 100
 """Steps of an announced stage in which what compares with the past does not speak (docs/detection.md)."""
+RESTART_STEPS: Final = 60
+"""Steps after a rate has come back up, as in warm restarts, in which the loss may rise above what it fell to."""
+RISING: Final = frozenset({"cal_up", "loss_cusum", "loss_spike", "confidence_gap"})
+"""Detectors of such a rise."""
 ROLLBACK_STEPS: Final = 50
 """Steps that an attempt may go back with references kept; further back they are learned anew."""
 SUMS: Final = frozenset({"cal_up", "loss_cusum", "confidence_gap"})
@@ -85,6 +89,7 @@ class Watch:
         self._incidents = IncidentLog()
         self._newest = -1
         self._grace_until = -1
+        self._restart_until = -1
         self._asked_at = -1
         self._withdrawn: list[str] = []  # names of incidents that an attempt's begin took back, to be shown as 0
         self._num_open = 0  # as last written
@@ -129,6 +134,8 @@ class Watch:
         readings = [reading for family in self._families for reading in family.read(view)]
         own, failures = self._own.read(record)
         self._facts.take(view)
+        if self._facts.has_restarted:
+            self._restart_until = record.step + RESTART_STEPS
         readings += own
         spoken = self._judge(record.step, readings, context)
         spoken += self._judge_user_rules(record.step, verdict, findings)
@@ -166,6 +173,7 @@ class Watch:
         for reading in readings:
             kind, rule = self._known.get(reading.name) or self._look_up(reading.name)
             is_graced = step < self._grace_until and not kind.is_exact
+            is_graced = is_graced or (step < self._restart_until and reading.name in RISING)
             if not rule.enabled or is_graced or reading.name in seen:
                 continue
             seen.add(reading.name)
@@ -272,7 +280,7 @@ class Watch:
                 persistence.withdraw(step)
             self._withdrawn += [incident.name for incident in self._incidents.withdraw(step)]
             self._asked_at = -1
-            self._grace_until = -1
+            self._grace_until = self._restart_until = -1
 
     def follow(self, former: Watch) -> None:
         """Take the place of ``former``, which knows later steps: what it was last seen to say is taken back."""
@@ -295,7 +303,7 @@ class Watch:
             "own": self._own.state(),
             "facts": self._facts.state(),
             "incidents": self._incidents.state(),
-            "steps": [self._newest, self._grace_until, self._asked_at, self._num_open],
+            "steps": [self._newest, self._grace_until, self._asked_at, self._num_open, self._restart_until],
             "withdrawn": self._withdrawn,
         }
 
@@ -312,7 +320,9 @@ class Watch:
         self._own.restore(state["own"])
         self._facts.restore(state["facts"])
         self._incidents.restore(state["incidents"])
-        self._newest, self._grace_until, self._asked_at, self._num_open = map(int, state["steps"])
+        newest, grace_until, asked_at, num_open, *restart_until = map(int, state["steps"])
+        self._newest, self._grace_until, self._asked_at, self._num_open = newest, grace_until, asked_at, num_open
+        self._restart_until = restart_until[0] if restart_until else -1  # there is none in a state of version 2
         self._withdrawn = [str(name) for name in state["withdrawn"]]
 
 

@@ -68,7 +68,10 @@ def poisson_upper_95(count: int) -> float:
     low, high = 0.0, count + 10.0 * math.sqrt(count + 1.0) + 10.0
     for _ in range(100):
         middle = (low + high) / 2
-        below = math.exp(-middle) * sum(middle**k / math.factorial(k) for k in range(count + 1))
+        log = math.log(middle) if middle > 0 else -math.inf
+        below = sum(
+            math.exp(k * log - middle - math.lgamma(k + 1)) if k else math.exp(-middle) for k in range(count + 1)
+        )
         low, high = (middle, high) if below > 0.05 else (low, middle)
     return high
 

@@ -32,7 +32,7 @@ from sidestep.trainer_hooks.reductions.tokens import reduce_tokens
 from sidestep.trainer_hooks.signals.heartbeat import Heartbeat
 from sidestep.trainer_hooks.signals.microbatch import MicroSignalReader
 from sidestep.trainer_hooks.signals.module_norms import module_norms, whole_norm
-from sidestep.trainer_hooks.signals.optimizer_steps import optimizer_steps
+from sidestep.trainer_hooks.signals.optimizer_steps import OptimizerSteps
 from sidestep.trainer_hooks.signals.projector import projector_numbers
 from sidestep.trainer_hooks.signals.step import StepSignals
 from sidestep.trainer_hooks.vocabulary import read_vocabulary
@@ -259,7 +259,7 @@ def test_every_steps_signals(source: str, labels_at: str, shifted: bool, masked:
             gradient_norm=whole_norm(norms),
             module_norms=norms,
             weight_norms=module_norms([(0, torch.zeros(9, device=CUDA))], 3),
-            optimizer_steps=optimizer_steps(optimizer),
+            optimizer_steps=OptimizerSteps(optimizer).take(),
             heartbeat=Heartbeat(head_module()).take(),
         )
         tensors = step.tensors()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,32 +12,46 @@ _COUNT = "step"
 """Key of the count in a parameter's state: that of torch's Adam family, and of those that are modelled on it."""
 
 
-def optimizer_steps(optimizer: Any) -> Tensor | None:
-    """Return the count of the first parameter with a state of each group, float64 [groups], -1 where none has one.
+class OptimizerSteps:
+    """Looks at the same parameter of each group every time: another one may have begun to be trained later."""
 
-    Nothing is read: counts stay on the device that they lie on. None where no group has one, and where they lie on
-    several devices.
-    """
-    state = getattr(optimizer, "state", None)
-    if not isinstance(state, Mapping):
-        return None
-    counts = [_count(state, group["params"]) for group in optimizer.param_groups]
-    on_device = [count for count in counts if isinstance(count, Tensor)]
-    if not any(count is not None for count in counts) or len({count.device for count in on_device}) > 1:
-        return None
-    if not on_device:
-        return torch.tensor([-1.0 if count is None else count for count in counts], dtype=torch.float64)
-    device = on_device[0].device
-    return torch.stack([_placed(count, device) for count in counts])
+    def __init__(self, optimizer: Any) -> None:
+        """Look at nothing yet; the first parameter that has a state is taken."""
+        self._optimizer = optimizer
+        self._places: dict[int, int] = {}  # group to the place of its parameter in it
 
+    def take(self) -> Tensor | None:
+        """Return the count of a parameter with a state of each group, float64 [groups], -1 where none has one.
 
-def _count(state: Mapping[Any, Any], parameters: Iterable[Any]) -> Tensor | float | None:
-    """The first parameter's that has a state; ``state`` may be a defaultdict, which asking would fill."""
-    found = next((state[parameter] for parameter in parameters if parameter in state), None)
-    count = found.get(_COUNT) if isinstance(found, Mapping) else None
-    if isinstance(count, Tensor):
-        return count if count.numel() == 1 and not hasattr(count, "to_local") else None
-    return float(count) if isinstance(count, int | float) else None
+        Nothing is read: counts stay on the device that they lie on. None where no group has one, and where they lie on
+        several devices.
+        """
+        state = getattr(self._optimizer, "state", None)
+        if not isinstance(state, Mapping):
+            return None
+        groups = self._optimizer.param_groups
+        counts = [self._count(state, number, group["params"]) for number, group in enumerate(groups)]
+        on_device = [count for count in counts if isinstance(count, Tensor)]
+        if not any(count is not None for count in counts) or len({count.device for count in on_device}) > 1:
+            return None
+        if not on_device:
+            return torch.tensor([-1.0 if count is None else count for count in counts], dtype=torch.float64)
+        device = on_device[0].device
+        return torch.stack([_placed(count, device) for count in counts])
+
+    def _count(self, state: Mapping[Any, Any], number: int, parameters: list[Any]) -> Tensor | float | None:
+        """The state may be a defaultdict, which asking would fill: so it is only looked into."""
+        place = self._places.get(number, -1)
+        if not 0 <= place < len(parameters) or parameters[place] not in state:
+            place = next((place for place, parameter in enumerate(parameters) if parameter in state), -1)
+            if place < 0:
+                return None
+            self._places[number] = place
+        found = state[parameters[place]]
+        count = found.get(_COUNT) if isinstance(found, Mapping) else None
+        if isinstance(count, Tensor):
+            return count if count.numel() == 1 and not hasattr(count, "to_local") else None
+        return float(count) if isinstance(count, int | float) else None
 
 
 def _placed(count: Tensor | float | None, device: torch.device) -> Tensor:

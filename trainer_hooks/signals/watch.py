@@ -24,7 +24,7 @@ from sidestep.trainer_hooks.signals.heartbeat import Heartbeat
 from sidestep.trainer_hooks.signals.images import find_images
 from sidestep.trainer_hooks.signals.microbatch import MicroSignalReader, MicroSignals
 from sidestep.trainer_hooks.signals.module_norms import module_norms, whole_norm
-from sidestep.trainer_hooks.signals.optimizer_steps import optimizer_steps
+from sidestep.trainer_hooks.signals.optimizer_steps import OptimizerSteps
 from sidestep.trainer_hooks.signals.projector import ProjectorWatch, find_projector
 from sidestep.trainer_hooks.signals.step import StepFacts, StepSignals, signals_message
 from sidestep.trainer_hooks.staging import Staging
@@ -69,6 +69,7 @@ class SignalWatch:
         self.budget = OverheadBudget((DEVICE_BUDGET if on_device else CPU_BUDGET) if budget is None else budget)
         self._device_time = DeviceTime()
         self._heartbeat = Heartbeat(model, optimizer)
+        self._counted = OptimizerSteps(optimizer)
         found = find_projector(model)
         self._projector = ProjectorWatch(found[1], lambda: model.training) if found is not None else None
         self._images: Any = None
@@ -203,7 +204,7 @@ class SignalWatch:
         """Look at a few weights, and at how many updates the optimizer has counted."""
         began = time.perf_counter()
         self._beat = self._heartbeat.take()
-        self._optimizer_steps = optimizer_steps(self._optimizer)
+        self._optimizer_steps = self._counted.take()
         self._seconds += time.perf_counter() - began
 
     def waited(self, seconds: float) -> None:

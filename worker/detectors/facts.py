@@ -23,6 +23,8 @@ RATE_READINGS: Final = 56
 NEWEST_RATES: Final = 8
 """... and how many before it are left out: a linear warm-up of any length rises by less than 2.3 times."""
 RATE_RISE: Final = 2.5
+KNOWN_RATE: Final = 1.05
+"""Times the highest rate so far up to which a rate is one that the run has already taken."""
 REMEMBERED_STEPS: Final = 24
 CHANGED: Final = 4.0
 """Standard deviations from which a number is another one."""
@@ -88,6 +90,9 @@ class OnsetFacts:
             )
         }  # fmt: skip
         self._last: list[_Seen] = []
+        self._highest_rate = 0.0
+        self.has_restarted = False
+        """Whether the rate has just come back up to where it has been: a cycle's next one begins."""
 
     def take(self, view: StepView) -> None:
         """Take a step in, after all families have read it."""
@@ -100,6 +105,9 @@ class OnsetFacts:
             if len(self._rates) >= RATE_READINGS:
                 seen.rate_rise = rate / self._rates.median()
             self._newest_rates.append(rate)
+        was_up = bool(self._last) and self._last[-1].rate_rise > RATE_RISE
+        self.has_restarted = not was_up and seen.rate_rise > RATE_RISE and rate <= KNOWN_RATE * self._highest_rate
+        self._highest_rate = max(self._highest_rate, rate)
         if record.loss is not None and math.isfinite(record.loss):
             seen.loss = record.loss
             seen.z_loss = self._z("loss", record.loss) or 0.0
@@ -192,7 +200,7 @@ class OnsetFacts:
     def state(self) -> Json:
         """Return all that ``restore`` needs."""
         return {
-            "rates": [self._rates.values, self._newest_rates],
+            "rates": [self._rates.values, self._newest_rates, [self._highest_rate]],
             "moments": {name: each.state() for name, each in self._moments.items()},
             "last": [each.plain() for each in self._last],
         }
@@ -201,7 +209,8 @@ class OnsetFacts:
         """Take over a state; one of an older version has facts of another form, which a few steps bring back."""
         if not isinstance(state, Mapping):
             return
-        self._rates.values, self._newest_rates = ([float(rate) for rate in rates] for rates in state["rates"])
+        self._rates.values, self._newest_rates, highest = ([float(rate) for rate in rates] for rates in state["rates"])
+        self._highest_rate = highest[0]
         for name, saved in state["moments"].items():
             if name in self._moments:
                 self._moments[name].restore(saved)

@@ -290,3 +290,19 @@ def test_bursts_of_what_is_nearly_memorised_are_no_failure() -> None:
             changed(gradient_norm=np.array([30.0], np.float32))(drawn)
 
     assert watched(trace(Task(final_loss=1e-3, learning_steps=30.0), 200, failure=burst)).lines == []
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(1.0, False), (10.0, True)])
+def test_a_loss_that_rises_as_a_rate_comes_back_up_is_a_restart_and_one_beyond_is_not(
+    factor: float, expected: bool
+) -> None:
+    """A cosine from 1e-3 down to 1e-5, and up again; the loss then lies where it lay at that rate."""
+
+    def fail(drawn: Drawn) -> None:
+        place = drawn.step % 240 / 240
+        drawn.rate = 1e-5 + 1e-3 * (0.5 + 0.5 * float(np.cos(place * np.pi))) * (factor if drawn.step >= 240 else 1.0)
+        if 240 <= drawn.step < 290:
+            to_one_token(0.4)(drawn)
+
+    told = watched(trace(Task(start_skill=0.9), 320, failure=fail))
+    assert any(name in {"cal_up", "loss_cusum"} for _, name in told.openings) is expected, told.openings

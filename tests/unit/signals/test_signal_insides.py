@@ -12,7 +12,7 @@ from sidestep.trainer_hooks.signals.heartbeat import Heartbeat
 from sidestep.trainer_hooks.signals.images import describe_images, find_images, image_numbers
 from sidestep.trainer_hooks.signals.late_rows import late_image_numbers, late_projector_numbers
 from sidestep.trainer_hooks.signals.module_norms import module_norms, whole_norm
-from sidestep.trainer_hooks.signals.optimizer_steps import optimizer_steps
+from sidestep.trainer_hooks.signals.optimizer_steps import OptimizerSteps
 from sidestep.trainer_hooks.signals.projector import ProjectorWatch, find_projector, projector_numbers
 
 
@@ -241,24 +241,40 @@ def stepped(optimizer: torch.optim.Optimizer, times: int) -> None:
 def test_the_optimizers_own_count_of_updates_is_read_where_it_keeps_one() -> None:
     first, second, third = (nn.Parameter(torch.ones(3)) for _ in range(3))
     adam = torch.optim.AdamW([{"params": [first]}, {"params": [second]}])
-    assert optimizer_steps(adam) is None
+    counted_by = OptimizerSteps(adam)
+    assert counted_by.take() is None
     stepped(adam, 3)
     adam.add_param_group({"params": [third]})
-    counted = optimizer_steps(adam)
+    counted = counted_by.take()
     assert counted is not None
     assert counted.tolist() == [3.0, 3.0, -1.0]
     assert third not in adam.state  # asking made none
     adam.state.clear()
     stepped(adam, 1)
-    again = optimizer_steps(adam)
+    again = counted_by.take()
     assert again is not None
     assert again.tolist() == [1.0, 1.0, 1.0]
     adam.state[first]["step"] = 7  # as an optimizer of 8 bits keeps it
     adam.state[second]["step"] = adam.state[third]["step"] = 8
-    told = optimizer_steps(adam)
+    told = counted_by.take()
     assert told is not None
     assert told.tolist() == [7.0, 8.0, 8.0]
     momentum = torch.optim.SGD([first], lr=0.1, momentum=0.9)
     stepped(momentum, 2)
-    assert optimizer_steps(momentum) is None
-    assert optimizer_steps(object()) is None
+    assert OptimizerSteps(momentum).take() is None
+    assert OptimizerSteps(object()).take() is None
+
+
+def test_a_parameter_that_is_unfrozen_later_does_not_take_another_ones_place() -> None:
+    late, early = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    adam = torch.optim.AdamW([{"params": [late, early]}])
+    counted_by = OptimizerSteps(adam)
+    early.grad = torch.ones(3)
+    for _ in range(5):
+        adam.step()
+    assert counted_by.take() is not None
+    stepped(adam, 1)
+    assert adam.state[late]["step"] == 1
+    counted = counted_by.take()
+    assert counted is not None
+    assert counted.tolist() == [6.0]
