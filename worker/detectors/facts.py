@@ -90,7 +90,7 @@ class OnsetFacts:
             )
         }  # fmt: skip
         self._last: list[_Seen] = []
-        self._highest_rate = 0.0
+        self._highest_rate = 0.0  # but for the newest: a rate that ramps up has never been there
         self.has_restarted = False
         """Whether the rate has just come back up to where it has been: a cycle's next one begins."""
 
@@ -101,13 +101,13 @@ class OnsetFacts:
         rate = float(record.rates.max()) if record.rates.size else 0.0
         if rate > 0:
             if len(self._newest_rates) >= NEWEST_RATES:
-                self._rates.add(self._newest_rates.pop(0))
+                self._rates.add(older := self._newest_rates.pop(0))
+                self._highest_rate = max(self._highest_rate, older)
             if len(self._rates) >= RATE_READINGS:
                 seen.rate_rise = rate / self._rates.median()
             self._newest_rates.append(rate)
         was_up = bool(self._last) and self._last[-1].rate_rise > RATE_RISE
         self.has_restarted = not was_up and seen.rate_rise > RATE_RISE and rate <= KNOWN_RATE * self._highest_rate
-        self._highest_rate = max(self._highest_rate, rate)
         if record.loss is not None and math.isfinite(record.loss):
             seen.loss = record.loss
             seen.z_loss = self._z("loss", record.loss) or 0.0

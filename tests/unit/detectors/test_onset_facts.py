@@ -131,6 +131,18 @@ def test_a_raised_rate_is_told_and_a_warm_up_is_none() -> None:
         assert "rate_raised" not in facts.around(number)
 
 
+@pytest.mark.parametrize(("again", "growth", "expected"), [(1e-3, 0.0, 1), (3e-3, 0.0, 0), (0.0, 0.03, 0)])
+def test_a_rate_that_has_been_there_is_a_restart(again: float, growth: float, expected: int) -> None:
+    facts, restarts = OnsetFacts(), 0
+    for number in range(300):
+        rate = 1e-3 * max(0.01, 1.0 - number / 150) if number < 150 else again or 1e-3 * 1.0
+        if growth:
+            rate = 1e-3 * (1.0 + growth) ** max(0, number - 150)
+        facts.take(step(number, rates=np.array([rate])))
+        restarts += facts.has_restarted
+    assert restarts == expected
+
+
 def test_what_nobody_sent_is_not_told_of() -> None:
     facts = OnsetFacts()
     for number in range(60):
