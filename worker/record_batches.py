@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sidestep.protocol.messages import Signals
-from sidestep.worker.step_record import MAX_SKETCH
+from sidestep.worker.step_record import MAX_BATCH_RANKS, MAX_SKETCH
 
 FLAT_DEVIATION: Final = 1e-6
 """Standard deviation of pixels below which an image shows nothing."""
@@ -19,6 +19,7 @@ MIN_RANK_IMAGES: Final = 4
 """Images that one rank must have for its own share of distinct ones to be judged."""
 MIN_RANK_SAMPLES: Final = 2
 MAX_NAMED_RANKS: Final = 8
+_LOW: Final = 0xFFFFFFFF
 _MIX: Final = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -35,6 +36,10 @@ def batch_facts(signals: Sequence[tuple[int, Signals]]) -> dict[str, Any]:
         facts["distinct_samples"] = int(max(distinct.size, _distinct(texts).size))
         facts["batch_digest"] = _digest(ordered.tobytes())
         facts["sketch"] = _sketch(distinct)
+        if len(keys) > 1:
+            told = sorted(keys)[:MAX_BATCH_RANKS]
+            facts["batch_ranks"] = np.array(told, np.int32)
+            facts["batch_digests"] = np.array([_digest(keys[rank].tobytes()) & _LOW for rank in told], np.uint32)
         facts["duplicate_ranks"] = _duplicates(keys)
     facts.update(_image_facts([(rank, m) for rank, m in signals if m.image_hashes.size and m.image_hashes.ndim == 1]))
     for name in ("projector_rms", "projector_spread"):

@@ -24,6 +24,8 @@ MAX_RECORD_ROWS: Final = 960
 """Labelled positions that a record holds; of more, whole answers are left out evenly."""
 MAX_RECORD_RANKS: Final = 48
 """Ranks whose rows are told apart; those of further ranks count under rank -1."""
+MAX_BATCH_RANKS: Final = 32
+"""Ranks whose batches are compared with their own earlier ones."""
 MAX_MEAN_IDS: Final = 64
 MAX_MODULES: Final = 48
 MAX_RATES: Final = 16
@@ -53,6 +55,8 @@ _FORMS: Final[Mapping[str, str]] = {
     "weights": "<f4",
     "rates": "<f8",
     "sketch": "<i8",
+    "batch_ranks": "<i4",
+    "batch_digests": "<u4",
 }
 """Array field to the form of its elements in the bytes; ``id`` is three bytes."""
 
@@ -61,8 +65,8 @@ def _nothing(dtype: str) -> Callable[[], NDArray[Any]]:
     return lambda: np.zeros(0, dtype)
 
 
-_NO_IDS, _NO_HALVES, _NO_SINGLES, _NO_DOUBLES, _NO_BYTES, _NO_HASHES = map(
-    _nothing, ("<i4", "<f2", "<f4", "<f8", "u1", "<i8")
+_NO_IDS, _NO_HALVES, _NO_SINGLES, _NO_DOUBLES, _NO_BYTES, _NO_HASHES, _NO_DIGESTS = map(
+    _nothing, ("<i4", "<f2", "<f4", "<f8", "u1", "<i8", "<u4")
 )
 
 
@@ -152,6 +156,10 @@ class StepRecord:
     """Ranks whose samples are those of a lower rank (the first 8)."""
     batch_digest: int = 0
     """Stands for the samples of all ranks; 0: not known."""
+    batch_ranks: NDArray[np.int32] = field(default_factory=_NO_IDS)
+    """Ranks that told of their samples, ascending: ``MAX_BATCH_RANKS`` of several, none of a single one [b]."""
+    batch_digests: NDArray[np.uint32] = field(default_factory=_NO_DIGESTS)
+    """Stands for the samples of each of them [b]."""
     sketch: NDArray[np.int64] = field(default_factory=_NO_HASHES)
     """A few of the samples' hashes, the same ones whenever the samples are the same [<= 16]."""
 

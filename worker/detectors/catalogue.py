@@ -67,7 +67,7 @@ optimizer_reset|critical|exact||the optimizer has lost its state
 not_in_optimizer|critical|exact||weights that are to be trained are in no optimizer
 nonfinite|critical|exact||numbers that are none
 init_loss|critical|exact||the model starts worse than guessing
-worse_than_uniform|critical|exact||the model is worse than guessing
+worse_than_uniform|critical|self||the model is worse than guessing
 uniform_predictions|critical|exact|collapse|the model guesses evenly
 single_answer|critical|self|collapse|the model answers one token to everything
 mass_excess|critical|self|collapse|one token takes the probability of others

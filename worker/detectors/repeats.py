@@ -18,6 +18,7 @@ from sidestep.worker.detectors.view import StepView
 from sidestep.worker.step_record import StepRecord
 
 MIN_SAMPLES: Final = 4
+MAX_NAMED_RANKS: Final = 8
 SKETCHED_STEPS: Final = 16
 """Earlier steps whose samples are remembered in part."""
 
@@ -32,6 +33,7 @@ class RepeatedData:
         self._digests: list[int] = []
         self._num_distinct = 0  # batches unlike their predecessors, so far
         self._sketches: list[list[int]] = []
+        self._own: dict[int, int] = {}  # digest of each rank's last batch
         self._usual = self._new_usual()
 
     def _new_usual(self) -> RunningMoments:
@@ -59,7 +61,17 @@ class RepeatedData:
             self._num_distinct = min(self._num_distinct + 1, 1 << 20)
         self._digests = [*self._digests, record.batch_digest][-self._settings.dup_batch.history :]
         evidence = f"the {record.samples} samples are those of {age} step{'s' if age > 1 else ''} before" if age else ""
+        stuck = self._stuck(record)
+        if stuck and not is_beyond:
+            is_beyond, age = True, 1
+            evidence = f"rank {', '.join(map(str, stuck))}: the samples are those of the step before"
         yield Reading(name="dup_batch", value=float(age), limit=0.0, is_beyond=is_beyond, evidence=evidence)
+
+    def _stuck(self, record: StepRecord) -> list[int]:
+        """Return the ranks that have the batch of the step before again, though others have not (the first 8)."""
+        now = dict(zip(record.batch_ranks.tolist(), record.batch_digests.tolist(), strict=True))
+        last, self._own = self._own, now
+        return [rank for rank, digest in now.items() if last.get(rank) == digest][:MAX_NAMED_RANKS]
 
     def _within(self, record: StepRecord) -> Iterator[Reading]:
         """Few of the samples differ. Questions alike on many images are told apart by their images."""
@@ -94,7 +106,7 @@ class RepeatedData:
 
     def resume(self) -> None:
         """Another attempt repeats steps, and with them their samples."""
-        self._digests, self._sketches = [], []
+        self._digests, self._sketches, self._own = [], [], {}
 
     def forget(self) -> None:
         """Learn anew how often samples come again."""
@@ -108,6 +120,7 @@ class RepeatedData:
             "distinct": self._num_distinct,
             "sketches": self._sketches,
             "usual": self._usual.state(),
+            "own": [list(self._own), list(self._own.values())],
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -116,6 +129,8 @@ class RepeatedData:
         self._num_distinct = int(state["distinct"])
         self._sketches = [[int(key) for key in sketch] for sketch in state["sketches"]]
         self._usual.restore(state["usual"])
+        ranks, digests = state.get("own", ((), ()))
+        self._own = {int(rank): int(digest) for rank, digest in zip(ranks, digests, strict=True)}
 
 
 def _is_blank(record: StepRecord) -> bool:

@@ -107,8 +107,8 @@ class DetectorSettings:
     underconfident: Unsure = field(default_factory=Unsure)
     lr_spent: Spent = field(default_factory=Spent)
     # generation against target
-    gen_repetition: Generated = field(default_factory=lambda: Generated(threshold=0.3))
-    gen_vs_target: Generated = field(default_factory=lambda: Generated(threshold=0.45))
+    gen_repetition: Generated = field(default_factory=lambda: Generated(threshold=0.3, hits=2, window=2))
+    gen_vs_target: Generated = field(default_factory=lambda: Generated(threshold=0.45, hits=2, window=2))
     gen_length: GeneratedLength = field(default_factory=GeneratedLength)
     # data
     target_single: Shift = field(default_factory=lambda: Shift(threshold=0.1, min_rows=128, pooled=32))

@@ -24,6 +24,7 @@ from tests.support.detector_traces import (
 )
 
 from sidestep.protocol.messages import Kind, Losses, StepEnd
+from sidestep.worker.detectors.settings import DetectorSettings
 from sidestep.worker.records import Part
 from sidestep.worker.step_record import StepRecord
 from sidestep.worker.watch import Watch
@@ -73,6 +74,11 @@ def no_rate(drawn: Drawn) -> None:
     drawn.rate = 0.0
 
 
+def stuck_rank(drawn: Drawn) -> None:
+    hashes = np.random.default_rng(0).integers(1, 2**62, (2, 16))
+    drawn.rank_changes[1] = {"sample_hashes": hashes[0], "image_hashes": hashes[1]}
+
+
 NAN = np.array([np.nan], np.float32)
 FAILURES: dict[str, tuple[Task, Failure, str]] = {
     "a NaN loss": (TASK, changed(trainer_losses=NAN), "nonfinite"),
@@ -93,6 +99,7 @@ FAILURES: dict[str, tuple[Task, Failure, str]] = {
     "answers without EOS": (TASK, counted(answers_with_eos=10), "no_stop_token"),
     "a stuck batch": (TASK, same_batch(1), "dup_batch"),
     "two batches in turn": (TASK, same_batch(2), "dup_batch"),
+    "one rank's loader stuck": (TWO_RANKS, stuck_rank, "dup_batch"),
     "ranks with the same samples": (TWO_RANKS, same_on_both, "dup_ranks"),
     "a batch of few samples": (replace(TASK, images=False), few_distinct, "dup_in_batch"),
     "one image": (TASK, changed(image_hashes=np.full(32, 77)), "image_constant"),
@@ -284,11 +291,11 @@ def start(losses: NDArray[np.float64], targets: NDArray[np.int64]) -> list[tuple
 def test_a_start_over_few_distinct_targets_says_little() -> None:
     """Multiple choice: a letter, EOS and little else; logits with a deviation of 1 make their mean cost vary by 0.4."""
     few = np.tile([10, 11, 1, 1], 12)
-    cost = np.log(768) + np.tile([2.4, 2.1, 0.2, 0.2], 12)
-    assert cost.mean() > np.log(768) + 1.0
+    cost = np.log(768) + np.tile([7.4, 7.1, 3.2, 3.2], 12)
+    assert cost.mean() > np.log(768) + DetectorSettings().init_loss.threshold
     assert start(cost, few) == []
     many = np.arange(48)
-    assert start(np.full(48, np.log(768)) + 1.5 + 0.01 * (many % 7), many) == [(0, "init_loss")]
+    assert start(np.full(48, np.log(768)) + 5.0 + 0.01 * (many % 7), many) == [(0, "init_loss")]
     assert start(np.tile([90.0, 120.0, 60.0, 75.0], 12), few) == [(0, "init_loss")], "embeddings far too large"
 
 
