@@ -16,6 +16,8 @@ from benchmarks.detection.case import Case, Family, Twist
 from benchmarks.detection.cases import (
     known_failures,
     known_healthy,
+    known_second_failures,
+    known_second_healthy,
     tuned_healthy,
     tuned_images,
     tuned_labels,
@@ -23,7 +25,7 @@ from benchmarks.detection.cases import (
     tuned_ranks,
 )
 
-TUNED, KNOWN, HELD_OUT = "tuned", "known", "held_out"
+TUNED, KNOWN, KNOWN_SECOND, HELD_OUT = "tuned", "known", "known_second", "held_out"
 _HELD_OUT_MODULES = ("held_out_failures", "held_out_healthy")
 _TWIN = "twin_"
 
@@ -38,6 +40,8 @@ def all_cases() -> dict[str, tuple[Case, str]]:
     tuned = (tuned_healthy, tuned_labels, tuned_images, tuned_optimisation, tuned_ranks)
     found = [(case, TUNED) for module in tuned for case in module.CASES]
     found += [(case, KNOWN) for module in (known_failures, known_healthy) for case in module.CASES]
+    second = (known_second_failures, known_second_healthy)
+    found += [(case, KNOWN_SECOND) for module in second for case in module.CASES]
     for name in _HELD_OUT_MODULES:
         full = f"benchmarks.detection.cases.{name}"
         if importlib.util.find_spec(full) is not None:

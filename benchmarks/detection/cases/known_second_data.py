@@ -1,4 +1,4 @@
-"""Held-out failures of the data: labels, texts, which samples are left, and what becomes of their images."""
+"""Failures of the data that were held out next: labels, texts, which samples are left, and their images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Healthy trainings that look alarming, held out; all run equally long, each at least a twentieth of the steps."""
+"""Healthy trainings that look alarming, held out until the second evaluation; each a twentieth of the steps."""
 
 from __future__ import annotations
 

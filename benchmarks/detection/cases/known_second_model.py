@@ -1,4 +1,4 @@
-"""Held-out failures of the model and of ranks: what is loaded, what is reached by gradients, and who sees whom."""
+"""Failures of the model and of ranks that were held out next: what is loaded, what gradients reach, who sees whom."""
 
 from __future__ import annotations
 

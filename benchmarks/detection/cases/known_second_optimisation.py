@@ -1,4 +1,4 @@
-"""Held-out failures of the optimisation: which gradients count, which rate they get, and which steps are taken."""
+"""Failures of the optimisation that were held out next: which gradients count, which rate, which steps are taken."""
 
 from __future__ import annotations
 
