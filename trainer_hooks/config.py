@@ -131,11 +131,12 @@ class HooksConfig:
     """
     image_probe_interval: int = 100
     """Steps between two probes of what the images are worth, two forwards of one micro-batch each; 0: never."""
-    future_probe_interval: int = 100
+    future_probe_interval: int = 500
     """Steps between two probes of whether a position sees the tokens that follow it; 0: never.
 
     A causal mask that is lost makes the loss splendid and the model useless. Two forwards of one micro-batch each, in
-    the mode that it is trained in; at step 10, then at half of each interval, apart from the probe of the images.
+    the mode that it is trained in; ten steps after the hooks began, then at half of each interval, apart from the probe
+    of the images.
     """
 
     def __post_init__(self) -> None:

@@ -45,9 +45,10 @@ class FutureProbe:
     def __init__(
         self, model: nn.Module, reader: ForwardReader, interval: int, *, image_token_id: int | None = None
     ) -> None:
-        """Probe at ``FIRST_STEP`` and at half of every ``interval`` steps; 0: never."""
+        """Probe ``FIRST_STEP`` steps after the first one and at half of every ``interval`` steps; 0: never."""
         self._model = unwrapped(model)
         self._reader = reader
+        self._began: int | None = None
         self._interval = interval
         self._image_token_id = image_token_id
         self._kept = KeptBatch()
@@ -60,9 +61,11 @@ class FutureProbe:
             self._interval = 0  # every position of an encoder sees all others, as it should
 
     def is_due(self, step: int) -> bool:
-        """Whether ``step`` is probed."""
+        """Whether ``step`` is probed: soon after the first one, that of a start or of a resume, and at intervals."""
         interval = self._interval
-        return interval > 0 and step > 0 and (step == FIRST_STEP or step % interval == interval // 2)
+        if self._began is None:
+            self._began = step
+        return interval > 0 and step > 0 and (step == self._began + FIRST_STEP or step % interval == interval // 2)
 
     def see(self, given: Mapping[str, Any]) -> None:
         """Keep the arguments of a due step's first forward that has token ids."""

@@ -118,6 +118,12 @@ CAUSES: Final[tuple[Cause, ...]] = (
         "look at the pixel values of the named batch, as the model gets them",
     ),
     _cause(
+        "images_missing",
+        "images_missing",
+        "images are dropped: the placeholder is no token of the tokenizer, or the key is none of the model's",
+        "print a batch's keys and decode its input_ids: is the image's placeholder one id, and are the pixels there?",
+    ),
+    _cause(
         "pixels_scaled",
         "image_scale",
         "pixels are on another scale: not divided, divided twice, or normalised with other numbers",

@@ -32,6 +32,7 @@ POINTS_TO: Final[Mapping[str, frozenset[Blame]]] = {
     "projector_silent": frozenset({_M, _I}),
     "module_detached": frozenset({_M}),
     "weights_stand": frozenset({_O, _M}),
+    "images_missing": frozenset({_I, _D}),
     "pixels_scaled": frozenset({_I}),
     "schedule_spent": frozenset({_R}),
     "optimizer_lost": frozenset({_O}),

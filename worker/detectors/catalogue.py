@@ -89,6 +89,7 @@ weights_frozen|warning|self||weights do not move any more
 loss_differs|warning|self||the loss that is trained on has become another
 underconfident|warning|exact||the model is far less sure than it is right
 lr_spent|warning|exact||the schedule has ended long before the training
+images_missing|warning|shift||no images come in
 image_scale|warning|shift||the pixels are on another scale
 image_unused|warning|self||images are not looked at
 never_beyond_prior|warning|self||nothing is learned beyond counting

@@ -10,6 +10,7 @@ from sidestep.worker.detectors.reading import Reading
 from sidestep.worker.detectors.running import Window
 from sidestep.worker.detectors.settings import DetectorSettings
 from sidestep.worker.detectors.view import StepView
+from sidestep.worker.records import RunContext
 from sidestep.worker.step_record import StepRecord
 
 MIN_IMAGES: Final = 4
@@ -32,6 +33,8 @@ class Images:
         self._num_probes = 0
         self._unused = 0  # probes in a row in which images were worth nothing
         self._best = 0.0  # highest pooled gain so far
+        self._steps = [0, 0, 0]  # steps with images, all steps, steps without images in a row
+        self._is_first_stage = True
         self._reset_pixels()
 
     def _reset_pixels(self) -> None:
@@ -42,11 +45,31 @@ class Images:
         """Judge one step."""
         record = view.record
         return [
+            *self._missing(view),
             *self._alike(record),
             *self._scaled(record),
             *self._projector(record),
             *self._probe(record, view.knowledge),
         ]
+
+    def _missing(self, view: StepView) -> Iterator[Reading]:
+        """No image comes any more, or none ever came though the run's samples have images."""
+        record, rule = view.record, self._settings.images_missing
+        if not record.labelled:
+            return  # another finding
+        is_seen = record.images > 0 or record.projector_rms is not None
+        with_images, steps, without = self._steps
+        without = 0 if is_seen else without + 1
+        self._steps = [with_images + is_seen, steps + 1, without]
+        before = steps + 1 - without
+        evidence = ""
+        if before >= rule.warmup and with_images >= rule.share * before:
+            evidence = f"no image in {without} steps, and in {with_images} of the {before} steps before"
+        elif self._is_first_stage and not with_images and (share := _share_with_images(view.context)) >= rule.share:
+            evidence = f"no batch of {without} steps has had an image, though {share:.0%} of the run's samples have one"
+        if evidence:
+            value, limit = float(without), rule.threshold
+            yield Reading(name="images_missing", value=value, limit=limit, is_beyond=value >= limit, evidence=evidence)
 
     def _alike(self, record: StepRecord) -> Iterator[Reading]:
         if record.images < MIN_IMAGES and not record.constant_image_ranks:
@@ -136,6 +159,8 @@ class Images:
         """Let go of what images were worth, and of what they were like."""
         self._gains, self._best, self._num_probes, self._unused = [], 0.0, 0, 0
         self._reset_pixels()
+        self._steps = [0, 0, 0]
+        self._is_first_stage = False  # one of text alone may begin
 
     def state(self) -> Json:
         """Return all that ``restore`` needs."""
@@ -143,6 +168,7 @@ class Images:
             "gains": self._gains,
             "probes": [self._num_probes, self._unused],
             "best": self._best,
+            "steps": [*self._steps, int(self._is_first_stage)],
             "pixels": [self._means.values, self._deviations.values],
         }
 
@@ -151,5 +177,15 @@ class Images:
         self._gains = [float(gain) for gain in state["gains"]]
         self._num_probes, self._unused = map(int, state["probes"])
         self._best = float(state["best"])
+        *steps, is_first = state.get("steps", (0, 0, 0, 1))
+        self._steps, self._is_first_stage = [int(count) for count in steps], bool(is_first)
         pixels = state.get("pixels", ((), ()))  # there are none in a state of before there was `image_scale`
         self._means.values, self._deviations.values = ([float(value) for value in values] for values in pixels)
+
+
+def _share_with_images(context: RunContext | None) -> float:
+    """Share of the samples that are generated from that have an image; 0 without any."""
+    samples = context.samples.get("samples") if context is not None else None
+    if not isinstance(samples, list | tuple) or not samples:
+        return 0.0
+    return sum(isinstance(each, Mapping) and each.get("image") is not None for each in samples) / len(samples)

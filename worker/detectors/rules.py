@@ -207,6 +207,17 @@ class Unsure(Limit):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Missing(Limit):
+    """Steps without an image where there should be some."""
+
+    threshold: float = 30.0
+    """Steps in a row: mixtures have text-only batches now and then."""
+    share: float = 0.9
+    """Share of the steps before, or of the samples that are generated from, that have images."""
+    warmup: int = 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Scale(Limit):
     """Pixels against what they were."""
 

@@ -20,6 +20,7 @@ from sidestep.worker.detectors.rules import (
     Jump,
     Limit,
     Mass,
+    Missing,
     ModuleShare,
     Prior,
     PriorGain,
@@ -117,6 +118,7 @@ class DetectorSettings:
     answers_truncated: Shift = field(default_factory=lambda: Shift(threshold=0.1, pooled=8))
     batch_shrunk: Shift = field(default_factory=lambda: Shift(threshold=0.3, hits=5, window=8, min_rows=4))
     data_repeats: Shift = field(default_factory=lambda: Shift(threshold=0.5, hits=8, window=10, min_rows=4))
+    images_missing: Missing = field(default_factory=Missing)
     image_scale: Scale = field(default_factory=Scale)
     cal_down: Drop = field(default_factory=Drop)
     user_rules: Rule = field(default_factory=lambda: Rule(rearm=1, cool_steps=0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from tests.support.detector_traces import Drawn, Failure, Task, Told, changed, trace, watched
@@ -42,6 +44,44 @@ def test_images_that_vary_are_sound() -> None:
         drawn.changes["image_means"] = rng.normal(0.0, 0.5, 32).astype(np.float32)
 
     assert not watched(trace(TASK, 200, failure=varied)).openings
+
+
+def without_images(drawn: Drawn) -> None:
+    none = np.zeros(0, np.int64)
+    drawn.changes.update(image_hashes=none, image_deviations=none.astype(np.float32))
+    drawn.changes.update(projector_rms=-1.0, projector_spread=-1.0)
+
+
+SAMPLES = {"samples": [{"image": {"shape": [1, 1, 1], "pixels": b"0"}}] * 4}
+
+
+def test_images_that_stop_coming_are_told_after_thirty_steps() -> None:
+    told = watched(trace(TASK, ONSET + 40, failure=without_images, onset=ONSET))
+    assert found(told, "images_missing") == [ONSET + 29]
+    assert "images are dropped" in told.blocks
+
+
+@pytest.mark.parametrize(("samples", "expected"), [(SAMPLES, [29]), ({}, []), ({"samples": [{"image": None}] * 4}, [])])
+def test_images_that_never_came_are_told_where_the_samples_have_some(
+    samples: dict[str, Any], expected: list[int]
+) -> None:
+    assert found(watched(trace(TASK, 60, failure=without_images), samples=samples), "images_missing") == expected
+
+
+def test_an_announced_stage_of_text_is_none() -> None:
+    def text(drawn: Drawn) -> None:
+        drawn.stage = "text" if drawn.step == ONSET else ""
+        without_images(drawn)
+
+    assert not found(watched(trace(TASK, ONSET + 160, failure=text, onset=ONSET), samples=SAMPLES), "images_missing")
+
+
+def test_text_only_steps_between_others_are_a_mixture() -> None:
+    def mixed(drawn: Drawn) -> None:
+        if drawn.step % 30 > 10:
+            without_images(drawn)
+
+    assert not found(watched(trace(TASK, 300, failure=mixed), samples=SAMPLES), "images_missing")
 
 
 def schedule(drawn: Drawn, length: int) -> None:
