@@ -13,11 +13,9 @@ from sidestep.worker.detectors.rules import (
     Composition,
     Cumulative,
     Drop,
-    Frozen,
     Gap,
     Generated,
     GeneratedLength,
-    Jump,
     Limit,
     Mass,
     Missing,
@@ -28,18 +26,16 @@ from sidestep.worker.detectors.rules import (
     RankSum,
     Regress,
     Repeats,
-    Reset,
     Rule,
     Scale,
     Shift,
     SingleAnswer,
-    Spent,
     Spike,
     Start,
     StopToken,
-    Stuck,
     Unsure,
 )
+from sidestep.worker.detectors.update_rules import Frozen, Jump, Reset, Spent, Stuck
 
 PREFIX: Final = "detectors."
 
