@@ -124,9 +124,10 @@ def _gradient_facts(step: AssembledStep, norms: Sequence[float], *, is_applied: 
 
 def _probe_facts(step: AssembledStep) -> dict[str, Any]:
     """Mean of the ranks' probes, weighted by their labelled positions."""
+    sent = [probe for _, probe in messages_of(step.parts.get(Kind.PROBE, ()), Probe)]
     probes = [
         probe
-        for _, probe in messages_of(step.parts.get(Kind.PROBE, ()), Probe)
+        for probe in sent
         if probe.images >= 2 and 0 < probe.labelled <= MAX_COUNT and math.isfinite(probe.loss + probe.rolled_loss)
     ]
     total = sum(probe.labelled for probe in probes)
@@ -135,11 +136,7 @@ def _probe_facts(step: AssembledStep) -> dict[str, Any]:
         facts["probe_loss"] = sum(probe.loss * (probe.labelled / total) for probe in probes)
         facts["probe_rolled_loss"] = sum(probe.rolled_loss * (probe.labelled / total) for probe in probes)
         facts["probe_labelled"] = min(total, MAX_COUNT)
-    changes = [
-        probe.future_change
-        for _, probe in messages_of(step.parts.get(Kind.PROBE, ()), Probe)
-        if probe.future_rows > 0 and math.isfinite(probe.future_change)
-    ]
+    changes = [probe.future_change for probe in sent if probe.future_rows > 0 and math.isfinite(probe.future_change)]
     if changes:
         facts["future_change"] = max(changes)
     return facts

@@ -186,3 +186,53 @@ class Case:
 
 LATE: tuple[float, float] = (0.45, 0.65)
 """The usual onset: the model has learned something."""
+
+
+def healthy_case(
+    name: str,
+    what: str,
+    legitimate: str,
+    *,
+    family: Family = Family.OPTIMISATION,
+    twist: Callable[[], Twist] = Twist,
+    setup: Setup | None = None,
+    onset_share: tuple[float, float] | None = None,
+    is_skewed: bool = False,
+) -> Case:
+    """Return a healthy case, of the optimisation where nothing else is said."""
+    return Case(
+        name=name,
+        family=family,
+        what=what,
+        is_failure=False,
+        twist=twist,
+        setup=setup or Setup(),
+        onset_share=onset_share,
+        legitimate=legitimate,
+        is_skewed=is_skewed,
+    )
+
+
+def failure_case(
+    family: Family,
+    name: str,
+    what: str,
+    twist: Callable[[], Twist],
+    blame: frozenset[Blame],
+    *,
+    onset_share: tuple[float, float] | None = LATE,
+    setup: Setup | None = None,
+    is_exact: bool = False,
+) -> Case:
+    """Return a failure that harm admits, begun late where nothing else is said."""
+    return Case(
+        name=name,
+        family=family,
+        what=what,
+        is_failure=True,
+        twist=twist,
+        setup=setup or Setup(),
+        onset_share=onset_share,
+        blame=blame,
+        is_exact=is_exact,
+    )

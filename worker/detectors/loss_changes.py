@@ -6,8 +6,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from sidestep.protocol.messages import Json
 from sidestep.worker.detectors.reading import Reading
 from sidestep.worker.detectors.running import Cusum, Freeze, RunningMoments, Window
@@ -81,8 +79,7 @@ class LossChanges:
         rule = self._settings.worse_than_start
         self._num_readings = min(self._num_readings + 1, rule.readings + 1)
         if self._num_readings == 1 and view.starts.size >= rule.min_answers:
-            deviations = view.sum_by_answer(view.losses - view.mean_loss)
-            self._start = [loss, math.sqrt(float(np.square(deviations).sum())) / view.num_rows]
+            self._start = [loss, view.loss_error]
         if not self._start or not 1 < self._num_readings <= rule.readings:
             return
         first, error = self._start

@@ -10,8 +10,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-import numpy as np
-
 from sidestep.protocol.messages import Json
 from sidestep.worker.detectors.reading import Reading
 from sidestep.worker.detectors.settings import DetectorSettings
@@ -39,7 +37,8 @@ class TrainerLoss:
         told, own = record.trainer_loss, record.loss
         if told is None or own is None or not view.num_rows or told <= 0 or own <= 0:
             return ()
-        self._last = [*self._last, [told, own, self._error(view) ** 2]][-rule.usual_steps - 2 * rule.pooled :]
+        error = 0.0 if record.seen_rows >= record.labelled else view.loss_error  # the mean of all rows has none
+        self._last = [*self._last, [told, own, error**2]][-rule.usual_steps - 2 * rule.pooled :]
         self._num_readings += 1
         if self._num_readings < rule.warmup or len(self._last) < rule.usual_steps + 2 * rule.pooled:
             return ()
@@ -64,15 +63,6 @@ class TrainerLoss:
                 reference=before[0] / before[1], evidence=evidence,
             ),
         )  # fmt: skip
-
-    @staticmethod
-    def _error(view: StepView) -> float:
-        """Standard error of the step's own loss where its rows are a sample; answers err together."""
-        record = view.record
-        if record.seen_rows >= record.labelled:
-            return 0.0
-        deviations = view.sum_by_answer(view.losses - view.mean_loss)
-        return math.sqrt(float(np.square(deviations).sum())) / view.num_rows
 
     def forget(self) -> None:
         """Another stage may have another loss."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 
 import numpy as np
@@ -138,6 +139,12 @@ class StepView:
             return -1
         ids, counts = np.unique(last, return_counts=True)
         return int(ids[counts.argmax()]) if counts.max() > TERMINAL_SHARE * last.size else -1
+
+    @cached_property
+    def loss_error(self) -> float:
+        """Standard error of the mean loss, in nats, as that of answers, whose tokens err together; there is a row."""
+        deviations = self.sum_by_answer(self.losses - self.mean_loss)
+        return math.sqrt(float(np.square(deviations).sum())) / self.num_rows
 
     def sum_by_answer(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the sum of ``values`` [n] over each answer [a]."""

@@ -182,12 +182,14 @@ class Weights:
         self.resume()
         self._counted, self._fresh = -1.0, 0
 
+    def _windows(self) -> tuple[Window, ...]:
+        return (self._moves, self._moves_per_rate, self._changes, self._changes_per_rate, self._still, self._sizes)
+
     def state(self) -> Json:
         """Return all that ``restore`` needs."""
-        windows = (self._moves, self._moves_per_rate, self._changes, self._changes_per_rate, self._still, self._sizes)
         return {
             "last": [self._last.astype("<f4").tobytes(), self._kind, self._norms.astype("<f4").tobytes()],
-            "windows": [window.values for window in windows],
+            "windows": [window.values for window in self._windows()],
             "counted": [self._rates, self._counted, self._counted_step, self._fresh],
         }
 
@@ -195,8 +197,7 @@ class Weights:
         """Take over a state."""
         last, kind, norms = state["last"]
         self._last, self._kind, self._norms = np.frombuffer(last, "<f4"), int(kind), np.frombuffer(norms, "<f4")
-        windows = (self._moves, self._moves_per_rate, self._changes, self._changes_per_rate, self._still, self._sizes)
-        for window, values in zip(windows, state["windows"], strict=True):
+        for window, values in zip(self._windows(), state["windows"], strict=True):
             window.values = [float(value) for value in values]
         rates, counted, step, fresh = state["counted"]
         self._rates, self._counted = float(rates), float(counted)

@@ -7,12 +7,11 @@ twentieth of the healthy steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 import torch
-from benchmarks.detection.case import LATE, Case, Family, Setup, Twist
+from benchmarks.detection.case import LATE, Case, Family, Setup, Twist, healthy_case
 from benchmarks.detection.cases.known_model import Dropout
 from benchmarks.detection.cases.known_optimisation import peak_rate
 from benchmarks.detection.lab import Lab
@@ -180,59 +179,39 @@ class GrowingAnswers(Twist):
             lab.announce(f"longer_answers_{stage}")
 
 
-def _healthy(
-    name: str,
-    what: str,
-    legitimate: str,
-    *,
-    family: Family = Family.OPTIMISATION,
-    twist: Callable[[], Twist] = Twist,
-    setup: Setup | None = None,
-    onset_share: tuple[float, float] | None = None,
-    is_skewed: bool = False,
-) -> Case:
-    return Case(
-        name=name,
-        family=family,
-        what=what,
-        is_failure=False,
-        twist=twist,
-        setup=setup or Setup(),
-        onset_share=onset_share,
-        legitimate=legitimate,
-        is_skewed=is_skewed,
-    )
-
-
 _FIVE_TASKS = {"yes_no": 0.2, "naming": 0.2, "counting": 0.2, "caption": 0.2, "table": 0.2}
 _WITHOUT_TABLES = {"yes_no": 0.3, "naming": 0.3, "counting": 0.2, "caption": 0.2}
 _LONG_TAIL = {"choice": 0.45, "yes_no": 0.3, "naming": 0.15, "caption": 0.05, "table": 0.05}
 _WITH_TEXT = {"text": 0.4, "naming": 0.2, "yes_no": 0.2, "caption": 0.2}
 
 CASES: tuple[Case, ...] = (
-    _healthy("cosine_to_zero", "the rate falls to zero", "the usual schedule of many papers", twist=CosineToZero),
-    _healthy("long_warm_up", "the rate grows for 30 % of the run", "a cautious schedule", twist=LongWarmUp),
-    _healthy("warm_restarts", "the rate jumps back to its peak twice", "a schedule with restarts", twist=WarmRestarts),
-    _healthy(
+    healthy_case("cosine_to_zero", "the rate falls to zero", "the usual schedule of many papers", twist=CosineToZero),
+    healthy_case("long_warm_up", "the rate grows for 30 % of the run", "a cautious schedule", twist=LongWarmUp),
+    healthy_case(
+        "warm_restarts", "the rate jumps back to its peak twice", "a schedule with restarts", twist=WarmRestarts
+    ),
+    healthy_case(
         "four_samples_a_step",
         "losses and gradients are very noisy",
         "all that fits the memory",
         setup=Setup(batch_samples=4, rate_factor=0.5),
     ),
-    _healthy(
+    healthy_case(
         "large_batch_in_eight_parts",
         "72 samples a step, by accumulation of 8",
         "a large batch on a small machine",
         setup=Setup(batch_samples=72, accumulation_steps=8),
     ),
-    _healthy("sgd_with_momentum", "SGD with momentum, which learns late", "an optimizer of choice", twist=WithMomentum),
-    _healthy(
+    healthy_case(
+        "sgd_with_momentum", "SGD with momentum, which learns late", "an optimizer of choice", twist=WithMomentum
+    ),
+    healthy_case(
         "never_clipped",
         "gradients are not clipped, at one and a half times the rate",
         "many trainings clip nothing",
         setup=Setup(max_gradient_norm=0.0, rate_factor=1.5),
     ),
-    _healthy(
+    healthy_case(
         "encoder_frozen_throughout",
         "the vision encoder has no gradients, under a language model that has read",
         "projector and language model are all that is adapted",
@@ -240,7 +219,7 @@ CASES: tuple[Case, ...] = (
         twist=FrozenEncoder,
         setup=Setup(warm_start=True),
     ),
-    _healthy(
+    healthy_case(
         "unfrozen_in_stages",
         "modules begin to learn one after another, announced",
         "gradual unfreezing",
@@ -248,21 +227,21 @@ CASES: tuple[Case, ...] = (
         twist=UnfrozenInStages,
         setup=Setup(warm_start=True),
     ),
-    _healthy(
+    healthy_case(
         "dropout_of_a_fifth",
         "dropout of 0.2 in the language model",
         "a usual regularisation",
         family=Family.MODEL,
         twist=partial(Dropout, _MODEST_DROPOUT),
     ),
-    _healthy(
+    healthy_case(
         "one_label_in_ten_wrong",
         "a tenth of the labels are wrong, from the start",
         "data of the usual quality",
         family=Family.DATA,
         twist=OneLabelInTenWrong,
     ),
-    _healthy(
+    healthy_case(
         "mostly_yes",
         "85 % of the answers are yes, and the rest is hard",
         "the questions are asked so",
@@ -271,7 +250,7 @@ CASES: tuple[Case, ...] = (
         setup=Setup(mix={"yes_no": 1.0}),
         is_skewed=True,
     ),
-    _healthy(
+    healthy_case(
         "numbers_only",
         "nothing but counting",
         "a specialist",
@@ -279,7 +258,7 @@ CASES: tuple[Case, ...] = (
         setup=Setup(mix={"counting": 1.0}),
         is_skewed=True,
     ),
-    _healthy(
+    healthy_case(
         "memorised_until_zero",
         "32 images with one answer each, until the loss is near zero",
         "a test of whether the model can overfit",
@@ -287,21 +266,21 @@ CASES: tuple[Case, ...] = (
         setup=Setup(num_images=32, mix={"naming": 0.5, "caption": 0.5}),
         is_skewed=True,
     ),
-    _healthy(
+    healthy_case(
         "text_and_images",
         "40 % of the samples have no image",
         "text keeps the language model what it is",
         family=Family.IMAGE,
         setup=Setup(mix=_WITH_TEXT),
     ),
-    _healthy(
+    healthy_case(
         "long_tail_of_lengths",
         "most answers have one token, some have thirty; three are packed into a row",
         "answers are as long as they are",
         family=Family.DATA,
         setup=Setup(mix=_LONG_TAIL, samples_per_row=3),
     ),
-    _healthy(
+    healthy_case(
         "a_fifth_repeated",
         "20 % of the samples are exact repetitions",
         "a small set that is weighed up",
@@ -309,7 +288,7 @@ CASES: tuple[Case, ...] = (
         twist=RowsRepeated,
         is_skewed=True,
     ),
-    _healthy(
+    healthy_case(
         "new_task_fades_in",
         "tables come in, from none to 40 %, announced where it begins",
         "a planned change of the mix",
@@ -318,7 +297,7 @@ CASES: tuple[Case, ...] = (
         setup=Setup(mix=_WITHOUT_TABLES),
         onset_share=LATE,
     ),
-    _healthy(
+    healthy_case(
         "growing_answers",
         "answers become longer in three announced stages",
         "a curriculum",
@@ -326,7 +305,7 @@ CASES: tuple[Case, ...] = (
         twist=GrowingAnswers,
         setup=Setup(mix=_FIVE_TASKS),
     ),
-    _healthy(
+    healthy_case(
         "two_small_ranks",
         "two ranks of four samples each, which differ much in every step",
         "small shards are noisy",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.detection.case import LATE, Blame, Case, Family, Setup, Twist
+from benchmarks.detection.case import Blame, Case, Family, Setup, Twist, failure_case
 from benchmarks.detection.cases.known_data import split_answer, with_answer
 from benchmarks.detection.lab import Lab
 from benchmarks.detection.scenes_suite import GLYPHS
@@ -175,27 +176,8 @@ class RowReversed(Twist):
         return Batch(**{**batch, "images": [row[::-1] for row in batch["images"]]})
 
 
-def _failure(
-    name: str,
-    what: str,
-    twist: type[Twist],
-    blame: frozenset[Blame],
-    *,
-    onset_share: tuple[float, float] | None = LATE,
-    setup: Setup | None = None,
-    is_exact: bool = False,
-) -> Case:
-    return Case(
-        name=name,
-        family=Family.IMAGE if Blame.IMAGES in blame else Family.DATA,
-        what=what,
-        is_failure=True,
-        twist=twist,
-        setup=setup or Setup(),
-        onset_share=onset_share,
-        blame=blame,
-        is_exact=is_exact,
-    )
+def _failure(name: str, what: str, twist: type[Twist], blame: frozenset[Blame], **more: Any) -> Case:
+    return failure_case(Family.IMAGE if Blame.IMAGES in blame else Family.DATA, name, what, twist, blame, **more)
 
 
 CASES: tuple[Case, ...] = (

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from typing import cast
 
 import numpy as np
 import torch
-from benchmarks.detection.case import LATE, Case, Family, Setup, Twist
+from benchmarks.detection.case import LATE, Case, Family, Setup, Twist, healthy_case
 from benchmarks.detection.cases.known_optimisation import cross_entropy, peak_rate
 from benchmarks.detection.lab import Lab
 from benchmarks.detection.talks import Encoded, Talk
@@ -212,55 +211,33 @@ class OneTaskPerStep(Twist):
         lab.mix = {kinds[int(lab.rng.choice(len(kinds), p=shares / shares.sum()))]: 1.0}
 
 
-def _healthy(
-    name: str,
-    what: str,
-    legitimate: str,
-    *,
-    family: Family = Family.OPTIMISATION,
-    twist: Callable[[], Twist] = Twist,
-    setup: Setup | None = None,
-    onset_share: tuple[float, float] | None = None,
-    is_skewed: bool = False,
-) -> Case:
-    return Case(
-        name=name,
-        family=family,
-        what=what,
-        is_failure=False,
-        twist=twist,
-        setup=setup or Setup(),
-        onset_share=onset_share,
-        legitimate=legitimate,
-        is_skewed=is_skewed,
-    )
-
-
 _HALF_TEXT = {"text": 0.5, "naming": 0.2, "yes_no": 0.2, "caption": 0.1}
 
 CASES: tuple[Case, ...] = (
-    _healthy("constant_rate", "the rate is the same at every step", "the simplest schedule", twist=ConstantRate),
-    _healthy("one_cycle", "the rate rises to twice the usual one, and falls to zero", "a schedule", twist=OneCycle),
-    _healthy("adagrad", "Adagrad, whose steps become smaller", "an optimizer of choice", twist=WithAdagrad),
-    _healthy("lookahead", "every five steps the weights go half-way back", "an optimizer of choice", twist=Lookahead),
-    _healthy(
+    healthy_case("constant_rate", "the rate is the same at every step", "the simplest schedule", twist=ConstantRate),
+    healthy_case("one_cycle", "the rate rises to twice the usual one, and falls to zero", "a schedule", twist=OneCycle),
+    healthy_case("adagrad", "Adagrad, whose steps become smaller", "an optimizer of choice", twist=WithAdagrad),
+    healthy_case(
+        "lookahead", "every five steps the weights go half-way back", "an optimizer of choice", twist=Lookahead
+    ),
+    healthy_case(
         "strong_weight_decay",
         "weight decay of 0.3, all weights shrink at first",
         "a strong, but usual regularisation",
         setup=Setup(weight_decay=0.3),
     ),
-    _healthy("smoothing_of_a_tenth", "label smoothing of 0.1", "a usual regularisation", twist=Smoothed),
-    _healthy(
+    healthy_case("smoothing_of_a_tenth", "label smoothing of 0.1", "a usual regularisation", twist=Smoothed),
+    healthy_case(
         "summed_loss", "the loss is a sum over tokens, many times the usual", "it is reduced so", twist=SummedLoss
     ),
-    _healthy(
+    healthy_case(
         "large_packed_rows",
         "eight samples a row, 48 a step, at one and a half times the rate",
         "a large batch, packed",
         family=Family.DATA,
         setup=Setup(batch_samples=48, samples_per_row=8, rate_factor=1.5),
     ),
-    _healthy(
+    healthy_case(
         "tuned_on_a_few",
         "a trained model is tuned on 48 images of one task at a tenth of the rate",
         "fine-tuning: it knows them nearly from the start",
@@ -268,7 +245,7 @@ CASES: tuple[Case, ...] = (
         setup=Setup(pretrained=True, num_images=48, mix={"caption": 1.0}, rate_factor=0.1),
         is_skewed=True,
     ),
-    _healthy(
+    healthy_case(
         "language_model_frozen",
         "a language model that has read gets no gradients, encoder and projector learn",
         "images are taught to a language model that stays what it is",
@@ -276,28 +253,28 @@ CASES: tuple[Case, ...] = (
         twist=LanguageModelFrozen,
         setup=Setup(warm_start=True),
     ),
-    _healthy(
+    healthy_case(
         "branches_begin_at_zero",
         "blocks do nothing at first, and most of their gradients are zero",
         "a known initialisation",
         family=Family.MODEL,
         twist=BranchesBeginAtZero,
     ),
-    _healthy(
+    healthy_case(
         "augmented_images",
         "images are moved, with noise and contrast",
         "a usual augmentation",
         family=Family.IMAGE,
         twist=Augmented,
     ),
-    _healthy(
+    healthy_case(
         "image_sometimes_left_out",
         "a fifth of the images are black, from the start",
         "the model shall answer without an image too",
         family=Family.IMAGE,
         twist=ImageSometimesLeftOut,
     ),
-    _healthy(
+    healthy_case(
         "text_on_the_second_rank",
         "one rank has images, the other one mostly text",
         "samples are grouped by what they are made of",
@@ -305,14 +282,14 @@ CASES: tuple[Case, ...] = (
         twist=TextOnTheSecondRank,
         setup=Setup(num_ranks=2, mix=_HALF_TEXT),
     ),
-    _healthy(
+    healthy_case(
         "more_images_in_stages",
         "the training set grows from 64 images to all, announced",
         "data come in as they are labelled",
         family=Family.DATA,
         twist=MoreImagesInStages,
     ),
-    _healthy(
+    healthy_case(
         "capitals_from_here_on",
         "answers are written in capitals from one step on, announced",
         "a planned change of style",
@@ -320,7 +297,7 @@ CASES: tuple[Case, ...] = (
         twist=InCapitals,
         onset_share=LATE,
     ),
-    _healthy(
+    healthy_case(
         "one_task_per_step",
         "each step has one task, so that losses jump",
         "rows of one length waste nothing",

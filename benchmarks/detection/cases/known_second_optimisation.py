@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
-from benchmarks.detection.case import LATE, Blame, Case, Family, Setup, Twist
+from benchmarks.detection.case import Blame, Case, Family, Setup, Twist, failure_case
 from benchmarks.detection.cases.known_optimisation import peak_rate
 from benchmarks.detection.lab import Lab
 
@@ -87,28 +88,7 @@ class PlateauReversed(Twist):
         return rate * max(_LEAST_SHARE, _PLATEAU_FACTOR ** (1 + (lab.step - lab.onset) // _PATIENCE_STEPS))
 
 
-def _failure(
-    name: str,
-    what: str,
-    twist: type[Twist],
-    blame: frozenset[Blame],
-    *,
-    onset_share: tuple[float, float] | None = LATE,
-    setup: Setup | None = None,
-    is_exact: bool = False,
-) -> Case:
-    return Case(
-        name=name,
-        family=Family.OPTIMISATION,
-        what=what,
-        is_failure=True,
-        twist=twist,
-        setup=setup or Setup(),
-        onset_share=onset_share,
-        blame=blame,
-        is_exact=is_exact,
-    )
-
+_failure = partial(failure_case, Family.OPTIMISATION)
 
 CASES: tuple[Case, ...] = (
     _failure(
