@@ -37,6 +37,9 @@ SIGNAL_COUNTS = (
     "answers_with_eos",
     "batches",
     "batches_without_labels",
+    "rows",
+    "rows_without_labels",
+    "rows_begun_twice",
 )
 """What ``Signals.counts`` holds, in this order; a later minor version may append.
 
@@ -45,7 +48,12 @@ says are not real; -1 where neither tells. ``compared``: labelled positions whos
 ``labels_equal_ids``: of these, where the target is the input id of the same position. ``labels_equal_next_ids``: where
 it is that of the next one, which is what a causal model is to learn. ``labels_masked``: labelled positions whose target
 the attention mask says is padding. ``answers``: runs of labelled positions. ``answers_with_eos``: those with an EOS.
+``rows``: rows of the batch with a real position. ``rows_without_labels``: of these, without a labelled one.
+``rows_begun_twice``: of these, whose first two real ids are the same and the third is another; -1: no ids.
 """
+
+GROUP_SETTINGS = ("beta1", "beta2", "eps", "weight_decay")
+"""What ``Signals.group_settings`` holds of a parameter group. ``beta1``: the momentum of optimizers without betas."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +140,11 @@ class Signals(Message):
     optimizer_steps: Float64Array = field(default_factory=lambda: empty(np.float64))
     """Updates that the optimizer's own state counts, for the first parameter of each group that has one [groups];
     -1: none. Empty where no group has one on the host."""
+    group_settings: Float32Array = field(default_factory=lambda: empty(np.float32))
+    """``GROUP_SETTINGS`` of each parameter group, one group after another [4 * groups]; NaN: it has none, or on a
+    device. Empty without an optimizer."""
+    gradients_lost: int = 0
+    """Micro-batches of the step, after its first one, at which no parameter had a gradient any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,3 +172,15 @@ class Probe(Message):
     """Labelled positions behind which all answer tokens were replaced by others; 0: not probed."""
     future_change: float = 0.0
     """Mean absolute change, in nats, of the loss at these positions: 0 where a position sees nothing that follows."""
+    apart_rows: int = 0
+    """Rows that stayed as they were while others were changed; 0: not probed."""
+    apart_change: float = 0.0
+    """Mean absolute change of their loss, in nats: 0 where no row of a batch sees another."""
+    padding_rows: int = 0
+    """Rows of which the ids at padding were replaced; 0: not probed."""
+    padding_change: float = 0.0
+    """Mean absolute change of their loss, in nats: 0 where nothing sees padding."""
+    image_rows: int = 0
+    """Rows in which another image stood in the place of theirs; 0: not probed."""
+    image_change: float = 0.0
+    """Largest absolute change of their loss, in nats: exactly 0 where images do not reach the answers."""

@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 from sidestep.protocol.messages import Gradients, Kind, LearningRates, Losses, Probe, Signals
-from sidestep.protocol.signals import SIGNAL_COUNTS
+from sidestep.protocol.signals import GROUP_SETTINGS, SIGNAL_COUNTS
 from sidestep.worker.copy_norms import whole_norms
 from sidestep.worker.metrics.measurement import distinct_batches, messages_of
 from sidestep.worker.record_batches import batch_facts
@@ -60,6 +60,8 @@ def build_record(step: AssembledStep, context: RunContext) -> StepRecord:
         ),
         rates=_rates(step, [message for _, message in signals]),
         optimizer_steps=_optimizer_steps([message for _, message in signals]),
+        group_settings=_group_settings([message for _, message in signals]),
+        gradients_lost=max((_count(message.gradients_lost) for _, message in signals), default=0),
         step_seconds=_seconds([message for _, message in signals]),
         logged=_logged(step.parts.get(Kind.SCALARS, ())),
         **facts,
@@ -136,9 +138,11 @@ def _probe_facts(step: AssembledStep) -> dict[str, Any]:
         facts["probe_loss"] = sum(probe.loss * (probe.labelled / total) for probe in probes)
         facts["probe_rolled_loss"] = sum(probe.rolled_loss * (probe.labelled / total) for probe in probes)
         facts["probe_labelled"] = min(total, MAX_COUNT)
-    changes = [probe.future_change for probe in sent if probe.future_rows > 0 and math.isfinite(probe.future_change)]
-    if changes:
-        facts["future_change"] = max(changes)
+    for name in ("future", "apart", "padding", "image"):
+        changes = [getattr(probe, f"{name}_change") for probe in sent if getattr(probe, f"{name}_rows") > 0]
+        finite = [change for change in changes if math.isfinite(change)]
+        if finite:
+            facts[f"{name}_change"] = max(finite)
     return facts
 
 
@@ -154,6 +158,13 @@ def _optimizer_steps(signals: Sequence[Signals]) -> float | None:
     counts = [message.optimizer_steps.reshape(-1) for message in signals]
     longest = [float(each.max()) for each in counts if each.size]
     return min((count for count in longest if math.isfinite(count) and 0 <= count < MAX_COUNT), default=None)
+
+
+def _group_settings(signals: Sequence[Signals]) -> Any:
+    sent = next((message.group_settings.reshape(-1) for message in signals if message.group_settings.size), None)
+    if sent is None or sent.size % len(GROUP_SETTINGS):
+        return np.zeros(0, np.float32)
+    return sent[: MAX_RATES * len(GROUP_SETTINGS)].astype(np.float32)
 
 
 def _seconds(signals: Sequence[Signals]) -> float | None:

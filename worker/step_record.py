@@ -36,7 +36,7 @@ MAX_SKETCH: Final = 16
 MAX_ID: Final = (1 << 24) - 1
 """Largest token id: ids are stored in three bytes. Rows with larger ones are left out."""
 
-RECORD_VERSION: Final = 2
+RECORD_VERSION: Final = 3
 
 _FORMS: Final[Mapping[str, str]] = {
     "targets": "id",
@@ -54,6 +54,7 @@ _FORMS: Final[Mapping[str, str]] = {
     "weight_norms": "<f4",
     "weights": "<f4",
     "rates": "<f8",
+    "group_settings": "<f4",
     "sketch": "<i8",
     "batch_ranks": "<i4",
     "batch_digests": "<u4",
@@ -186,6 +187,10 @@ class StepRecord:
     """Ranks whose sampled weights differ from those of a lower rank that holds the same ones (the first 8)."""
     rates: NDArray[np.float64] = field(default_factory=_NO_DOUBLES)
     """Learning rate of each group, of the lowest rank [groups], or empty."""
+    group_settings: NDArray[np.float32] = field(default_factory=_NO_SINGLES)
+    """``GROUP_SETTINGS`` of each group, of the lowest rank [4 * groups], or empty; NaN: not known."""
+    gradients_lost: int = 0
+    """Micro-batches at which the gradients of those before had vanished, the most over ranks."""
     optimizer_steps: float | None = None
     """Updates that the optimizer's state counts: the most over groups, the least over ranks that have one."""
     probe_loss: float | None = None
@@ -193,6 +198,12 @@ class StepRecord:
     probe_labelled: int = 0
     future_change: float | None = None
     """Mean absolute change, in nats, of the loss at positions behind which answer tokens were replaced."""
+    apart_change: float | None = None
+    """The same of rows that stayed as they were while others of the batch were changed."""
+    padding_change: float | None = None
+    """The same of rows whose padding was replaced."""
+    image_change: float | None = None
+    """Largest absolute change, in nats, of the loss at answers whose images were replaced."""
     step_seconds: float | None = None
     """Of the slowest rank, waits for the hooks left out."""
     logged: Mapping[str, float] = field(default_factory=dict)

@@ -20,7 +20,8 @@ from sidestep.trainer_hooks.reductions.alignment import AlignedBatch
 from sidestep.trainer_hooks.reductions.runs import HostRuns, find_runs_on_host, targets_on_host
 
 NUM_COUNTS = len(SIGNAL_COUNTS)
-PADDING = SIGNAL_COUNTS.index("padding")
+_BEGIN = 3
+"""Ids that tell whether a row begins twice: two beginnings, and what follows them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,8 +93,26 @@ def count_targets(
         "answers_with_eos": int(np.count_nonzero(runs.first_end < runs.stop)),
         "batches": 1,
         "batches_without_labels": int(not num_labelled),
+        **_count_rows(labelled, ids, real),
     }
     return np.array([counts[name] for name in SIGNAL_COUNTS], np.int64)
+
+
+def _count_rows(labelled: NDArray[Any], ids: NDArray[Any] | None, real: NDArray[Any] | None) -> dict[str, int]:
+    is_row = real.any(axis=1) if real is not None else np.ones(labelled.shape[0], bool)
+    begun_twice = -1
+    if ids is not None:
+        begun_twice = 0
+        if ids.shape[1] > _BEGIN:
+            first = real.argmax(axis=1) if real is not None else np.zeros(ids.shape[0], np.int64)
+            columns = np.minimum(first[:, None] + np.arange(_BEGIN), ids.shape[1] - 1)
+            begin = np.take_along_axis(ids, columns, axis=1)
+            begun_twice = int(np.count_nonzero(is_row & (begin[:, 0] == begin[:, 1]) & (begin[:, 1] != begin[:, 2])))
+    return {
+        "rows": int(np.count_nonzero(is_row)),
+        "rows_without_labels": int(np.count_nonzero(is_row & ~labelled.any(axis=1))),
+        "rows_begun_twice": begun_twice,
+    }
 
 
 def count_on_device(batch: AlignedBatch) -> Tensor:
@@ -125,15 +144,32 @@ def count_on_device(batch: AlignedBatch) -> Tensor:
         "answers_with_eos": (ended & before.logical_not()).sum(),
         "batches": zero + 1,
         "batches_without_labels": (labelled_total == 0).to(torch.int64),
+        **_count_rows_on_device(batch, real),
     }
     return torch.stack([counts[name] for name in SIGNAL_COUNTS])
 
 
+def _count_rows_on_device(batch: AlignedBatch, real: Tensor | None) -> dict[str, Tensor]:
+    labelled, ids = batch.labelled, batch.input_ids
+    is_row = real.any(dim=1) if real is not None else torch.ones_like(labelled.select(1, 0))
+    begun_twice = is_row.sum() * 0 - int(ids is None)
+    if ids is not None and ids.shape[1] > _BEGIN:
+        first = real.to(torch.uint8).argmax(dim=1) if real is not None else torch.zeros_like(is_row, dtype=torch.int64)
+        offsets = torch.arange(_BEGIN, device=ids.device)
+        begin = ids.gather(1, (first.unsqueeze(1) + offsets).clamp(max=ids.shape[1] - 1))
+        is_twice = (begin.select(1, 0) == begin.select(1, 1)) & (begin.select(1, 1) != begin.select(1, 2))
+        begun_twice = (is_row & is_twice).sum()
+    return {
+        "rows": is_row.sum(),
+        "rows_without_labels": (is_row & labelled.any(dim=1).logical_not()).sum(),
+        "rows_begun_twice": begun_twice,
+    }
+
+
 def add_counts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Add micro-batches' counts [m, counts]; padding that is not known once is not known."""
+    """Add micro-batches' counts [m, counts]; what is not known once is not known."""
     total: NDArray[np.int64] = counts.sum(axis=0, dtype=np.int64)
-    if (counts[:, PADDING] < 0).any():
-        total[PADDING] = -1
+    total[(counts < 0).any(axis=0)] = -1
     return total
 
 

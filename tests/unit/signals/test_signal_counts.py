@@ -86,7 +86,16 @@ def test_each_fault_moves_its_own_count() -> None:
     assert host(endless, ids, mask, reading(shifted=False))["answers_with_eos"] == 0
     empty = host(torch.full_like(labels, IGNORE), ids, mask, reading(shifted=False))
     assert (empty["labelled"], empty["batches_without_labels"]) == (0, 1)
-    assert host(labels, None, None, reading(shifted=False))["compared"] == 0
+    assert empty["rows_without_labels"] == empty["rows"] == len(labels)
+    some = labels.clone()
+    some[1:3] = IGNORE
+    assert host(some, ids, mask, reading(shifted=False))["rows_without_labels"] == 2
+    twice = torch.cat((ids[:, :1], ids), dim=1)
+    begun = host(torch.cat((labels[:, :1], labels), dim=1), twice, None, reading(shifted=False, pad_id=None))
+    assert begun["rows_begun_twice"] == int((ids[:, 0] != ids[:, 1]).sum()) >= 4
+    assert begun["rows"] == len(ids)
+    nothing = host(labels, None, None, reading(shifted=False))
+    assert (nothing["compared"], nothing["rows_begun_twice"]) == (0, -1)
 
 
 def test_padding_that_is_not_known_once_is_not_known() -> None:
@@ -95,6 +104,7 @@ def test_padding_that_is_not_known_once_is_not_known() -> None:
     unknown = count_on_host(reading(shifted=False, pad_id=None), labels.numpy(), ids.numpy(), None)
     total = dict(zip(SIGNAL_COUNTS, add_counts(np.stack([known, unknown])).tolist(), strict=True))
     assert total["padding"] == -1
+    assert total["rows"] == 2 * len(ids)
     assert total["positions"] == 2 * ids.numel()
     assert total["batches"] == 2
 
