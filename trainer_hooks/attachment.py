@@ -16,7 +16,6 @@ from sidestep.trainer_hooks.checks import check_samples, check_topology
 from sidestep.trainer_hooks.config import HooksConfig
 from sidestep.trainer_hooks.console import Console
 from sidestep.trainer_hooks.faulty_staging import make_staging
-from sidestep.trainer_hooks.future_probe import FutureProbe
 from sidestep.trainer_hooks.generation import GenerateFunction, Generator, with_prompts
 from sidestep.trainer_hooks.heads import find_head, head_sizes
 from sidestep.trainer_hooks.image_probe import ImageProbe
@@ -32,6 +31,7 @@ from sidestep.trainer_hooks.support import EXACT, capabilities, support_line
 from sidestep.trainer_hooks.topology import Topology, read_topology
 from sidestep.trainer_hooks.transport import OpenTransport
 from sidestep.trainer_hooks.vocabulary import Vocabulary, read_vocabulary
+from sidestep.trainer_hooks.wiring_probe import WiringProbe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,9 +210,9 @@ def make_probes(training: Training, seen: Seen) -> list[StepProbe]:
         return probes
     if config.image_probe_interval:
         probes.append(ImageProbe(model, reader, config.image_probe_interval))
-    if config.future_probe_interval:
+    if config.wiring_probe_interval:
         image_token_id = seen.vocabulary.image_token_id
-        probes.append(FutureProbe(model, reader, config.future_probe_interval, image_token_id=image_token_id))
+        probes.append(WiringProbe(model, reader, config.wiring_probe_interval, image_token_id=image_token_id))
     return probes
 
 

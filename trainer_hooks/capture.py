@@ -205,6 +205,11 @@ def ids_argument(given: Mapping[str, Any]) -> str | None:
     return None if ids is None else next(name for name, value in given.items() if value is ids)
 
 
+def mask_argument(given: Mapping[str, Any], shape: torch.Size) -> torch.Tensor | None:
+    """Return the attention mask among a forward's arguments; None where there is none of the ids' shape [b, t]."""
+    return _of_shape(given, _MASKS, shape)
+
+
 def _found_ids(given: Mapping[str, Any]) -> torch.Tensor | None:
     return _integers(given, _IDS) if any(name in given for name in _IDS) else _first_ids(given)
 

@@ -21,7 +21,7 @@ _INTERVALS = (
     "lr_interval",
     "signal_gradient_interval",
     "image_probe_interval",
-    "future_probe_interval",
+    "wiring_probe_interval",
 )
 _RATIOS = ("single_token_dominance", "excessive_eos")
 _AT_LEAST_ONE = (
@@ -131,12 +131,12 @@ class HooksConfig:
     """
     image_probe_interval: int = 100
     """Steps between two probes of what the images are worth, two forwards of one micro-batch each; 0: never."""
-    future_probe_interval: int = 500
-    """Steps between two probes of whether a position sees the tokens that follow it; 0: never.
+    wiring_probe_interval: int = 500
+    """Steps between two probes of how the model is wired; 0: never.
 
-    A causal mask that is lost makes the loss splendid and the model useless. Two forwards of one micro-batch each, in
-    the mode that it is trained in; ten steps after the hooks began, then at half of each interval, apart from the probe
-    of the images.
+    Whether a position sees the tokens that follow it, rows of a batch see each other, padding is read, and images reach
+    the answers. Two forwards of one micro-batch, a third with an attention mask, a fourth with images, in the mode that
+    it is trained in; ten steps after the hooks began, then at half of each interval, apart from the image probe.
     """
 
     def __post_init__(self) -> None:

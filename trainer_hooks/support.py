@@ -43,8 +43,8 @@ def capabilities(
     if topology.sharded and config.signal_rows_per_step:
         if config.image_probe_interval:
             known["image probe"] = _SHARDED.format("a probe")
-        if config.future_probe_interval:
-            known["future probe"] = _SHARDED.format("a probe")
+        if config.wiring_probe_interval:
+            known["wiring probe"] = _SHARDED.format("a probe")
     known["labels"] = _labels(config, reader)
     if vocabulary.texts:
         known["tokenizer"] = _TEXTS

@@ -80,7 +80,7 @@ def config_of(rank: int, num_ranks: int) -> sidestep.HooksConfig:
     return replace(
         config,
         image_probe_interval=0,
-        future_probe_interval=0,
+        wiring_probe_interval=0,
         generation_eval_interval=0,
         collapse_detection_interval=0,
         gradient_log_interval=0,

@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 
 from sidestep.trainer_hooks.capture import Batch, ForwardReader
 from sidestep.trainer_hooks.config import HooksConfig
-from sidestep.trainer_hooks.future_probe import FutureProbe, find_answers
 from sidestep.trainer_hooks.reducing import Reducer
 from sidestep.trainer_hooks.reductions.alignment import AlignedBatch, align
 from sidestep.trainer_hooks.reductions.answers import reduce_answers
@@ -36,6 +35,8 @@ from sidestep.trainer_hooks.signals.optimizer_steps import OptimizerSteps
 from sidestep.trainer_hooks.signals.projector import projector_numbers
 from sidestep.trainer_hooks.signals.step import StepSignals
 from sidestep.trainer_hooks.vocabulary import read_vocabulary
+from sidestep.trainer_hooks.wiring_changes import find_answers
+from sidestep.trainer_hooks.wiring_probe import WiringProbe
 
 ROWS, POSITIONS, VOCABULARY, FEATURES = 3, 40, 50, 8
 CUDA = torch.device("cuda", 0)
@@ -289,17 +290,17 @@ class Predicting(nn.Module):
 
 @pytest.mark.parametrize("labels_at", ["host", "device"])
 @pytest.mark.parametrize("shifted", [False, True])
-def test_the_probe_of_the_future(labels_at: str, shifted: bool) -> None:
+def test_the_probe_of_the_wiring(labels_at: str, shifted: bool) -> None:
     with watched() as watch:
         labels = ids(CUDA if labels_at == "device" else torch.device("cpu"))
         given = {"input_ids": ids(CUDA), "labels": labels}
         model = Predicting()
-        probe = FutureProbe(model, ForwardReader(model, VOCABULARY), 1, image_token_id=3)
+        probe = WiringProbe(model, ForwardReader(model, VOCABULARY), 1, image_token_id=3)
         probe.see(given)
         probe.keep(Batch(labels=labels), lambda batch: align(input_ids=None, labels=batch.labels, shifted=shifted))
         made = probe.run(10)
     assert made is not None
-    assert shapes(made[0]) == {"change": (), "rows": ()}
+    assert shapes(made[0]) == {"changes": (4,), "rows": (4,)}
     assert all(_on_device(tensor) for tensor in made[0].values())
     assert watch.device_operations > 50
 

@@ -179,7 +179,7 @@ def test_a_rate_of_zero_leaves_the_heartbeat_as_it_is() -> None:
 
 
 def test_images_are_worth_something_to_a_model_that_has_learnt_to_look() -> None:
-    trained = Trained(steps=401, image_probe_interval=100, future_probe_interval=0)
+    trained = Trained(steps=401, image_probe_interval=100, wiring_probe_interval=0)
     assert trained.failures == {}
     probes: list[Probe] = trained.messages(Kind.PROBE)
     assert [probe.step for probe in probes] == [100, 200, 300, 400]
@@ -202,7 +202,7 @@ def test_hooks_and_probe_change_no_bit() -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    watched = Trained(steps=30, image_probe_interval=5, future_probe_interval=5).model
+    watched = Trained(steps=30, image_probe_interval=5, wiring_probe_interval=5).model
     for one, other in zip(plain.parameters(), watched.parameters(), strict=True):
         assert torch.equal(one, other)
 

@@ -1,4 +1,4 @@
-"""The probe of the future: exactly 0 in a causal model, whatever its labels and rows, and not without its mask."""
+"""The probe of the wiring: exactly 0 in a causal model, whatever its labels and rows, and not without its mask."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from torch.utils.checkpoint import checkpoint
 import sidestep
 from sidestep.protocol.messages import Probe, StepEnd
 from sidestep.trainer_hooks.config import HooksConfig
-from sidestep.trainer_hooks.future_probe import MAX_FAILURES, MAX_PER_ROW, MAX_ROWS, find_answers
 from sidestep.trainer_hooks.reductions.alignment import align
 from sidestep.trainer_hooks.transport import InProcessTransport
+from sidestep.trainer_hooks.wiring_changes import MAX_PER_ROW, MAX_ROWS, every_second, find_answers
+from sidestep.trainer_hooks.wiring_probe import MAX_FAILURES
 from sidestep.worker.detectors.settings import DetectorSettings
 
 VOCABULARY, WIDTH, EOS, PAD, IMAGE, IGNORE = 31, 16, 1, 0, 2, -100
 LIMIT = DetectorSettings().future_visible.threshold
+ALL = torch.ones(4, dtype=torch.bool)
 
 
 class Transformer(nn.Module):
@@ -152,7 +154,7 @@ class Trained:
             transports.append(InProcessTransport(*arguments))
             return transports[-1]
 
-        defaults = {"future_probe_interval": 20, "image_probe_interval": 0, "eos_id": EOS, "pad_id": PAD}
+        defaults = {"wiring_probe_interval": 20, "image_probe_interval": 0, "eos_id": EOS, "pad_id": PAD}
         hooks = sidestep.attach(model, self.optimizer, config=HooksConfig(**{**defaults, **config}), transport=opened)
         self.losses: list[float] = []
         for step in range(steps):
@@ -192,7 +194,10 @@ def test_a_causal_model_shows_nothing_and_one_without_its_mask_does(
     assert trained.failures == {}
     assert [probe.step for probe in trained.probes] == [10]
     (probe,) = trained.probes
-    assert probe.future_rows == (2 if kind == "one token alike" else 4)
+    assert probe.future_rows == (1 if kind == "one token alike" else 2)
+    assert (probe.apart_rows, probe.apart_change) == (2, 0.0)
+    assert probe.padding_rows == (4 if kind == "padded" else 0)
+    assert (probe.padding_change, probe.image_rows, probe.image_change) == (0.0, 0, 0.0)
     assert probe.images == probe.labelled == 0
     assert probe.loss != probe.loss
     assert probe.seconds > 0
@@ -200,10 +205,10 @@ def test_a_causal_model_shows_nothing_and_one_without_its_mask_does(
 
 
 def test_it_is_due_early_and_between_the_probes_of_images() -> None:
-    trained = Trained(Transformer(), steps=41, future_probe_interval=12)
+    trained = Trained(Transformer(), steps=41, wiring_probe_interval=12)
     assert [probe.step for probe in trained.probes] == [6, 10, 18, 30]
     assert [end.step for end in trained.ends if end.sent.get("probe")] == [6, 10, 18, 30]
-    assert Trained(Transformer(), steps=21, future_probe_interval=0).probes == []
+    assert Trained(Transformer(), steps=21, wiring_probe_interval=0).probes == []
     assert Trained(Transformer(), steps=21, signal_rows_per_step=0).probes == []
 
 
@@ -212,7 +217,7 @@ def test_half_precision_is_exact_as_well(seen: str) -> None:
     trained = Trained(Transformer(seen).bfloat16(), "text")
     assert trained.failures == {}
     (probe,) = trained.probes
-    assert probe.future_rows == 4
+    assert probe.future_rows == 2
     assert (probe.future_change == 0.0) if seen == "causal" else (probe.future_change > 2 * LIMIT)
 
 
@@ -246,7 +251,7 @@ def test_no_bit_of_the_training_changes(model: type[Transformer]) -> None:
     runs = []
     for interval in (0, 1):
         torch.manual_seed(3)
-        runs.append(Trained(model("everything"), "answers", steps=12, accumulation=2, future_probe_interval=interval))
+        runs.append(Trained(model("everything"), "answers", steps=12, accumulation=2, wiring_probe_interval=interval))
     plain, probed = runs
     assert len(probed.probes) == 11
     assert plain.failures == probed.failures == {}
@@ -258,7 +263,7 @@ def test_no_bit_of_the_training_changes(model: type[Transformer]) -> None:
 
 
 def test_a_forward_of_the_probe_is_not_taken_for_one_of_the_training() -> None:
-    trained = Trained(Transformer(), "text", steps=12, future_probe_interval=1, answer_length_interval=1)
+    trained = Trained(Transformer(), "text", steps=12, wiring_probe_interval=1, answer_length_interval=1)
     assert len(trained.probes) == 11
     assert all(end.sent["signals"] == 1 for end in trained.ends)
     assert trained.ends[-1].step == 11
@@ -329,10 +334,10 @@ class Synchronised(Transformer):
 
 
 def test_what_fails_is_said_once_and_switched_off(capfd: pytest.CaptureFixture[str]) -> None:
-    trained = Trained(Failing(), steps=12, future_probe_interval=1)
-    assert trained.failures == {"future_probe": MAX_FAILURES}
+    trained = Trained(Failing(), steps=12, wiring_probe_interval=1)
+    assert trained.failures == {"wiring_probe": MAX_FAILURES}
     assert trained.probes == []
-    assert capfd.readouterr().err.count("a measurement failed in future_probe") == 1
+    assert capfd.readouterr().err.count("a measurement failed in wiring_probe") == 1
     assert isinstance(trained.model, Failing)
     assert int(trained.model.forwards) == 12  # what a failed one counted was put back
 
@@ -346,8 +351,8 @@ def _group() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_group")
 def test_a_collective_is_refused_before_it_waits_for_the_other_ranks() -> None:
-    trained = Trained(Synchronised(), steps=12, future_probe_interval=1)
-    assert trained.failures == {"future_probe": MAX_FAILURES}
+    trained = Trained(Synchronised(), steps=12, wiring_probe_interval=1)
+    assert trained.failures == {"wiring_probe": MAX_FAILURES}
     assert trained.probes == []
 
 
@@ -363,7 +368,7 @@ def test_only_answer_tokens_are_exchanged_and_all_of_them_behind_the_position(sh
     answers = find_answers(ids, align(input_ids=ids, labels=told, shifted=shifted))
     assert answers is not None
     assert [sorted(set(row)) for row in answers.candidates.tolist()[:3]] == [[*range(11, 19)]] * 2 + [[11]]
-    made, is_exchanged = answers.exchanged(torch.tensor([[14], [11], [11], [0]]))
+    made, is_exchanged = answers.exchanged(torch.tensor([[14], [11], [11], [0]]), ALL)
     assert is_exchanged.tolist() == [True, True, True, False]
     moved = made != ids
     assert moved.any(dim=0).nonzero().flatten().tolist() == [*range(12, 20)]
@@ -380,7 +385,7 @@ def test_placeholders_of_images_stay_where_they_are_labelled() -> None:
     batch = align(input_ids=given["input_ids"], labels=labels, attention_mask=given["attention_mask"])
     answers = find_answers(given["input_ids"], batch, IMAGE)
     assert answers is not None
-    made, _ = answers.exchanged(torch.zeros(4, 1, dtype=torch.int64))
+    made, _ = answers.exchanged(torch.zeros(4, 1, dtype=torch.int64), ALL)
     assert torch.equal(made == IMAGE, given["input_ids"] == IMAGE)
     assert (made != given["input_ids"]).any(dim=1).all()
 
@@ -389,7 +394,7 @@ def test_labels_that_are_not_the_next_tokens_are_left_alone() -> None:
     ids = torch.arange(3, 23).expand(2, 20)
     answers = find_answers(ids, align(input_ids=ids, labels=ids, shifted=True))  # not shifted, and said to be
     assert answers is not None
-    made, is_exchanged = answers.exchanged(answers.candidates[:, :1])
+    made, is_exchanged = answers.exchanged(answers.candidates[:, :1], ALL[:2])
     assert not is_exchanged.any()
     assert torch.equal(made, ids)
     assert find_answers(ids[:, :10], align(input_ids=None, labels=ids)) is None
@@ -401,6 +406,6 @@ def test_at_most_so_many_positions_are_looked_at(count: int, looked_at: int) -> 
     answers = find_answers(ids, align(input_ids=ids, labels=ids))
     assert answers is not None
     assert answers.candidates.shape == (min(count, MAX_ROWS), looked_at)
-    made, is_exchanged = answers.exchanged(answers.candidates[:, -1:])
+    made, is_exchanged = answers.exchanged(answers.candidates[:, -1:], every_second(ids))
     assert is_exchanged.shape == (min(count, MAX_ROWS),)
     assert made.shape == ids.shape

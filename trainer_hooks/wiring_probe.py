@@ -1,0 +1,226 @@
+"""How the model is wired: what its losses depend on, told by changing what they must not, or must, depend on.
+
+One micro-batch is looked at as it is, with the later answer tokens of every second row exchanged (a causal mask that is
+lost; rows that see each other), with other ids at padding (a mask that is not applied), and with each image in
+another's place (images that reach no answer). Such faults stand from the first step, where no past is there to compare
+with. What must not change does not change to the last bit (docs/detection.md). It costs two to four forwards on its own
+interval (the first time one more), on rank 0, in the mode that is trained in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import nan
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sidestep.protocol.messages import Message, Probe
+from sidestep.trainer_hooks.capture import Batch, ForwardReader, ids_argument, mask_argument
+from sidestep.trainer_hooks.image_probe import rolled
+from sidestep.trainer_hooks.isolation import Autocast, as_trained, autocast_now
+from sidestep.trainer_hooks.kept_batch import KeptBatch, Ran, forward_logits
+from sidestep.trainer_hooks.parameters import unwrapped
+from sidestep.trainer_hooks.reductions.alignment import AlignedBatch
+from sidestep.trainer_hooks.reductions.cross_entropy import cross_entropy
+from sidestep.trainer_hooks.wiring_changes import Answers, every_second, find_answers, largest_change, mean_change
+
+FIRST_STEP = 10
+"""Probed whatever the interval is: what is wired wrongly from the start is found at once."""
+NOISE_FACTOR = 4.0
+"""Of the change between two equal forwards, taken off: where a kernel adds in another order each time, it is not 0."""
+MAX_FAILURES = 3
+"""Exceptions after which it is switched off."""
+
+PARTS = ("future", "apart", "padding", "image")
+"""What is looked at, as the fields of ``Probe`` are named."""
+
+Change = tuple[Tensor, Tensor]
+"""How much losses changed, in nats []; and in how many rows they were looked at []."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """A micro-batch as it is."""
+
+    given: Mapping[str, Any]
+    ids: str
+    """The argument that holds its ids."""
+    aligned: AlignedBatch
+    answers: Answers
+    plain: Tensor
+    """Losses at the candidates, float32 [b, k]."""
+    counted: Tensor
+    """Which of them count, bool [b, k]."""
+
+
+class WiringProbe:
+    """Keeps one micro-batch of a due step until the step has ended, and looks at it a few times."""
+
+    name = "wiring_probe"
+
+    def __init__(
+        self, model: nn.Module, reader: ForwardReader, interval: int, *, image_token_id: int | None = None
+    ) -> None:
+        """Probe ``FIRST_STEP`` steps after the first one and at half of every ``interval`` steps; 0: never."""
+        self._model = unwrapped(model)
+        self._reader = reader
+        self._began: int | None = None
+        self._interval = interval
+        self._image_token_id = image_token_id
+        self._kept = KeptBatch()
+        self._autocast: Autocast = ()
+        self._failures = 0
+        self._left_out: set[str] = set()
+        self._without_labels = False
+        self._noise: Tensor | None = None
+        config = getattr(self._model, "config", None)
+        if getattr(config, "is_encoder_decoder", False) is True:
+            self._interval = 0  # every position of an encoder sees all others, as it should
+
+    def is_due(self, step: int) -> bool:
+        """Whether ``step`` is probed: soon after the first one, that of a start or of a resume, and at intervals."""
+        interval = self._interval
+        if self._began is None:
+            self._began = step
+        return interval > 0 and step > 0 and (step == self._began + FIRST_STEP or step % interval == interval // 2)
+
+    def see(self, given: Mapping[str, Any]) -> None:
+        """Keep the arguments of a due step's first forward that has token ids."""
+        if self._kept.is_empty and ids_argument(given) is not None:
+            self._kept.see(given)
+            self._autocast = autocast_now(self._model)
+
+    def keep(self, batch: Batch, align: Callable[[Batch], AlignedBatch]) -> None:
+        """Take the labels that belong to what was seen."""
+        self._kept.keep(batch, align)
+
+    def run(self, step: int) -> Ran | None:
+        """Look at what was kept, and let go of it; None where nothing was, or it can tell nothing.
+
+        Raises:
+            Exception: whatever the model's forward raises; after ``MAX_FAILURES`` of them no step is due any more.
+        """
+        taken = self._kept.take()
+        if taken is None:
+            return None
+        try:
+            return self._run(step, *taken)
+        except Exception:
+            self._failures += 1
+            if self._failures >= MAX_FAILURES:
+                self._interval = 0
+            raise
+
+    def _run(self, step: int, given: dict[str, Any], aligned: AlignedBatch) -> Ran | None:
+        began = time.perf_counter()
+        name = ids_argument(given)
+        answers = find_answers(given[name], aligned, self._image_token_id) if name is not None else None
+        if name is None or answers is None:
+            return None
+        plain = self._losses(given, aligned, answers)
+        if plain is None:
+            self._interval = 0  # no logits in any way: nothing can be told of this model
+            return None
+        counted = answers.counted.to(plain.device) & plain.isfinite()
+        look = Look(given, name, aligned, answers, plain, counted)
+        found = [*self._exchanged(look), *self._optional(step, look)]
+        tensors = {
+            "changes": torch.stack([change.to(torch.float32) for change, _ in found]),
+            "rows": torch.stack([rows for _, rows in found]),
+        }
+        seconds = time.perf_counter() - began
+
+        def finish(arrays: Mapping[str, Any]) -> Sequence[Message]:
+            values: dict[str, Any] = {}
+            for part, change, rows in zip(PARTS, arrays["changes"], arrays["rows"], strict=True):
+                values.update({f"{part}_change": float(change), f"{part}_rows": int(rows)})
+            return (Probe(step=step, loss=nan, rolled_loss=nan, labelled=0, images=0, seconds=seconds, **values),)
+
+        return tensors, finish
+
+    def _exchanged(self, look: Look) -> tuple[Change, Change]:
+        """Exchange later answer tokens of every second row: what stands before them, and the other rows, must stay."""
+        answers, plain = look.answers, look.plain
+        best = torch.where(look.counted, plain, -1.0).argmax(dim=1, keepdim=True)
+        position = answers.candidates.gather(1, best.to(answers.candidates.device))
+        chosen = every_second(look.answers.input_ids)
+        other, is_exchanged = answers.exchanged(position, chosen)
+        is_exchanged = is_exchanged.to(plain.device)
+        untouched = chosen.narrow(0, 0, plain.shape[0]).logical_not().to(plain.device) & is_exchanged.any()
+        changed = self._again(look, {look.ids: other})
+        before = look.counted.gather(1, best) & is_exchanged.unsqueeze(1)
+        future, rows = mean_change(plain.gather(1, best), changed.gather(1, best), before)
+        apart, apart_rows = mean_change(plain, changed, look.counted & untouched.unsqueeze(1))
+        if self._noise is None:
+            same = self._again(look, {})
+            at_best = mean_change(plain.gather(1, best), same.gather(1, best), before)[0]
+            self._noise = NOISE_FACTOR * torch.maximum(at_best, mean_change(plain, same, look.counted)[0])
+        return (self._beyond_noise(future), rows), (self._beyond_noise(apart), apart_rows)
+
+    def _padding(self, look: Look) -> Change | None:
+        """Put other ids where the attention mask is 0: no loss may change."""
+        ids = look.answers.input_ids
+        mask = mask_argument(look.given, ids.shape)
+        if mask is None or (ids.is_cpu and not mask.is_cpu):
+            return None
+        other, is_replaced = look.answers.unpadded(mask.to(ids.device, non_blocking=True))
+        counted = look.counted & is_replaced.to(look.plain.device).unsqueeze(1)
+        change, rows = mean_change(look.plain, self._again(look, {look.ids: other}), counted)
+        return self._beyond_noise(change), rows
+
+    def _images(self, look: Look) -> Change | None:
+        """Put each image in the place of another: some loss must change."""
+        moved = rolled(look.given)
+        if moved is None:
+            return None
+        differ = (moved[1] > 0).to(look.plain.device, non_blocking=True)
+        counted = look.counted & look.answers.behind_images.to(look.plain.device) & differ
+        return largest_change(look.plain, self._again(look, moved[0]), counted)
+
+    def _optional(self, step: int, look: Look) -> list[Change]:
+        """Look at padding and images; one at which the model raises is left out of all later probes."""
+        found = []
+        for part, ask in (("padding", self._padding), ("image", self._images)):
+            try:
+                made = None if part in self._left_out else ask(look)
+            except Exception:
+                self._left_out.add(part)
+                self._began = step  # soon again, without it
+                raise
+            found.append(made or (look.plain.new_zeros(()), look.plain.new_zeros((), dtype=torch.int64)))
+        return found
+
+    def _beyond_noise(self, change: Tensor) -> Tensor:
+        return change if self._noise is None else (change - self._noise).clamp(min=0)
+
+    def _again(self, look: Look, other: Mapping[str, Any]) -> Tensor:
+        made = self._losses({**look.given, **other}, look.aligned, look.answers)
+        if made is None:
+            raise ValueError("a second forward shows no logits, though the first one did")
+        return made
+
+    def _losses(self, given: Mapping[str, Any], aligned: AlignedBatch, answers: Answers) -> Tensor | None:
+        """Return the losses at the candidates, float32 [b, k]; None where there are no logits.
+
+        A fused loss has no logits while there are labels: then it is asked without them.
+        """
+        labels = self._reader.label_argument
+        if self._without_labels:
+            given = {name: value for name, value in given.items() if name != labels}
+        with as_trained(self._model, self._autocast):
+            source = forward_logits(self._model, self._reader, given, aligned)
+        if source is None:
+            if self._without_labels or labels not in given:
+                return None
+            self._without_labels = True
+            return self._losses(given, aligned, answers)
+        positions = answers.candidates
+        targets = answers.targets.narrow(0, 0, positions.shape[0]).gather(1, positions)
+        rows = torch.arange(positions.shape[0], device=source.device).unsqueeze(1).expand(positions.shape)
+        here = positions.to(source.device)
+        wanted = targets.to(source.device, torch.int64)
+        return cross_entropy(source, rows.flatten(), here.flatten(), wanted.flatten()).view(positions.shape)
