@@ -7,6 +7,7 @@ What a fake tensor lets pass, a copy to the host, is refused by a dispatch mode.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -28,7 +29,9 @@ from sidestep.trainer_hooks.reductions.gradients import LocalGradient, reduce_gr
 from sidestep.trainer_hooks.reductions.learning_rate import reduce_learning_rates
 from sidestep.trainer_hooks.reductions.loss import reduce_loss
 from sidestep.trainer_hooks.reductions.tokens import reduce_tokens
+from sidestep.trainer_hooks.signals.group_settings import group_settings
 from sidestep.trainer_hooks.signals.heartbeat import Heartbeat
+from sidestep.trainer_hooks.signals.lost_gradients import LostGradients
 from sidestep.trainer_hooks.signals.microbatch import MicroSignalReader
 from sidestep.trainer_hooks.signals.module_norms import module_norms, whole_norm
 from sidestep.trainer_hooks.signals.optimizer_steps import OptimizerSteps
@@ -232,6 +235,28 @@ def test_learning_rates() -> None:
         parts = reduce_learning_rates([{"lr": 0.1}, {"lr": on_device}, {"lr": on_host}])
     assert _on_device(parts["rates"])
     assert shapes(parts) == {"rates": (3,)}
+
+
+def test_settings_of_the_optimizers_groups() -> None:
+    with watched():
+        there, here = torch.ones((), device=CUDA), torch.from_numpy(np.array(0.5))
+        optimizer = torch.optim.AdamW([torch.zeros(3, device=CUDA, requires_grad=True)])
+        optimizer.param_groups[0].update(betas=(there, here), eps=there, weight_decay=here)
+        found = group_settings(optimizer)
+    assert [None if math.isnan(value) else value for value in found] == [None, 0.5, None, 0.5]
+
+
+def test_whether_gradients_are_gone() -> None:
+    with watched():
+        model = head_module()
+        lost = LostGradients(model, is_sharded=False)
+        for _ in range(3):
+            lost.micro_batch(0)
+            lost.micro_batch(1)
+            model.weight.grad = torch.zeros((VOCABULARY, FEATURES), device=CUDA)
+            lost.before_update()
+            assert lost.take() == 0
+            model.weight.grad = None
 
 
 @pytest.mark.parametrize("source", SOURCES)

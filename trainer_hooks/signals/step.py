@@ -35,6 +35,8 @@ class StepFacts:
     max_rows: int
     has_eos: bool
     rates: Sequence[float] = ()
+    group_settings: Sequence[float] = ()
+    gradients_lost: int = 0
     step_seconds: float = -1.0
     wait_seconds: float = 0.0
     signal_seconds: float = 0.0
@@ -149,6 +151,8 @@ def signals_message(facts: StepFacts, copies: Sequence[HostCopies | None], vocab
         image_means=means,
         weight_norms=_array(arrays, "weight_norms"),
         optimizer_steps=np.asarray(arrays.get("optimizer_steps", ()), np.float64).reshape(-1),
+        group_settings=_single(facts.group_settings),
+        gradients_lost=facts.gradients_lost,
     )
 
 
@@ -210,6 +214,11 @@ def _projector(seen: Sequence[NDArray[Any]]) -> tuple[float, float]:
 
 def _array(arrays: Arrays, name: str) -> NDArray[np.float32]:
     return np.asarray(arrays[name], np.float32).reshape(-1) if name in arrays else np.zeros(0, np.float32)
+
+
+def _single(values: Sequence[float]) -> NDArray[np.float32]:
+    with np.errstate(over="ignore"):  # a setting beyond it is infinite, and said so
+        return np.array(values, np.float64).astype(np.float32)
 
 
 def _joined(parts: Sequence[NDArray[Any]], dtype: type[np.generic]) -> NDArray[Any]:

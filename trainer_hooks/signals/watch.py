@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import zlib
 from collections import deque
@@ -20,8 +21,10 @@ from sidestep.trainer_hooks.reductions.alignment import AlignedBatch
 from sidestep.trainer_hooks.reductions.gradients import LocalGradient
 from sidestep.trainer_hooks.signals.budget import LEAST_ROWS_PER_STEP, OverheadBudget
 from sidestep.trainer_hooks.signals.device_time import DeviceTime
+from sidestep.trainer_hooks.signals.group_settings import group_settings, host_number
 from sidestep.trainer_hooks.signals.heartbeat import Heartbeat
 from sidestep.trainer_hooks.signals.images import find_images
+from sidestep.trainer_hooks.signals.lost_gradients import LostGradients
 from sidestep.trainer_hooks.signals.microbatch import MicroSignalReader, MicroSignals
 from sidestep.trainer_hooks.signals.module_norms import module_norms, whole_norm
 from sidestep.trainer_hooks.signals.optimizer_steps import OptimizerSteps
@@ -70,6 +73,7 @@ class SignalWatch:
         self._device_time = DeviceTime()
         self._heartbeat = Heartbeat(model, optimizer)
         self._counted = OptimizerSteps(optimizer)
+        self._lost = LostGradients(model, is_sharded=topology.sharded)
         found = find_projector(model)
         self._projector = ProjectorWatch(found[1], lambda: model.training) if found is not None else None
         self._images: Any = None
@@ -81,6 +85,7 @@ class SignalWatch:
         self._norms_clipped = False
         self._beat: Tensor | None = None
         self._rates: tuple[float, ...] = ()
+        self._settings: tuple[float, ...] = ()
         self._num_microbatches = 1
         self._seconds = self._waited = self._probed = 0.0
         self._ended_at: float | None = None
@@ -101,6 +106,7 @@ class SignalWatch:
         self, batch: Batch, align: Callable[[Batch], AlignedBatch], *, shifted: bool, step: int, microstep: int
     ) -> MicroSignals | None:
         """Read a micro-batch; ``align`` is called where its labels are on a device."""
+        self._lost.micro_batch(microstep)
         images, self._images = self._images, None
         labels = batch.labels
         if labels is None:
@@ -184,10 +190,11 @@ class SignalWatch:
             self._gradient_norm = torch.tensor([float(norm)], dtype=torch.float32)
 
     def before_update(self) -> None:
-        """Read the rates that the step is taken with, where they lie on the host."""
-        rates = [group["lr"] for group in self._optimizer.param_groups]
-        on_host = all(not isinstance(rate, Tensor) or rate.is_cpu for rate in rates)
-        self._rates = tuple(float(rate) for rate in rates) if on_host else ()
+        """Read the rates and settings that the step is taken with, where they lie on the host."""
+        rates = tuple(host_number(group["lr"]) for group in self._optimizer.param_groups)
+        self._rates = rates if not any(map(math.isnan, rates)) else ()
+        self._settings = group_settings(self._optimizer)
+        self._lost.before_update()
 
     def wants_weights(self, step: int) -> bool:
         """Whether the norms of this step's weights are to be taken."""
@@ -278,6 +285,8 @@ class SignalWatch:
             max_rows=self._config.signal_rows_per_step,
             has_eos=self._has_eos,
             rates=self._rates,
+            group_settings=self._settings,
+            gradients_lost=self._lost.take(),
             step_seconds=step_seconds,
             wait_seconds=self._waited,
             signal_seconds=self._seconds,
@@ -289,7 +298,8 @@ class SignalWatch:
             norms_clipped=self._norms_clipped,
             forward_seconds=self._forward_seconds(),
         )
-        self._ended_at, self._seconds, self._waited, self._rates = now, 0.0, 0.0, ()
+        self._ended_at, self._seconds, self._waited = now, 0.0, 0.0
+        self._rates = self._settings = ()
         self._forward_at, self._norms_clipped = None, False
         return facts
 
@@ -317,6 +327,7 @@ class SignalWatch:
 
     def remove(self) -> None:
         """Take the hooks off the model."""
+        self._lost.remove()
         if self._projector is not None:
             self._projector.remove()
 
