@@ -32,6 +32,8 @@ FIRST_STEP = 10
 """Probed whatever the interval is: what is wired wrongly from the start is found at once."""
 NOISE_FACTOR = 4.0
 """Of the change between two equal forwards, taken off: where a kernel adds in another order each time, it is not 0."""
+MIN_LOSS = 1e-3
+"""Nats: an answer that is more certain may cost the same with every image."""
 MAX_FAILURES = 3
 """Exceptions after which it is switched off."""
 
@@ -178,7 +180,7 @@ class WiringProbe:
         if moved is None:
             return None
         differ = (moved[1] > 0).to(look.plain.device, non_blocking=True)
-        counted = look.counted & look.answers.behind_images.to(look.plain.device) & differ
+        counted = look.counted & look.answers.behind_images.to(look.plain.device) & differ & (look.plain > MIN_LOSS)
         return largest_change(look.plain, self._again(look, moved[0]), counted)
 
     def _optional(self, step: int, look: Look) -> list[Change]:

@@ -82,6 +82,20 @@ CAUSES: Final[tuple[Cause, ...]] = (
         "batch's padding or packing",
     ),
     _cause(
+        "rows_mixed",
+        "rows_mixed",
+        "rows of a batch are mixed: an axis of rows is taken for one of positions, or a mask lets rows see each other",
+        "look at view, reshape, transpose and permute from ids to logits, and at the attention mask's shape; a mixture "
+        "of experts with a limit of tokens may do it by design",
+    ),
+    _cause(
+        "padding_visible",
+        "padding_visible",
+        "the attention mask is not applied: answers depend on what stands at padding",
+        "look at whether the mask reaches the attention kernel, mind left padding; where the model counts positions or "
+        "averages over all of them, padding may be read by design",
+    ),
+    _cause(
         "stop_token_missing",
         "no_stop_token",
         "EOS is not among the labels: another tokenizer's EOS, or masked as padding (pad == eos), or cut off",
@@ -197,6 +211,14 @@ CAUSES: Final[tuple[Cause, ...]] = (
         "image_embed_zero image_embed_constant",
         "the projector's output tells nothing of the image: zero or dead weights, or its input is constant",
         "look at the projector's weights and at what the vision encoder gives it",
+    ),
+    _cause(
+        "image_unreached",
+        "image_unreached",
+        "what the image gives is dropped on its way: no position has the placeholder's id, features are not merged "
+        "into the tokens, or the tokens that hold them are cut off",
+        "count the placeholder's id in input_ids as the model gets them, and compare the embeddings before and after "
+        "the images are put in",
     ),
     _cause(
         "module_detached",

@@ -8,7 +8,6 @@ from sidestep.worker.detectors.composition import CompositionAdjusted
 from sidestep.worker.detectors.confidence import Confidence
 from sidestep.worker.detectors.data_shift import DataShift
 from sidestep.worker.detectors.exact import ExactChecks
-from sidestep.worker.detectors.future import Future
 from sidestep.worker.detectors.generation import GeneratedAnswers
 from sidestep.worker.detectors.gradient_changes import GradientChanges
 from sidestep.worker.detectors.images import Images
@@ -22,6 +21,7 @@ from sidestep.worker.detectors.settings import DetectorSettings
 from sidestep.worker.detectors.trainer_loss import TrainerLoss
 from sidestep.worker.detectors.updates import Updates
 from sidestep.worker.detectors.weights import Weights
+from sidestep.worker.detectors.wiring import Wiring
 
 
 def make_families(settings: DetectorSettings) -> tuple[Family, ...]:
@@ -31,7 +31,7 @@ def make_families(settings: DetectorSettings) -> tuple[Family, ...]:
         RepeatedData(settings),
         PriorKnowledge(settings),
         Images(settings),
-        Future(settings),
+        Wiring(settings),
         Updates(settings),
         Weights(settings),
         AbsoluteChecks(settings),

@@ -247,16 +247,16 @@ def test_images_that_were_never_looked_at_are_found_at_the_sixth_probe() -> None
 
 
 def test_a_model_that_has_learned_nothing_yet_is_not_called_blind() -> None:
-    gains = dict.fromkeys(range(0, 480, 60), 0.0)
+    gains = dict.fromkeys(range(0, 480, 60), 1e-6)
     assert with_probes(gains, 430, Task(batch=8, learning_steps=1e9)).openings == []
 
 
 def test_images_that_come_into_use_late_are_not() -> None:
-    assert with_probes({step: 0.3 if step >= 300 else 0.0 for step in range(0, 480, 60)}, 450).openings == []
+    assert with_probes({step: 0.3 if step >= 300 else 1e-6 for step in range(0, 480, 60)}, 450).openings == []
 
 
 def test_images_that_were_looked_at_and_are_no_more_are_found_at_the_second_probe() -> None:
-    told = with_probes({step: 0.5 if step < 200 else 0.0 for step in range(0, 300, 20)}, 260)
+    told = with_probes({step: 0.5 if step < 200 else 1e-6 for step in range(0, 300, 20)}, 260)
     assert told.openings[0] == (220, "image_lost")
 
 
