@@ -108,6 +108,18 @@ CAUSES: Final[tuple[Cause, ...]] = (
         "raise the maximum length, or drop what does not fit",
     ),
     _cause(
+        "samples_empty",
+        "rows_without_labels",
+        "many samples have no labelled position: their answer was cut off, or the mask finds no answer in them",
+        "decode a few such samples: look at the maximum length, and at the text by which the mask finds the answer",
+    ),
+    _cause(
+        "begun_twice",
+        "begun_twice",
+        "the beginning is added twice: by the chat template, and by the tokenizer once more",
+        "tokenize the template's text with add_special_tokens=False, or take the token out of the template",
+    ),
+    _cause(
         "loader_stuck",
         "dup_batch",
         "the loader hands out the same batch again: an iterator made anew at each step, or a stuck worker",
@@ -168,10 +180,24 @@ CAUSES: Final[tuple[Cause, ...]] = (
         "compare the schedule's length with the optimizer steps to come; step it once an optimizer step",
     ),
     _cause(
+        "gradients_thrown_away",
+        "gradients_lost",
+        "zero_grad is called within the accumulation: of a step's micro-batches only the last ones count",
+        "call zero_grad once an optimizer step, before the first micro-batch or after optimizer.step()",
+    ),
+    _cause(
         "optimizer_lost",
         "optimizer_reset",
         "the optimizer's state was lost: it was made anew, cleared, or not loaded with the checkpoint",
         "load the optimizer's state with the weights; make the optimizer once, outside the loop",
+    ),
+    _cause(
+        "optimizer_misset",
+        "optimizer_settings settings_changed",
+        "the optimizer's settings are not those that were meant: betas in the wrong order, a decay or eps that is far "
+        "too large, or another configuration since the step named",
+        "print optimizer.param_groups without their parameters, and compare it with the configuration that was meant; "
+        "announce planned changes with mark_stage(name)",
     ),
     _cause(
         "bad_start",

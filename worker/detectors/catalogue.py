@@ -68,6 +68,7 @@ module_dead|critical|exact||a module gets no gradient
 no_update|critical|exact||the weights do not move
 optimizer_reset|critical|exact||the optimizer has lost its state
 not_in_optimizer|critical|exact||weights that are to be trained are in no optimizer
+gradients_lost|critical|exact||gradients are thrown away between micro-batches
 nonfinite|critical|exact||numbers that are none
 init_loss|critical|exact||the model starts worse than guessing
 worse_than_uniform|critical|self||the model is worse than guessing
@@ -92,6 +93,10 @@ weights_frozen|warning|self||weights do not move any more
 loss_differs|warning|self||the loss that is trained on has become another
 underconfident|warning|exact||the model is far less sure than it is right
 lr_spent|warning|exact||the schedule has ended long before the training
+optimizer_settings|warning|exact||the optimizer's settings cannot be meant
+settings_changed|warning|self||the optimizer's settings have changed
+rows_without_labels|warning|exact||samples have nothing to learn from
+begun_twice|warning|exact||samples begin twice
 images_missing|warning|shift||no images come in
 image_scale|warning|shift||the pixels are on another scale
 image_unused|warning|self||images are not looked at

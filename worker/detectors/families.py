@@ -13,10 +13,12 @@ from sidestep.worker.detectors.gradient_changes import GradientChanges
 from sidestep.worker.detectors.images import Images
 from sidestep.worker.detectors.loss_changes import LossChanges
 from sidestep.worker.detectors.mass_excess import MassExcess
+from sidestep.worker.detectors.optimizer_settings import OptimizerSettings
 from sidestep.worker.detectors.prior import PriorKnowledge
 from sidestep.worker.detectors.ranks import RankDifferences
 from sidestep.worker.detectors.reading import Family
 from sidestep.worker.detectors.repeats import RepeatedData
+from sidestep.worker.detectors.rows import Rows
 from sidestep.worker.detectors.settings import DetectorSettings
 from sidestep.worker.detectors.trainer_loss import TrainerLoss
 from sidestep.worker.detectors.updates import Updates
@@ -28,12 +30,14 @@ def make_families(settings: DetectorSettings) -> tuple[Family, ...]:
     """Return every family; those that others read come first (``StepView.residuals``, ``knowledge``)."""
     return (
         ExactChecks(settings),
+        Rows(settings),
         RepeatedData(settings),
         PriorKnowledge(settings),
         Images(settings),
         Wiring(settings),
         Updates(settings),
         Weights(settings),
+        OptimizerSettings(settings),
         AbsoluteChecks(settings),
         CompositionAdjusted(settings),
         LossChanges(settings),

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, get_type_hints
 
+from sidestep.worker.detectors.row_rules import BegunTwice, EmptyRows
 from sidestep.worker.detectors.rules import (
     AgainstStart,
     Agreement,
@@ -35,7 +36,7 @@ from sidestep.worker.detectors.rules import (
     StopToken,
     Unsure,
 )
-from sidestep.worker.detectors.update_rules import Frozen, Jump, Reset, Spent, Stuck
+from sidestep.worker.detectors.update_rules import Changed, Frozen, Jump, Misset, Reset, Spent, Stuck
 
 PREFIX: Final = "detectors."
 
@@ -71,6 +72,10 @@ class DetectorSettings:
     rank_desync: Rule = field(default_factory=lambda: Rule(hits=2, window=2))
     optimizer_reset: Reset = field(default_factory=Reset)
     not_in_optimizer: Rule = field(default_factory=lambda: Rule(hits=10, window=10))
+    gradients_lost: Rule = field(default_factory=lambda: Rule(hits=3, window=3))
+    optimizer_settings: Misset = field(default_factory=Misset)
+    rows_without_labels: EmptyRows = field(default_factory=EmptyRows)
+    begun_twice: BegunTwice = field(default_factory=BegunTwice)
     # absolute
     init_loss: Start = field(default_factory=Start)
     worse_than_uniform: Limit = field(default_factory=lambda: Limit(hits=3, window=5, threshold=0.5))
@@ -106,6 +111,7 @@ class DetectorSettings:
     loss_differs: Agreement = field(default_factory=Agreement)
     underconfident: Unsure = field(default_factory=Unsure)
     lr_spent: Spent = field(default_factory=Spent)
+    settings_changed: Changed = field(default_factory=Changed)
     # generation against target
     gen_repetition: Generated = field(default_factory=lambda: Generated(threshold=0.3, hits=2, window=2))
     gen_vs_target: Generated = field(default_factory=lambda: Generated(threshold=0.45, hits=2, window=2))

@@ -75,3 +75,32 @@ class Spent(Limit):
     """Steps below it in a row from which it is said ..."""
     share: float = 0.15
     """... if they are this part of all steps so far: a cosine to zero is below it for the last 6.4 % of a run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Misset(Rule):
+    """What an optimizer's group is set to."""
+
+    hits: int = 3
+    window: int = 3
+    most_decay: float = 0.01
+    """Rate times weight decay: the part of every weight that a step takes away. Usual ones are below 0.0001; 0.0009
+    trains well (measured), and from 0.01 on half of a weight is gone after 69 steps."""
+    eps_times: float = 100.0
+    """Times the gradient's root mean square from which Adam's eps outweighs it: what is left is a small rate of SGD."""
+    eps_readings: int = 20
+    """Readings of the gradient's norm in a row that it takes."""
+    least_loss: float = 0.05
+    """Loss in nats below which a small gradient is nothing but a task that is learned."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Changed(Limit):
+    """A setting against what it was."""
+
+    threshold: float = 0.01
+    """Relative change; of a beta also that of its distance to 1, which is what its memory depends on."""
+    still_steps: int = 32
+    """Steps that it must have stood still: what moves more often is on a schedule."""
+    confirm_steps: int = 4
+    """Steps that it must stand still after the change as well: a schedule may begin there."""
