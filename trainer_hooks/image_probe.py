@@ -138,6 +138,27 @@ def rolled(given: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor] | None:
     return moved, (numbers != numbers.roll(1, dims=0)).any(dim=1).sum()
 
 
+def rolled_tiles(given: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor] | None:
+    """Return lists of images [.., C, H, W] with each tile in the place of the one before, over images; as ``rolled``.
+
+    Images keep their numbers of tiles, so that they stand for as many tokens: what is shown differs, and belongs to
+    nothing. None where the tiles are of several sizes.
+    """
+    found = find_images(given)
+    if found is None or num_images(found[1]) < 2:
+        return None
+    name, value = found
+    leaves = list(image_leaves(value))
+    kinds = {(leaf.shape[-_IMAGE_AXES:], leaf.dtype, leaf.device) for leaf in leaves}
+    numbers = image_numbers(value)
+    if isinstance(value, Tensor) or len(kinds) > 1 or leaves[0].dim() <= _IMAGE_AXES or numbers is None:
+        return None
+    tiles = torch.cat([leaf.detach().flatten(0, leaf.dim() - _IMAGE_AXES - 1) for leaf in leaves]).roll(1, dims=0)
+    sizes = [leaf.shape[: leaf.dim() - _IMAGE_AXES].numel() for leaf in leaves]
+    moved = [part.view(leaf.shape) for part, leaf in zip(torch.split(tiles, sizes), leaves, strict=True)]
+    return {name: _replaced(value, iter(moved))}, (numbers != numbers.roll(1, dims=0)).any(dim=1).sum()
+
+
 def _rolled(value: Tensor, axes: int = _IMAGE_AXES) -> Tensor:
     """Move each image [.., C, H, W] by one, over all axes before the last ``axes``."""
     flat = value.detach().flatten(0, value.dim() - axes - 1)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sidestep.protocol.messages import Message, Probe
 from sidestep.trainer_hooks.capture import Batch, ForwardReader, ids_argument, mask_argument
-from sidestep.trainer_hooks.image_probe import rolled
+from sidestep.trainer_hooks.image_probe import rolled, rolled_tiles
 from sidestep.trainer_hooks.isolation import Autocast, as_trained, autocast_now
 from sidestep.trainer_hooks.kept_batch import KeptBatch, Ran, forward_logits
 from sidestep.trainer_hooks.parameters import unwrapped
@@ -176,7 +176,7 @@ class WiringProbe:
 
     def _images(self, look: Look) -> Change | None:
         """Put each image in the place of another: some loss must change."""
-        moved = rolled(look.given)
+        moved = rolled(look.given) or rolled_tiles(look.given)
         if moved is None:
             return None
         differ = (moved[1] > 0).to(look.plain.device, non_blocking=True)

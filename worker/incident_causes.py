@@ -75,18 +75,18 @@ CAUSES: Final[tuple[Cause, ...]] = (
         "compare input_ids[i + 1] with labels[i]; tell the hooks with shifted= which convention holds",
     ),
     _cause(
-        "future_visible",
-        "future_visible",
-        "a causal mask is missing: each position sees the answer that it is to give",
-        "look at the attention mask and is_causal that reach the attention kernel, in training mode and with the "
-        "batch's padding or packing",
-    ),
-    _cause(
         "rows_mixed",
         "rows_mixed",
         "rows of a batch are mixed: an axis of rows is taken for one of positions, or a mask lets rows see each other",
         "look at view, reshape, transpose and permute from ids to logits, and at the attention mask's shape; a mixture "
         "of experts with a limit of tokens may do it by design",
+    ),
+    _cause(
+        "future_visible",
+        "future_visible",
+        "a causal mask is missing: each position sees the answer that it is to give",
+        "look at the attention mask and is_causal that reach the attention kernel, in training mode and with the "
+        "batch's padding or packing",
     ),
     _cause(
         "padding_visible",

@@ -49,8 +49,8 @@ pad_labelled|critical|exact||the padding id is among the targets
 image_tokens_labelled|critical|exact||image placeholders are among the targets
 label_leak|critical|exact||the targets stand in the inputs
 label_alignment|critical|exact||the targets are not the next tokens
-future_visible|critical|exact||predictions see the tokens that follow
 rows_mixed|critical|exact||rows of a batch see each other
+future_visible|critical|exact||predictions see the tokens that follow
 padding_visible|critical|exact||padding is read
 image_unreached|critical|exact||images do not reach the answers
 no_stop_token|critical|exact||answers never end

@@ -53,9 +53,9 @@ class DetectorSettings:
     image_tokens_labelled: Limit = field(default_factory=lambda: Limit(hits=2, window=3, threshold=0.0))
     label_alignment: Alignment = field(default_factory=Alignment)
     label_leak: Alignment = field(default_factory=Alignment)
+    rows_mixed: Limit = field(default_factory=lambda: Limit(threshold=0.0002, rearm=2))  # nats; rows apart: 0
     future_visible: Limit = field(default_factory=lambda: Limit(threshold=0.002, rearm=2))  # nats; causal: 0
-    rows_mixed: Limit = field(default_factory=lambda: Limit(threshold=0.002, rearm=2))  # nats; rows apart: 0
-    padding_visible: Limit = field(default_factory=lambda: Limit(threshold=0.002, rearm=2))  # nats; masked: 0
+    padding_visible: Limit = field(default_factory=lambda: Limit(threshold=0.0002, rearm=2))  # nats; masked: 0
     image_unreached: Rule = field(default_factory=lambda: Rule(rearm=2))
     no_stop_token: StopToken = field(default_factory=StopToken)
     dup_batch: Repeats = field(default_factory=lambda: Repeats(hits=3, window=3))

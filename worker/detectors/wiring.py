@@ -16,8 +16,8 @@ MIN_PROBE_LABELLED: Final = 16
 MIN_PROBE_LOSS: Final = 1e-3
 """Nats below which a loss may be the same number whatever is shown: what is certain does not change."""
 _CHANGED: Final = {
-    "future_visible": "with later answer tokens exchanged for others, the loss before them changes by {:.3g} nats",
     "rows_mixed": "with answer tokens of other rows of the batch exchanged, a row's loss changes by {:.3g} nats",
+    "future_visible": "with later answer tokens exchanged for others, the loss before them changes by {:.3g} nats",
     "padding_visible": "with other ids where the attention mask is 0, the loss of answers changes by {:.3g} nats",
 }
 
@@ -39,8 +39,8 @@ class Wiring:
         """Judge one step."""
         record, settings = view.record, self._settings
         rules = {
-            "future_visible": (settings.future_visible, record.future_change),
             "rows_mixed": (settings.rows_mixed, record.apart_change),
+            "future_visible": (settings.future_visible, record.future_change),
             "padding_visible": (settings.padding_visible, record.padding_change),
         }
         readings = [

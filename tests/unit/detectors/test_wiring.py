@@ -57,11 +57,20 @@ def test_the_first_probe_that_sees_it_opens_an_incident(name: str, change: float
 @pytest.mark.parametrize("part", FIELDS.values())
 @pytest.mark.parametrize(
     ("change", "rows"),
-    [(0.0, 24), (1e-6, 24), (0.001, 24), (0.5, 0), (math.nan, 24), (math.inf, 24)],
-    ids=["nothing", "rounding", "little", "no rows", "no number", "infinite"],
+    [(0.0, 24), (1e-4, 24), (0.5, 0), (math.nan, 24), (math.inf, 24)],
+    ids=["nothing", "little", "no rows", "no number", "infinite"],
 )
 def test_a_sound_model_is_quiet(part: str, change: float, rows: int) -> None:
     assert told(probed({f"{part}_change": change, f"{part}_rows": rows})).openings == []
+
+
+def test_rows_that_are_mixed_let_the_future_and_padding_through_as_well() -> None:
+    found = told(probed({"apart_change": 0.001, "future_change": 0.5, "padding_change": 0.01}))
+    assert found.openings == [(0, "rows_mixed")]
+    assert "rows of a batch are mixed" in found.blocks
+    found = told(probed({"future_change": 0.5, "padding_change": 0.01}))
+    assert found.openings == [(0, "future_visible")]
+    assert "a causal mask is missing" in found.blocks
 
 
 def test_images_that_change_nothing_do_not_reach_the_answers() -> None:
