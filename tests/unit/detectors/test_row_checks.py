@@ -1,0 +1,99 @@
+"""Samples without a label, and samples that begin twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from tests.support.detector_traces import Drawn, Failure, Task, Told, trace, watched
+
+from sidestep.worker.watch import Watch
+
+TASK = Task(batch=8, images=False)
+
+
+def rows(
+    total: Callable[[int], int], empty: Callable[[int], int] = lambda _: 0, twice: Callable[[int], int] = lambda _: 0
+) -> Failure:
+    """Every step has so many rows, so many of them without a label, so many that begin twice."""
+
+    def fail(drawn: Drawn) -> None:
+        drawn.counts["rows"] = total(drawn.step)
+        drawn.counts["rows_without_labels"] = empty(drawn.step)
+        drawn.counts["rows_begun_twice"] = twice(drawn.step)
+
+    return fail
+
+
+def run(failure: Failure, steps: int = 60) -> Told:
+    return watched(trace(TASK, steps, failure=failure))
+
+
+@pytest.mark.parametrize(
+    ("total", "empty", "at"),
+    [
+        (24, lambda _: 6, 7),  # as soon as eight steps are there
+        (4, lambda _: 1, 15),  # more steps, until there are 64 samples
+        (1, lambda step: int(step % 2 == 0), 31),  # or 32 steps
+        (24, lambda step: 12 * (step >= 20), 23),  # from a step on
+        (24, lambda _: 5, None),
+        (24, lambda step: 24 * (step % 8 == 0), None),
+    ],
+)
+def test_many_samples_without_a_label(total: int, empty: Callable[[int], int], at: int | None) -> None:
+    told = run(rows(lambda _: total, empty))
+    assert told.openings == ([] if at is None else [(at, "rows_without_labels")])
+    assert at is None or "samples have nothing to learn from" in told.blocks
+    assert at is None or "their answer was cut off" in told.blocks
+
+
+def test_a_step_without_any_label_is_none_of_it() -> None:
+    def fail(drawn: Drawn) -> None:
+        is_bare = drawn.step % 2 == 1
+        rows(lambda _: 24, lambda _: 24 if is_bare else 0)(drawn)
+        if is_bare:
+            drawn.counts |= {"labelled": 0}
+
+    assert {name for _, name in run(fail, 30).openings} == {"no_labels"}
+
+
+@pytest.mark.parametrize(
+    ("total", "twice", "at"),
+    [
+        (24, lambda _: 24, 2),
+        (24, lambda _: 23, 2),
+        (24, lambda _: 22, None),
+        (4, lambda _: 4, 11),  # readings of 16 samples
+        (24, lambda step: 24 * (step % 3 > 0), None),
+        (0, lambda _: 0, None),
+    ],
+)
+def test_samples_that_begin_twice(total: int, twice: Callable[[int], int], at: int | None) -> None:
+    told = run(rows(lambda _: total, twice=twice))
+    assert told.openings == ([] if at is None else [(at, "begun_twice")])
+    assert at is None or "begin with one and the same token twice" in told.blocks
+    assert at is None or "the beginning is added twice" in told.blocks
+
+
+def test_without_ids_nobody_knows_how_samples_begin() -> None:
+    assert run(rows(lambda _: 24, twice=lambda _: -1)).openings == []
+
+
+@pytest.mark.parametrize("at", [3, 10, 25])
+def test_its_state_goes_on_bit_for_bit(at: int) -> None:
+    step = rows(lambda _: 5, lambda step: 3 * (step >= 15), lambda step: 5 * (step >= 20))
+    whole, first, second = Watch(), Watch(), Watch()
+    told = watched(trace(TASK, 40, failure=step), whole)
+    before = watched(trace(TASK, at, failure=step), first)
+    second.restore(first.state())
+    after = watched(trace(TASK, 40 - at, failure=step, first=at), second)
+    assert second.state() == whole.state()
+    assert before.openings + after.openings == told.openings == [(20, "rows_without_labels")]
+
+
+def test_samples_of_another_stage_are_not_pooled_with_it() -> None:
+    def fail(drawn: Drawn) -> None:
+        rows(lambda _: 24, lambda step: 24 * (step < 6))(drawn)
+        drawn.stage = "another" if drawn.step == 7 else ""
+
+    assert run(fail).openings == []
