@@ -307,18 +307,28 @@ class Predicting(nn.Module):
         super().__init__()
         self.head = head_module()
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        assert labels.shape == input_ids.shape
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor, pixel_values: Tensor | list[Tensor]
+    ) -> Tensor:
+        assert labels.shape == input_ids.shape == attention_mask.shape
+        assert len(pixel_values) == ROWS
         made: Tensor = self.head(torch.zeros((ROWS, POSITIONS, FEATURES), device=CUDA))
         return made
 
 
 @pytest.mark.parametrize("labels_at", ["host", "device"])
 @pytest.mark.parametrize("shifted", [False, True])
-def test_the_probe_of_the_wiring(labels_at: str, shifted: bool) -> None:
+@pytest.mark.parametrize("images", ["together", "alone", "tiled"])
+def test_the_probe_of_the_wiring(labels_at: str, shifted: bool, images: str) -> None:
     with watched() as watch:
         labels = ids(CUDA if labels_at == "device" else torch.device("cpu"))
-        given = {"input_ids": ids(CUDA), "labels": labels}
+        tiles = [torch.zeros((1 + (place if images == "tiled" else 0), 3, 4, 4), device=CUDA) for place in range(ROWS)]
+        given = {
+            "input_ids": ids(CUDA),
+            "labels": labels,
+            "attention_mask": ids(CUDA),
+            "pixel_values": torch.cat(tiles) if images == "together" else tiles,
+        }
         model = Predicting()
         probe = WiringProbe(model, ForwardReader(model, VOCABULARY), 1, image_token_id=3)
         probe.see(given)
@@ -327,7 +337,7 @@ def test_the_probe_of_the_wiring(labels_at: str, shifted: bool) -> None:
     assert made is not None
     assert shapes(made[0]) == {"changes": (4,), "rows": (4,)}
     assert all(_on_device(tensor) for tensor in made[0].values())
-    assert watch.device_operations > 50
+    assert watch.device_operations > 100
 
 
 def test_ids_on_the_host_are_not_compared_with_labels_on_a_device() -> None:

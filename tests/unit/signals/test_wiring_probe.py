@@ -246,12 +246,25 @@ def test_it_runs_under_the_autocast_of_the_training_and_leaves_its_cache_alone()
     assert not torch.equal(before, model.head.weight)
 
 
+class Flattened(Transformer):
+    """Its rows are one long row to the attention, as where a mask of the wrong shape is taken for causal alone."""
+
+    def logits(self, input_ids: torch.Tensor, *given: Any) -> torch.Tensor:
+        return super().logits(input_ids.reshape(1, -1), None, None).view(*input_ids.shape, VOCABULARY)
+
+
+def test_rows_that_one_causal_mask_lets_see_those_above() -> None:
+    (probe,) = Trained(Flattened()).probes
+    assert probe.apart_rows == 2
+    assert probe.apart_change > 2 * DetectorSettings().rows_mixed.threshold
+
+
 @pytest.mark.parametrize("model", [Transformer, Shifted, Checkpointed, Fused])
 def test_no_bit_of_the_training_changes(model: type[Transformer]) -> None:
     runs = []
     for interval in (0, 1):
         torch.manual_seed(3)
-        runs.append(Trained(model("everything"), "answers", steps=12, accumulation=2, wiring_probe_interval=interval))
+        runs.append(Trained(model("everything"), "padded", steps=12, accumulation=2, wiring_probe_interval=interval))
     plain, probed = runs
     assert len(probed.probes) == 11
     assert plain.failures == probed.failures == {}
