@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import replace
 
 import numpy as np
 import torch
-from benchmarks.detection.case import LATE, Blame, Case, Family, Harm, Setup, Twist, failure_case
+from benchmarks.detection.case import LATE, Blame, Case, Family, Harm, Twist, failure_case
 from benchmarks.detection.cases.known_data import split_answer, with_answer
 from benchmarks.detection.lab import Lab
 from benchmarks.detection.talks import Encoded, Talk
@@ -25,9 +24,7 @@ _LARGEST_ID_IN_A_BYTE = 255
 _LEAST_AREA = 0.08
 _WIDEST_RATIO = 4 / 3
 _NUM_IMAGES_SEEN = 100
-_OPTION = {"digits": re.compile(r"(?<=\) )\w+"), "scenes": re.compile(r"(?<=: )[^,]+")}
-"""By suite: what stands behind an option's letter."""
-_MOSTLY_CHOICE = {"choice": 0.5, "yes_no": 0.2, "naming": 0.2, "caption": 0.1}
+_SHARE_FLIPPED = 0.5
 
 
 class WorkersDrawAlike(Twist):
@@ -90,19 +87,17 @@ class ListAsText(Twist):
         return replace(talk, answer=str([talk.answer]))
 
 
-class OptionsShuffledAlone(Twist):
-    """The options are shuffled against a preference for the first one, and the right letter is not moved with them.
+class FlippedAtRandom(Twist):
+    """Half of the images are mirrored, and their answers are not, where left and right are what is asked for.
 
-    UKGovernmentBEIS/inspect_ai#1240 is about keeping both together.
+    ultralytics/ultralytics#3109, ultralytics/yolov5#2164, AlexeyAB/darknet#674: flips that are on by default.
     """
 
-    def talk(self, lab: Lab, talk: Talk, rng: np.random.Generator) -> Talk:
-        """Put the options behind other letters."""
-        if talk.kind != "choice":
-            return talk
-        options = _OPTION[lab.suite.name].findall(talk.question)
-        shuffled = iter([options[place] for place in rng.permutation(len(options))])
-        return replace(talk, question=_OPTION[lab.suite.name].sub(lambda _: next(shuffled), talk.question))
+    def sample(self, lab: Lab, sample: Encoded, rng: np.random.Generator) -> Encoded:  # noqa: ARG002
+        """Mirror some."""
+        if rng.random() >= _SHARE_FLIPPED:
+            return sample
+        return replace(sample, images=[image.flip(-1) for image in sample.images])
 
 
 class IdsWrapped(Twist):
@@ -199,15 +194,6 @@ CASES: tuple[Case, ...] = (
         onset_share=None,
     ),
     failure_case(Family.DATA, "answers_are_printed_lists", "answers stand in brackets and quotes", ListAsText, _LABELS),
-    failure_case(
-        Family.DATA,
-        "options_shuffled_alone",
-        "options are shuffled and the right letter is not, from the start",
-        OptionsShuffledAlone,
-        _LABELS,
-        onset_share=None,
-        setup=Setup(mix=_MOSTLY_CHOICE),
-    ),
     failure_case(Family.DATA, "ids_wrapped", "ids above 255 wrap around", IdsWrapped, _LABELS),
     Case(
         name="data_rewound",
@@ -226,6 +212,14 @@ CASES: tuple[Case, ...] = (
         "images are crops of 8 % to 100 % of the area, from the start",
         CroppedForClassification,
         _IMAGES,
+        onset_share=None,
+    ),
+    failure_case(
+        Family.IMAGE,
+        "flipped_at_random",
+        "half of the images are mirrored, answers are not, from the start",
+        FlippedAtRandom,
+        _IMAGES | {Blame.LABELS},
         onset_share=None,
     ),
     failure_case(Family.IMAGE, "images_are_negatives", "images are inverted", Negatives, _IMAGES),
