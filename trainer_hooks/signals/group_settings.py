@@ -19,6 +19,8 @@ _LEARNED_STEP: Final = "d"
 
 def host_number(value: object) -> float:
     """Return a number that lies on the host, also one in a tensor; NaN for all else: no device is read."""
+    if isinstance(value, float | int):
+        return float(value)
     if isinstance(value, Tensor):
         is_here = value.is_cpu and value.numel() == 1 and not hasattr(value, "to_local")
         return float(value) if is_here else math.nan

@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support.detector_traces import context
 from torch import Tensor, nn
 
 import sidestep
-from sidestep.protocol.messages import Signals
+from sidestep.protocol.messages import Kind, Signals
 from sidestep.trainer_hooks.config import HooksConfig
 from sidestep.trainer_hooks.signals.lost_gradients import LostGradients
 from sidestep.trainer_hooks.transport import InProcessTransport
+from sidestep.worker.records import AssembledStep, Part
+from sidestep.worker.watch import Watch
 
 VOCABULARY, ACCUMULATION, STEPS = 11, 4, 8
 
@@ -160,6 +163,22 @@ def test_nothing_is_said_of_a_loop_that_loses_nothing(step: Callable[[Loop], Non
     loop = Loop(calls_on_batch=calls_on_batch)
     assert loop.run(step) == [0] * STEPS
     assert not any(each._post_accumulate_grad_hooks for each in loop.model.parameters())
+
+
+@pytest.mark.parametrize(("step", "expected"), [(zeroed_before_each, [3]), (sound, [])])
+def test_the_worker_says_so_at_the_fourth_step(step: Callable[[Loop], None], expected: list[int]) -> None:
+    loop = Loop(calls_on_batch=True)
+    loop.run(step)
+    watch, told = Watch(), []
+    for each in (message for message in loop.transports[0].messages if isinstance(message, Signals)):
+        parts = {Kind.SIGNALS: (Part(rank=0, message=each),)}
+        seen = AssembledStep(
+            run_id="run", attempt=0, step=each.step, reason="complete", parts=parts, ends={}, ranks_expected=1,
+            ranks_seen=1,
+        )  # fmt: skip
+        if watch.observe(seen, context()).values.get("incidents/gradients_lost") == 1:
+            told.append(each.step)
+    assert told == expected
 
 
 def test_a_loop_that_is_mended_is_left_alone_again() -> None:
