@@ -310,6 +310,20 @@ CAUSES: Final[tuple[Cause, ...]] = (
         "decode the prompts of the named batch: the answer must not stand in them",
     ),
     _cause(
+        "data_missing",
+        "targets_missing",
+        "a part of the data does not come any more: a shard, a task or a language is lost, or a filter drops answers",
+        "compare the answers before and after the first step named; announce planned changes with mark_stage(name)",
+    ),
+    _cause(
+        "gradient_lost",
+        "grad_fall",
+        "a part of the gradient is lost: micro-batches that do not count, a loss divided twice, weights that are "
+        "frozen or cut off",
+        "compare the gradient's norm of one micro-batch with that of the step; look at zero_grad, at accumulation and "
+        "at requires_grad",
+    ),
+    _cause(
         "data_changed",
         "target_shift length_shift batch_shrunk",
         "the data are others from the first step named on",

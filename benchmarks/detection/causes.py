@@ -55,6 +55,8 @@ POINTS_TO: Final[Mapping[str, frozenset[Blame]]] = {
     "rate_too_high": frozenset({_R}),
     "leak": frozenset({_D, _L}),
     "data_changed": frozenset({_D}),
+    "data_missing": frozenset({_D, _L}),
+    "gradient_lost": frozenset({_O, _M}),
     "images_lost": frozenset({_I, _M}),
     "labels_or_inputs_wrong": frozenset({_L, _D, _I}),
     "module_broken": frozenset({_M}),

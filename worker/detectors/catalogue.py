@@ -104,11 +104,13 @@ never_beyond_prior|warning|self||nothing is learned beyond counting
 loss_spike|warning|self||the loss spikes
 grad_spike|warning|self||the gradient spikes
 grad_vanish|warning|self||the gradient vanishes
+grad_fall|warning|self||the gradient has become smaller, and the loss has not
 module_spike|warning|self||a module's gradient spikes
 gen_vs_target|warning|generation||generated answers favour one token
 gen_length|warning|generation||generated answers have other lengths
 target_single|warning|shift||the training data have one answer only
 answers_truncated|warning|shift||answers are cut off
+targets_missing|warning|shift||targets that used to come are gone
 batch_shrunk|warning|shift||batches have shrunk
 data_repeats|warning|shift||few samples come again and again
 cal_down|warning|shift||the loss falls all at once

@@ -58,6 +58,8 @@ class Confidence:
             found.append(Reading(name="underconfident", value=-gap, limit=limit, is_beyond=-gap > limit, evidence=said))
         if self._own.count >= self._rule.warmup:
             own = min(max(self._own.mean, 0.0), self._rule.own)
+            # Answers of a step may be of one task, and err together: the gap's own scatter over steps tells.
+            error = max(error, self._own.deviation)
             value = self._sum.add((gap - own) / error)
             evidence = f"loss minus entropy is {gap:+.3f} nats (standard error {error:.3f}); a calibrated model has 0"
             found.append(

@@ -13,6 +13,7 @@ from sidestep.worker.detectors.gradient_changes import GradientChanges
 from sidestep.worker.detectors.images import Images
 from sidestep.worker.detectors.loss_changes import LossChanges
 from sidestep.worker.detectors.mass_excess import MassExcess
+from sidestep.worker.detectors.missing_targets import MissingTargets
 from sidestep.worker.detectors.optimizer_settings import OptimizerSettings
 from sidestep.worker.detectors.prior import PriorKnowledge
 from sidestep.worker.detectors.ranks import RankDifferences
@@ -49,4 +50,5 @@ def make_families(settings: DetectorSettings) -> tuple[Family, ...]:
         GradientChanges(settings),
         GeneratedAnswers(settings),
         DataShift(settings),
+        MissingTargets(settings),
     )

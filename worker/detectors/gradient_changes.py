@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from sidestep.protocol.messages import Json
 from sidestep.worker.detectors.reading import Reading
-from sidestep.worker.detectors.running import Window
+from sidestep.worker.detectors.running import MAD_TO_SD, Window, median
 from sidestep.worker.detectors.settings import DetectorSettings
 from sidestep.worker.detectors.view import StepView
 from sidestep.worker.module_flags import TRAINABLE, VISUAL
@@ -27,7 +27,7 @@ QUIET_FROM: Final = 8
 
 
 class GradientChanges:
-    """``grad_spike``, ``grad_vanish``, ``module_dead`` and ``module_spike``."""
+    """``grad_spike``, ``grad_vanish``, ``grad_fall``, ``module_dead`` and ``module_spike``."""
 
     name = "gradients"
 
@@ -38,6 +38,7 @@ class GradientChanges:
     def _reset(self) -> None:
         self._norms = Window(self._settings.grad_spike.median_readings)
         self._losses = Window(USUAL_LOSSES)
+        self._levels: list[tuple[float, float]] = []  # log of the norm, and the loss, of the last steps with both
         self._shares: list[Window] = []  # log of each module's share, where it had a gradient
         self._without: list[int] = []  # readings in a row in which each module had none
         self._is_new_stage = False
@@ -53,7 +54,11 @@ class GradientChanges:
         if record.loss is not None:
             self._losses.add(record.loss)
         self._has_seen_images = self._has_seen_images or record.images > 0
-        return [*self._whole(record, is_quiet=is_quiet), *self._modules(record, is_quiet=is_quiet)]
+        return [
+            *self._whole(record, is_quiet=is_quiet),
+            *self._fallen(record),
+            *self._modules(record, is_quiet=is_quiet),
+        ]
 
     def _whole(self, record: StepRecord, *, is_quiet: bool) -> Iterator[Reading]:
         norm = record.gradient_norm
@@ -72,6 +77,35 @@ class GradientChanges:
             is_down = -z > down.threshold and -rise > down.rise
             yield Reading(name="grad_vanish", value=-z, limit=down.threshold, is_beyond=is_down, evidence=evidence)
         self._norms.add(value)
+
+    def _fallen(self, record: StepRecord) -> Iterator[Reading]:
+        """A lasting fall that the loss does not explain: a part of the gradient is lost, or no part of it is added.
+
+        A rise is not judged: gradients of a healthy run grow while its loss stands (measured).
+        """
+        norm, loss, rule = record.gradient_norm, record.loss, self._settings.grad_fall
+        if norm is None or norm <= 0 or loss is None or not math.isfinite(norm + loss):
+            return
+        self._levels = [*self._levels, (math.log(norm), loss)][-(rule.before + rule.recent) :]
+        if len(self._levels) < rule.before + rule.recent:
+            return
+        before, recent = self._levels[: rule.before], self._levels[rule.before :]
+        usual, usual_loss = (median([each[place] for each in before]) for place in (0, 1))
+        level, level_loss = (median([each[place] for each in recent]) for place in (0, 1))
+        spread = max(MAD_TO_SD * median([abs(each[0] - usual) for each in before]), LOG_FLOOR)
+        limit = max(rule.threshold, rule.deviations * spread)
+        is_steady = min(usual_loss, level_loss) >= rule.least_loss and (
+            abs(math.log(level_loss / usual_loss)) <= rule.steady
+        )
+        evidence = (
+            f"the gradient's norm is {math.exp(level):.3g} over {rule.recent} steps and was {math.exp(usual):.3g}, the "
+            f"loss is {level_loss:.3g} and was {usual_loss:.3g}"
+        )
+        value = usual - level
+        yield Reading(
+            name="grad_fall", value=value, limit=limit, is_beyond=is_steady and value > limit, reference=usual,
+            evidence=evidence,
+        )  # fmt: skip
 
     def _modules(self, record: StepRecord, *, is_quiet: bool) -> Iterator[Reading]:
         norms = [float(norm) for norm in record.module_norms]
@@ -149,6 +183,7 @@ class GradientChanges:
         return {
             "norms": self._norms.values,
             "losses": self._losses.values,
+            "levels": [list(level) for level in self._levels],
             "shares": [window.values for window in self._shares],
             "without": self._without,
             "flags": [self._is_new_stage, self._has_seen_images],
@@ -158,6 +193,7 @@ class GradientChanges:
         """Take over a state."""
         self._norms.values = [float(value) for value in state["norms"]]
         self._losses.values = [float(value) for value in state["losses"]]
+        self._levels = [(float(norm), float(loss)) for norm, loss in state.get("levels", ())]
         self._shares = []
         for values in state["shares"]:
             window = Window(self._settings.module_dead.median_readings)

@@ -423,6 +423,46 @@ class Shift(Limit):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MissingTargets(Limit):
+    """Targets that used to come."""
+
+    hits: int = 2
+    window: int = 2
+    cool_steps: int = 300
+    threshold: float = 15.0
+    """Steps with a target that should have come since it last did: e to the -15 of chance (measured: with 12, none of
+    123,300 healthy steps)."""
+    share: float = 0.05
+    """Part of all targets that are missing ..."""
+    least_ids: int = 2
+    """... of so many kinds at least."""
+    warmup: int = 60
+    rate: float = 0.01
+    """Weight of the newest step in what is usual."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fallen(Limit):
+    """The gradient's norm against its own past, while the loss stands."""
+
+    threshold: float = 1.0
+    """Fall of the logarithm of the norm's median: at 0.7 two of 123,300 healthy steps, at 0.9 none (measured)."""
+    hits: int = 2
+    window: int = 3
+    recent: int = 12
+    """Steps whose median is compared with ..."""
+    before: int = 64
+    """... the median of this many before them."""
+    steady: float = 0.2
+    """Most that the logarithm of the loss's median may have changed ..."""
+    least_loss: float = 0.1
+    """... and the loss, in nats, below which it is not judged."""
+    deviations: float = 2.5
+    """Robust standard deviations of the norm's logarithm that it must have fallen by as well: where each step is of one
+    task, medians of 12 vary by more than one (measured: 1.0 was too few)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SingleAnswer(Shift):
     """Everything is answered with one token, surely."""
 

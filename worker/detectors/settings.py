@@ -14,12 +14,14 @@ from sidestep.worker.detectors.rules import (
     Composition,
     Cumulative,
     Drop,
+    Fallen,
     Gap,
     Generated,
     GeneratedLength,
     Limit,
     Mass,
     Missing,
+    MissingTargets,
     ModuleShare,
     Prior,
     PriorGain,
@@ -97,6 +99,7 @@ class DetectorSettings:
     module_spike: Spike = field(
         default_factory=lambda: Spike(hits=2, window=3, threshold=8.0, rise=2.3, rearm=10, median_readings=64)
     )
+    grad_fall: Fallen = field(default_factory=Fallen)
     worse_than_prior: Prior = field(default_factory=lambda: Prior(armed=40, deadline=400))
     back_to_prior: PriorGain = field(default_factory=PriorGain)
     never_beyond_prior: PriorGain = field(
@@ -119,6 +122,7 @@ class DetectorSettings:
     # data
     target_single: Shift = field(default_factory=lambda: Shift(threshold=0.1, min_rows=128, pooled=32))
     target_shift: Shift = field(default_factory=lambda: Shift(threshold=0.25))
+    targets_missing: MissingTargets = field(default_factory=MissingTargets)
     length_shift: Shift = field(default_factory=lambda: Shift(threshold=2.0, hits=5, window=8))
     answers_truncated: Shift = field(default_factory=lambda: Shift(threshold=0.1, pooled=8))
     batch_shrunk: Shift = field(default_factory=lambda: Shift(threshold=0.3, hits=5, window=8, min_rows=4))
