@@ -159,6 +159,25 @@ def rolled_tiles(given: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor] | No
     return {name: _replaced(value, iter(moved))}, (numbers != numbers.roll(1, dims=0)).any(dim=1).sum()
 
 
+def rolled_rows(given: Mapping[str, Any], num_rows: int) -> tuple[dict[str, Any], Tensor, list[int]] | None:
+    """As ``rolled``, over the images of every second row alone; and how many tiles each row has [rows].
+
+    None where images do not come by rows of the batch, as far as their number tells, or the chosen rows have too few.
+    """
+    found = find_images(given)
+    if found is None or len(found[1]) != num_rows or any(name in given for name in _MASK_ARGUMENTS):
+        return None
+    name, value = found
+    parts = list(value)
+    moved = rolled({name: parts[::2]}) or rolled_tiles({name: parts[::2]})
+    if moved is None:
+        return None
+    tiles = [num_images(part) for part in parts]
+    parts[::2] = moved[0][name]
+    made = torch.stack([part.detach() for part in parts]) if isinstance(value, Tensor) else type(value)(parts)
+    return {name: made}, moved[1], tiles
+
+
 def _rolled(value: Tensor, axes: int = _IMAGE_AXES) -> Tensor:
     """Move each image [.., C, H, W] by one, over all axes before the last ``axes``."""
     flat = value.detach().flatten(0, value.dim() - axes - 1)

@@ -5,13 +5,16 @@ In fixed shapes and without a host read: all of it stays on the device of the id
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from sidestep.trainer_hooks.reductions.alignment import AlignedBatch
+from sidestep.trainer_hooks.reductions.host_index import to_device
 
 MAX_ROWS = 512
 """Rows of a micro-batch that are looked at; and candidates of all rows together."""
@@ -51,6 +54,14 @@ class Answers:
         is_image = self.input_ids == self.image_token_id
         behind = self._of_first_rows(is_image.cumsum(dim=1)).gather(1, self.candidates) > 0
         return behind | is_image.any().logical_not()
+
+    def has_images_by_rows(self, tiles: Sequence[int]) -> Tensor:
+        """Return whether rows have placeholders for just so many tiles, as many for each; bool []."""
+        if self.image_token_id is None:
+            return torch.zeros((), dtype=torch.bool, device=self.input_ids.device)
+        placeholders = (self.input_ids == self.image_token_id).sum(dim=1)
+        given = to_device(np.array(tiles, np.int64), placeholders.device)
+        return (placeholders * given.sum() == placeholders.sum() * given).all() & (placeholders.sum() > 0)
 
     def exchanged(self, position: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Exchange all answer tokens behind one position of each chosen row for others.
@@ -135,30 +146,57 @@ def find_answers(ids: Tensor, aligned: AlignedBatch, image_token_id: int | None 
     )
 
 
+def spares_rows(ids: Tensor) -> bool:
+    """Return whether some rows stay as they are: of a few none could be spared."""
+    return ids.shape[0] >= MIN_APART_ROWS
+
+
 def every_second(ids: Tensor) -> Tensor:
-    """Return which rows are changed, bool [B]: of a few all, as none could be spared."""
+    """Return which rows are changed, bool [B]: of a few all."""
     rows = torch.arange(ids.shape[0], device=ids.device)
-    return rows % 2 == 0 if ids.shape[0] >= MIN_APART_ROWS else rows >= 0
+    return rows % 2 == 0 if spares_rows(ids) else rows >= 0
 
 
-def mean_change(plain: Tensor, other: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean absolute change [] of the counted losses [b, k], and how many rows have one [].
+@dataclass(frozen=True, slots=True)
+class Change:
+    """How losses changed."""
+
+    nats: Tensor
+    """By how much, float32 []."""
+    rows: Tensor
+    """Rows in which they were looked at, int64 []."""
+
+    def or_larger(self, other: Change) -> Change:
+        """Return the larger one, of as many rows as either has."""
+        return Change(torch.maximum(self.nats, other.nats), torch.maximum(self.rows, other.rows))
+
+
+def nothing(device: torch.device) -> Change:
+    """Return that of what was not looked at."""
+    return Change(torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device))
+
+
+def mean_change(plain: Tensor, other: Tensor, counted: Tensor, noise: Tensor | None = None) -> Change:
+    """Return the mean absolute change of the counted losses, beyond ``noise`` [] if that is known.
 
     Args:
         plain: float32 [b, k].
         other: the same, with something changed.
         counted: bool [b, k]; of these, what is no finite number in either does not count.
+        noise: nats [].
     """
     changes = (other - plain).abs()
     counted = counted & changes.isfinite()
-    return torch.where(counted, changes, 0.0).sum() / counted.sum().clamp(min=1), counted.any(dim=1).sum()
+    mean = torch.where(counted, changes, 0.0).sum() / counted.sum().clamp(min=1)
+    beyond = mean if noise is None else (mean - noise).clamp(min=0)
+    return Change(beyond, counted.any(dim=1).sum())
 
 
-def largest_change(plain: Tensor, other: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+def largest_change(plain: Tensor, other: Tensor, counted: Tensor) -> Change:
     """Return the largest absolute change instead of the mean one."""
     changes = (other - plain).abs()
     counted = counted & changes.isfinite()
-    return torch.where(counted, changes, 0.0).max(), counted.any(dim=1).sum()
+    return Change(torch.where(counted, changes, 0.0).max(), counted.any(dim=1).sum())
 
 
 def _last(values: Tensor) -> Tensor:

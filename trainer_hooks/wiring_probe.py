@@ -20,13 +20,22 @@ from torch import Tensor, nn
 
 from sidestep.protocol.messages import Message, Probe
 from sidestep.trainer_hooks.capture import Batch, ForwardReader, ids_argument, mask_argument
-from sidestep.trainer_hooks.image_probe import rolled, rolled_tiles
+from sidestep.trainer_hooks.image_probe import rolled, rolled_rows, rolled_tiles
 from sidestep.trainer_hooks.isolation import Autocast, as_trained, autocast_now
 from sidestep.trainer_hooks.kept_batch import KeptBatch, Ran, forward_logits
 from sidestep.trainer_hooks.parameters import unwrapped
 from sidestep.trainer_hooks.reductions.alignment import AlignedBatch
 from sidestep.trainer_hooks.reductions.cross_entropy import cross_entropy
-from sidestep.trainer_hooks.wiring_changes import Answers, every_second, find_answers, largest_change, mean_change
+from sidestep.trainer_hooks.wiring_changes import (
+    Answers,
+    Change,
+    every_second,
+    find_answers,
+    largest_change,
+    mean_change,
+    nothing,
+    spares_rows,
+)
 
 FIRST_STEP = 10
 """Probed whatever the interval is: what is wired wrongly from the start is found at once."""
@@ -39,9 +48,6 @@ MAX_FAILURES = 3
 
 PARTS = ("future", "apart", "padding", "image")
 """What is looked at, as the fields of ``Probe`` are named."""
-
-Change = tuple[Tensor, Tensor]
-"""How much losses changed, in nats []; and in how many rows they were looked at []."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,12 @@ class Look:
     """Losses at the candidates, float32 [b, k]."""
     counted: Tensor
     """Which of them count, bool [b, k]."""
+
+    @property
+    def untouched(self) -> Tensor:
+        """Those that count in rows that stay as they are, bool [b, k]."""
+        chosen = every_second(self.answers.input_ids).narrow(0, 0, self.counted.shape[0]).to(self.counted.device)
+        return self.counted & chosen.logical_not().unsqueeze(1)
 
 
 class WiringProbe:
@@ -119,20 +131,23 @@ class WiringProbe:
 
     def _run(self, step: int, given: dict[str, Any], aligned: AlignedBatch) -> Ran | None:
         began = time.perf_counter()
-        name = ids_argument(given)
-        answers = find_answers(given[name], aligned, self._image_token_id) if name is not None else None
-        if name is None or answers is None:
+        ids = ids_argument(given)
+        answers = find_answers(given[ids], aligned, self._image_token_id) if ids is not None else None
+        if ids is None or answers is None:
             return None
         plain = self._losses(given, aligned, answers)
         if plain is None:
             self._interval = 0  # no logits in any way: nothing can be told of this model
             return None
         counted = answers.counted.to(plain.device) & plain.isfinite()
-        look = Look(given, name, aligned, answers, plain, counted)
-        found = [*self._exchanged(look), *self._optional(step, look)]
+        look = Look(given, ids, aligned, answers, plain, counted)
+        found = self._exchanged(look)
+        for part, ask in (("padding", self._padding), ("image", self._images)):
+            for name, change in self._optional(step, part, ask, look).items():
+                found[name] = found[name].or_larger(change)
         tensors = {
-            "changes": torch.stack([change.to(torch.float32) for change, _ in found]),
-            "rows": torch.stack([rows for _, rows in found]),
+            "changes": torch.stack([found[part].nats.to(torch.float32) for part in PARTS]),
+            "rows": torch.stack([found[part].rows for part in PARTS]),
         }
         seconds = time.perf_counter() - began
 
@@ -144,60 +159,61 @@ class WiringProbe:
 
         return tensors, finish
 
-    def _exchanged(self, look: Look) -> tuple[Change, Change]:
+    def _exchanged(self, look: Look) -> dict[str, Change]:
         """Exchange later answer tokens of every second row: what stands before them, and the other rows, must stay."""
         answers, plain = look.answers, look.plain
         best = torch.where(look.counted, plain, -1.0).argmax(dim=1, keepdim=True)
         position = answers.candidates.gather(1, best.to(answers.candidates.device))
-        chosen = every_second(look.answers.input_ids)
-        other, is_exchanged = answers.exchanged(position, chosen)
+        other, is_exchanged = answers.exchanged(position, every_second(answers.input_ids))
         is_exchanged = is_exchanged.to(plain.device)
-        untouched = chosen.narrow(0, 0, plain.shape[0]).logical_not().to(plain.device) & is_exchanged.any()
         changed = self._again(look, {look.ids: other})
         before = look.counted.gather(1, best) & is_exchanged.unsqueeze(1)
-        future, rows = mean_change(plain.gather(1, best), changed.gather(1, best), before)
-        apart, apart_rows = mean_change(plain, changed, look.counted & untouched.unsqueeze(1))
         if self._noise is None:
             same = self._again(look, {})
-            at_best = mean_change(plain.gather(1, best), same.gather(1, best), before)[0]
-            self._noise = NOISE_FACTOR * torch.maximum(at_best, mean_change(plain, same, look.counted)[0])
-        return (self._beyond_noise(future), rows), (self._beyond_noise(apart), apart_rows)
+            at_best = mean_change(plain.gather(1, best), same.gather(1, best), before).nats
+            self._noise = NOISE_FACTOR * torch.maximum(at_best, mean_change(plain, same, look.counted).nats)
+        return {
+            "future": mean_change(plain.gather(1, best), changed.gather(1, best), before, self._noise),
+            "apart": mean_change(plain, changed, look.untouched & is_exchanged.any(), self._noise),
+            **dict.fromkeys(("padding", "image"), nothing(plain.device)),
+        }
 
-    def _padding(self, look: Look) -> Change | None:
+    def _optional(
+        self, step: int, part: str, ask: Callable[[Look], dict[str, Change]], look: Look
+    ) -> dict[str, Change]:
+        """Ask for a part; one at which the model raises is left out of all later probes."""
+        try:
+            return ask(look) if part not in self._left_out else {}
+        except Exception:
+            self._left_out.add(part)
+            self._began = step  # soon again, without it
+            raise
+
+    def _padding(self, look: Look) -> dict[str, Change]:
         """Put other ids where the attention mask is 0: no loss may change."""
         ids = look.answers.input_ids
         mask = mask_argument(look.given, ids.shape)
         if mask is None or (ids.is_cpu and not mask.is_cpu):
-            return None
+            return {}
         other, is_replaced = look.answers.unpadded(mask.to(ids.device, non_blocking=True))
         counted = look.counted & is_replaced.to(look.plain.device).unsqueeze(1)
-        change, rows = mean_change(look.plain, self._again(look, {look.ids: other}), counted)
-        return self._beyond_noise(change), rows
+        return {"padding": mean_change(look.plain, self._again(look, {look.ids: other}), counted, self._noise)}
 
-    def _images(self, look: Look) -> Change | None:
-        """Put each image in the place of another: some loss must change."""
-        moved = rolled(look.given) or rolled_tiles(look.given)
+    def _images(self, look: Look) -> dict[str, Change]:
+        """Put images in the place of others: some loss must change, of every second row alone where that is known."""
+        plain, answers = look.plain, look.answers
+        by_rows = rolled_rows(look.given, answers.input_ids.shape[0]) if spares_rows(answers.input_ids) else None
+        moved = by_rows or rolled(look.given) or rolled_tiles(look.given)
         if moved is None:
-            return None
-        differ = (moved[1] > 0).to(look.plain.device, non_blocking=True)
-        counted = look.counted & look.answers.behind_images.to(look.plain.device) & differ & (look.plain > MIN_LOSS)
-        return largest_change(look.plain, self._again(look, moved[0]), counted)
-
-    def _optional(self, step: int, look: Look) -> list[Change]:
-        """Look at padding and images; one at which the model raises is left out of all later probes."""
-        found = []
-        for part, ask in (("padding", self._padding), ("image", self._images)):
-            try:
-                made = None if part in self._left_out else ask(look)
-            except Exception:
-                self._left_out.add(part)
-                self._began = step  # soon again, without it
-                raise
-            found.append(made or (look.plain.new_zeros(()), look.plain.new_zeros((), dtype=torch.int64)))
+            return {}
+        differ = (moved[1] > 0).to(plain.device, non_blocking=True)
+        changed = self._again(look, moved[0])
+        behind = look.counted & answers.behind_images.to(plain.device) & (plain > MIN_LOSS)
+        found = {"image": largest_change(plain, changed, behind & differ)}
+        if by_rows is not None:
+            is_known = answers.has_images_by_rows(by_rows[2]).to(plain.device)
+            found["apart"] = mean_change(plain, changed, look.untouched & differ & is_known, self._noise)
         return found
-
-    def _beyond_noise(self, change: Tensor) -> Tensor:
-        return change if self._noise is None else (change - self._noise).clamp(min=0)
 
     def _again(self, look: Look, other: Mapping[str, Any]) -> Tensor:
         made = self._losses({**look.given, **other}, look.aligned, look.answers)
