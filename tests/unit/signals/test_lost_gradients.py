@@ -56,7 +56,7 @@ class Loop:
             self.transports.append(InProcessTransport(*arguments))
             return self.transports[-1]
 
-        config = HooksConfig(vocabulary_size=VOCABULARY, shifted=True)
+        config = HooksConfig(vocabulary_size=VOCABULARY, shifted=False)
         self.hooks = sidestep.attach(self.model, self.optimizer, config=config, transport=opened)
 
     def forward(self) -> Any:
@@ -176,7 +176,7 @@ def test_the_worker_says_so_at_the_fourth_step(step: Callable[[Loop], None], exp
             run_id="run", attempt=0, step=each.step, reason="complete", parts=parts, ends={}, ranks_expected=1,
             ranks_seen=1,
         )  # fmt: skip
-        if watch.observe(seen, context()).values.get("incidents/gradients_lost") == 1:
+        if watch.observe(seen, context(tokenizer={})).values.get("incidents/gradients_lost") == 1:
             told.append(each.step)
     assert told == expected
 
