@@ -130,12 +130,19 @@ def rolled(given: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor] | None:
         mask = given.get(_MASK_ARGUMENTS[0])
         if isinstance(mask, Tensor) and mask.dim() == value.dim() - 1 and mask.shape[:-2] == value.shape[:-3]:
             moved[_MASK_ARGUMENTS[0]] = _rolled(mask, axes=2)
+    elif len(leaves) < 2:
+        return None  # the tiles of a single image
     else:
         moved = {name: _replaced(value, iter([leaf.detach() for leaf in (*leaves[-1:], *leaves[:-1])]))}
-    numbers = image_numbers(value)
-    if numbers is None:
-        return None
-    return moved, (numbers != numbers.roll(1, dims=0)).any(dim=1).sum()
+    return moved, _num_others(value, moved[name])
+
+
+def _num_others(value: Any, moved: Any) -> Tensor:
+    """Return how many images [] are others than they were."""
+    before, after = image_numbers(value), image_numbers(moved)
+    if before is None or after is None:
+        raise ValueError("an argument of images has none")
+    return (before != after).any(dim=1).sum()
 
 
 def rolled_tiles(given: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor] | None:
@@ -150,13 +157,13 @@ def rolled_tiles(given: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor] | No
     name, value = found
     leaves = list(image_leaves(value))
     kinds = {(leaf.shape[-_IMAGE_AXES:], leaf.dtype, leaf.device) for leaf in leaves}
-    numbers = image_numbers(value)
-    if isinstance(value, Tensor) or len(kinds) > 1 or leaves[0].dim() <= _IMAGE_AXES or numbers is None:
+    if isinstance(value, Tensor) or len(kinds) > 1 or leaves[0].dim() <= _IMAGE_AXES:
         return None
     tiles = torch.cat([leaf.detach().flatten(0, leaf.dim() - _IMAGE_AXES - 1) for leaf in leaves]).roll(1, dims=0)
     sizes = [leaf.shape[: leaf.dim() - _IMAGE_AXES].numel() for leaf in leaves]
     moved = [part.view(leaf.shape) for part, leaf in zip(torch.split(tiles, sizes), leaves, strict=True)]
-    return {name: _replaced(value, iter(moved))}, (numbers != numbers.roll(1, dims=0)).any(dim=1).sum()
+    made = _replaced(value, iter(moved))
+    return {name: made}, _num_others(value, made)
 
 
 def rolled_rows(given: Mapping[str, Any], num_rows: int) -> tuple[dict[str, Any], Tensor, list[int]] | None:

@@ -77,9 +77,10 @@ CAUSES: Final[tuple[Cause, ...]] = (
     _cause(
         "rows_mixed",
         "rows_mixed",
-        "rows of a batch are mixed: an axis of rows is taken for one of positions, or a mask lets rows see each other",
-        "look at view, reshape, transpose and permute from ids to logits, and at the attention mask's shape; a mixture "
-        "of experts with a limit of tokens may do it by design",
+        "rows of a batch are mixed: an axis of rows is taken for one of positions, a mask lets rows see each other, or "
+        "images are put into other rows",
+        "look at view, reshape, transpose and permute from ids to logits, at the attention mask's shape, and at the "
+        "order in which images are put in; a mixture of experts with a limit of tokens may do it by design",
     ),
     _cause(
         "future_visible",

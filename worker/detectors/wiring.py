@@ -16,7 +16,7 @@ MIN_PROBE_LABELLED: Final = 16
 MIN_PROBE_LOSS: Final = 1e-3
 """Nats below which a loss may be the same number whatever is shown: what is certain does not change."""
 _CHANGED: Final = {
-    "rows_mixed": "with answer tokens of other rows of the batch exchanged, a row's loss changes by {:.3g} nats",
+    "rows_mixed": "with answer tokens or images of other rows exchanged, a row's loss changes by {:.3g} nats",
     "future_visible": "with later answer tokens exchanged for others, the loss before them changes by {:.3g} nats",
     "padding_visible": "with other ids where the attention mask is 0, the loss of answers changes by {:.3g} nats",
 }

@@ -16,6 +16,7 @@ from sidestep.examples.digits_vqa.packing import PackedRows, collate
 from sidestep.examples.digits_vqa.tokenizer import ChatTokenizer
 from sidestep.protocol.messages import Probe
 from sidestep.trainer_hooks.capture import Batch, ForwardReader
+from sidestep.trainer_hooks.image_probe import rolled
 from sidestep.trainer_hooks.reductions.alignment import align
 from sidestep.trainer_hooks.wiring_probe import FIRST_STEP, WiringProbe
 from sidestep.worker.detectors.settings import DetectorSettings
@@ -117,6 +118,22 @@ def test_images_that_are_all_the_same_tell_nothing() -> None:
     assert found.padding_rows == 6
 
 
+def test_images_that_are_the_same_though_their_tiles_differ_tell_nothing_either() -> None:
+    given = batch(SINGLE, count=2)
+    ids, image_token_id = given["input_ids"].clone(), tokenizer().image_token_id
+    ids[ids == image_token_id] = 7
+    ids[:, 40:42] = image_token_id
+    tiles = torch.cat([torch.zeros(1, 1, 8, 8), torch.ones(1, 1, 8, 8)])
+    assert rolled({"images": [[tiles], [tiles.clone()]]})[1] == 0  # type: ignore[index]
+    found = looked_at(model(), {**given, "input_ids": ids, "images": [[tiles], [tiles.clone()]]})
+    assert (found.image_rows, found.image_change) == (0, 0.0)
+    assert rolled({"images": [[tiles]]}) is None
+    alone = looked_at(model(), {**given, "input_ids": ids[:1], "attention_mask": given["attention_mask"][:1],
+                                "targets": given["targets"][:1], "images": [[tiles]]})  # fmt: skip
+    assert alone.image_rows == 1
+    assert alone.image_change > 0
+
+
 def test_images_of_several_tiles_are_exchanged_tile_by_tile() -> None:
     given = with_tiles(batch(SINGLE))
     sound = looked_at(model(), given)
@@ -178,6 +195,12 @@ def averaged(asked: VisionLanguageModel) -> nn.Module:
     return asked
 
 
+def misplaced(asked: VisionLanguageModel) -> nn.Module:
+    """Each image is put in the place of the next."""
+    asked.MP.register_forward_hook(lambda _module, _inputs, output: output.roll(1, dims=0))
+    return asked
+
+
 Break = Callable[[VisionLanguageModel], nn.Module]
 
 
@@ -188,6 +211,25 @@ def test_rows_that_see_each_other(fault: Break, length: int, dtype: torch.dtype 
     found = looked_at(fault(model()), batch(length), dtype=dtype)
     assert found.apart_rows == 3
     assert found.apart_change > 2 * RULES.rows_mixed.threshold
+
+
+@pytest.mark.parametrize("length", [SINGLE, PACKED])
+def test_images_that_are_put_into_other_rows(length: int) -> None:
+    found = looked_at(misplaced(model()), batch(length))
+    assert (found.apart_rows, found.future_change, found.padding_change) == (3, 0.0, 0.0)
+    assert found.apart_change > 2 * RULES.rows_mixed.threshold
+    unknown = looked_at(misplaced(model()), batch(length), known=False)
+    assert (unknown.apart_rows, unknown.apart_change) == (3, 0.0)  # nobody says which row an image belongs to
+    assert unknown.image_change > 0
+
+
+def test_images_that_do_not_come_by_rows_tell_nothing_of_them() -> None:
+    given = batch(SINGLE)
+    tiles = [tile for row in given["images"] for tile in row]
+    for images in ([*tiles[:5], tiles[5:]], [torch.cat(tiles)]):
+        found = looked_at(model(), {**given, "images": [each if isinstance(each, list) else [each] for each in images]})
+        assert (found.apart_rows, found.apart_change, found.image_rows) == (3, 0.0, 6)
+        assert found.image_change > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
