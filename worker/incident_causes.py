@@ -254,6 +254,12 @@ CAUSES: Final[tuple[Cause, ...]] = (
         "look for what lies between the named module and the loss; call mark_stage() when it is frozen on purpose",
     ),
     _cause(
+        "updates_rounded_away",
+        "updates_rounded",
+        "the weights are held in bfloat16 and the learning rate is too low for its last bit: nothing adds up",
+        "keep the weights in float32 and compute under autocast, or use stochastic rounding or a higher rate",
+    ),
+    _cause(
         "weights_stand",
         "no_update weights_frozen not_in_optimizer",
         "the optimizer does not hold these weights, or its steps are lost",

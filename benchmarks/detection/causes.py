@@ -55,6 +55,7 @@ POINTS_TO: Final[Mapping[str, frozenset[Blame]]] = {
     "rate_too_high": frozenset({_R}),
     "leak": frozenset({_D, _L}),
     "data_changed": frozenset({_D}),
+    "updates_rounded_away": frozenset({_O, _W}),
     "data_missing": frozenset({_D, _L}),
     "gradient_lost": frozenset({_O, _M}),
     "images_lost": frozenset({_I, _M}),

@@ -90,6 +90,7 @@ gen_repetition|critical|generation|collapse|generated answers loop
 user_rules|critical|generation|collapse|the generated answers are collapsed
 weights_jump|critical|self||weights were changed by something else than the optimizer
 weights_frozen|warning|self||weights do not move any more
+updates_rounded|warning|exact||updates are rounded away
 loss_differs|warning|self||the loss that is trained on has become another
 underconfident|warning|exact||the model is far less sure than it is right
 lr_spent|warning|exact||the schedule has ended long before the training

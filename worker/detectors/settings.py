@@ -38,7 +38,7 @@ from sidestep.worker.detectors.rules import (
     StopToken,
     Unsure,
 )
-from sidestep.worker.detectors.update_rules import Changed, Frozen, Jump, Misset, Reset, Spent, Stuck
+from sidestep.worker.detectors.update_rules import Changed, Frozen, Jump, Misset, Reset, Rounded, Spent, Stuck
 
 PREFIX: Final = "detectors."
 
@@ -111,6 +111,7 @@ class DetectorSettings:
     single_answer: SingleAnswer = field(default_factory=SingleAnswer)
     weights_jump: Jump = field(default_factory=Jump)
     weights_frozen: Frozen = field(default_factory=Frozen)
+    updates_rounded: Rounded = field(default_factory=Rounded)
     loss_differs: Agreement = field(default_factory=Agreement)
     underconfident: Unsure = field(default_factory=Unsure)
     lr_spent: Spent = field(default_factory=Spent)

@@ -20,10 +20,12 @@ from sidestep.worker.detectors.view import StepView
 from sidestep.worker.step_record import StepRecord
 
 TINY: Final = 1e-30
+LOST_BITS: Final = 0xFFFF
+"""Bits of a float32 that bfloat16 does not have: where all sampled weights have 0 there, they are held in bfloat16."""
 
 
 class Weights:
-    """``weights_jump``, ``weights_frozen``, ``not_in_optimizer`` and ``optimizer_reset``."""
+    """``weights_jump``, ``weights_frozen``, ``updates_rounded``, ``not_in_optimizer`` and ``optimizer_reset``."""
 
     name = "weights"
 
@@ -46,6 +48,7 @@ class Weights:
         self._sizes = Window(jump.median_readings)  # mean move for a rate of 1
         self._still = Window(self._settings.weights_frozen.median_readings)
         self._rates = 0.0  # sum of the rates since the norms that are remembered
+        self._highest = 0.0  # rate so far
 
     def read(self, view: StepView) -> Sequence[Reading]:
         """Judge one step."""
@@ -74,6 +77,7 @@ class Weights:
             self._take_size(view, float(own.mean()), rate)
             yield from self._far(float(own.max()), rate)
             yield from self._frozen(float((own == 0).mean()), rate)
+            yield from self._rounded(record.weights, float((own == 0).mean()), rate)
         yield from self._held_by_nobody(own, moves[own.size :], rate)
 
     def _take_size(self, view: StepView, move: float, rate: float) -> None:
@@ -112,6 +116,19 @@ class Weights:
                 is_beyond=share > usual + rule.threshold, reference=usual, evidence=evidence,
             )  # fmt: skip
         self._still.add(share)
+
+    def _rounded(self, weights: NDArray[np.float32], share: float, rate: float) -> Iterator[Reading]:
+        """In bfloat16 an update below half of a weight's last bit leaves it as it was, however often it comes."""
+        rule = self._settings.updates_rounded
+        self._highest = max(self._highest, rate)
+        if rate <= 0 or (weights.view(np.uint32) & LOST_BITS).any():
+            return
+        evidence = (
+            f"the weights are held in bfloat16, and {share:.0%} of the sampled ones stand still at a learning rate of "
+            f"{rate:g}: their updates are below the last bit"
+        )
+        is_beyond = share >= rule.threshold and rate >= rule.least_rate * self._highest
+        yield Reading(name="updates_rounded", value=share, limit=rule.threshold, is_beyond=is_beyond, evidence=evidence)
 
     def _held_by_nobody(self, own: NDArray[np.float64], others: NDArray[np.float64], rate: float) -> Iterator[Reading]:
         """Trainable weights that the optimizer does not hold: a second one may, and then they move."""
@@ -191,6 +208,7 @@ class Weights:
             "last": [self._last.astype("<f4").tobytes(), self._kind, self._norms.astype("<f4").tobytes()],
             "windows": [window.values for window in self._windows()],
             "counted": [self._rates, self._counted, self._counted_step, self._fresh],
+            "highest": self._highest,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -202,3 +220,4 @@ class Weights:
         rates, counted, step, fresh = state["counted"]
         self._rates, self._counted = float(rates), float(counted)
         self._counted_step, self._fresh = int(step), int(fresh)
+        self._highest = float(state.get("highest", 0.0))

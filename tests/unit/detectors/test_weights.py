@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from tests.support.detector_traces import MODULES, Drawn, Failure, Task, Told, trace, watched
 
@@ -194,3 +195,34 @@ def test_other_weights_are_not_compared() -> None:
         drawn.changes["heartbeat"] = others
 
     assert run(chosen_anew).openings == []
+
+
+def in_half(rate: float, steps: int = 60) -> Told:
+    """Weights that are held in bfloat16 from the first step on, all but one not small: each update is rounded."""
+    adam = Adam(rate=lambda _: rate)
+    adam.weights = np.concatenate([np.linspace(0.05, 0.1, 15), [1e-3]])
+
+    def step(drawn: Drawn) -> None:
+        held = torch.tensor(adam.weights, dtype=torch.float32).to(torch.bfloat16)
+        adam.weights = held.to(torch.float64).numpy()
+        adam.step(drawn)
+        adam.weights = torch.tensor(adam.weights, dtype=torch.float32).to(torch.bfloat16).to(torch.float64).numpy()
+        drawn.changes["heartbeat"] = adam.weights.astype(np.float32)
+
+    return watched(trace(TASK, steps, failure=step))
+
+
+def test_updates_that_bfloat16_rounds_away_are_found_from_the_start() -> None:
+    told = in_half(3e-5)
+    (step,) = found(told, "updates_rounded")
+    assert step <= 40
+    assert "keep the weights in float32" in told.blocks
+
+
+@pytest.mark.parametrize("rate", [3e-3, 1e-3])
+def test_updates_that_bfloat16_holds_are_well(rate: float) -> None:
+    assert not found(in_half(rate), "updates_rounded")
+
+
+def test_weights_in_float32_that_move_by_little_are_not_rounded() -> None:
+    assert not found(run(Adam.step, onset=0, adam=Adam(rate=lambda _: 1e-9)), "updates_rounded")
