@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -63,16 +64,22 @@ def reduce_learning_rates(groups: Sequence[Mapping[str, Any]]) -> dict[str, Tens
     """Take the groups' rates as they are now, read where they lie.
 
     Args:
-        groups: ``optimizer.param_groups``; each ``lr`` is a float or a tensor of one element (capturable optimizers).
+        groups: ``optimizer.param_groups``; each ``lr`` is a float, a tensor of one element (capturable optimizers) or
+            nothing (Adafactor with relative steps).
 
     Returns:
-        ``rates``, float64 [groups], on the device of the first rate that lies on one, else on the host.
+        ``rates``, float64 [groups], on the device of the first rate that lies on one, else on the host; NaN where a
+        group has none.
     """
-    rates = [group["lr"] for group in groups]
+    rates = [_known(group.get("lr")) for group in groups]
     devices = [rate.device for rate in rates if isinstance(rate, Tensor) and rate.device.type != "cpu"]
     if not devices:
         return {"rates": torch.tensor([float(rate) for rate in rates], dtype=torch.float64)}
     return {"rates": torch.stack([_on(rate, devices[0]) for rate in rates])}
+
+
+def _known(rate: float | Tensor | None) -> float | Tensor:
+    return math.nan if rate is None else rate
 
 
 def _on(rate: float | Tensor, device: torch.device) -> Tensor:

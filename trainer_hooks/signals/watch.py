@@ -191,7 +191,7 @@ class SignalWatch:
 
     def before_update(self) -> None:
         """Read the rates and settings that the step is taken with, where they lie on the host."""
-        rates = tuple(host_number(group["lr"]) for group in self._optimizer.param_groups)
+        rates = tuple(host_number(group.get("lr")) for group in self._optimizer.param_groups)
         self._rates = rates if not any(map(math.isnan, rates)) else ()
         self._settings = group_settings(self._optimizer)
         self._lost.before_update()

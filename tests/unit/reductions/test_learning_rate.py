@@ -68,3 +68,8 @@ def test_rates_are_floats_or_tensors_and_are_taken_as_they_are() -> None:
     message = learning_rates_message(step=4, arrays={name: part.numpy() for name, part in parts.items()})
     assert message.step == 4
     assert message.rates.tolist() == [1e-3, 0.25, 2.0]
+
+
+def test_a_group_that_finds_its_rate_by_itself_has_none() -> None:
+    parts = reduce_learning_rates([{"lr": None}, {"lr": 0.5}, {}])
+    assert parts["rates"].isnan().tolist() == [True, False, True]
