@@ -184,3 +184,11 @@ class Probe(Message):
     """Rows in which another image stood in the place of theirs; 0: not probed."""
     image_change: float = 0.0
     """Largest absolute change of their loss, in nats: exactly 0 where images do not reach the answers."""
+    last_image_rows: int = 0
+    """Rows of several images whose last one alone was replaced, and that have an answer behind it; 0: not probed."""
+    last_image_change: float = 0.0
+    """Median over these rows of the largest change of a loss behind it, in nats: 0 where most are not reached."""
+    misplaced_rows: int = 0
+    """Rows whose last image was replaced, and that have an answer before it; 0: not probed."""
+    misplaced_change: float = 0.0
+    """Mean absolute change of the loss before it, in nats: 0 where each image stands at its own place."""

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sidestep.protocol.limits import MAX_SIGNAL_HASHES
 from sidestep.protocol.messages import Message, Probe
 from sidestep.trainer_hooks.capture import Batch, ForwardReader
 from sidestep.trainer_hooks.isolation import undisturbed
@@ -183,6 +186,52 @@ def rolled_rows(given: Mapping[str, Any], num_rows: int) -> tuple[dict[str, Any]
     parts[::2] = moved[0][name]
     made = torch.stack([part.detach() for part in parts]) if isinstance(value, Tensor) else type(value)(parts)
     return {name: made}, moved[1], tiles
+
+
+@dataclass(frozen=True, slots=True)
+class LastReplaced:
+    """A forward's images with the last one of each row alone replaced by that of the row above."""
+
+    given: dict[str, Any]
+    differs: Tensor
+    """In which rows it is another image than it was, bool [rows]."""
+    tiles: list[int]
+    """Tiles of each row [rows]."""
+    last_tiles: list[int]
+    """Of these, tiles of its last image [rows]."""
+
+
+def last_replaced(given: Mapping[str, Any], num_rows: int) -> LastReplaced | None:
+    """Replace the last image of each row that has one.
+
+    None where images do not come in lists by rows of the batch, where no row has several, and where the last ones are
+    of several shapes: another size may mean another number of tokens.
+    """
+    found = find_images(given)
+    if found is None or not isinstance(found[1], list | tuple) or any(name in given for name in _MASK_ARGUMENTS):
+        return None
+    name, value = found
+    if len(value) != num_rows or not all(isinstance(part, list | tuple) for part in value):
+        return None
+    places = [place for place, part in enumerate(value) if part and isinstance(part[-1], Tensor)]
+    last = [value[place][-1].detach() for place in places]
+    tiles, last_tiles = [num_images(part) for part in value], [0] * num_rows
+    for place, image in zip(places, last, strict=True):
+        last_tiles[place] = num_images(image)
+    is_alike = len(last) > 1 and len({image.shape for image in last}) == 1 and last[0].numel() > 0
+    if not is_alike or tiles == last_tiles or sum(last_tiles) > MAX_SIGNAL_HASHES:
+        return None
+    above = [*last[-1:], *last[:-1]]
+    before, after = image_numbers(last), image_numbers(above)
+    if before is None or after is None:
+        return None
+    rows = list(value)
+    for place, image in zip(places, above, strict=True):
+        rows[place] = type(rows[place])([*rows[place][:-1], image])
+    is_other = (before != after).any(dim=1).view(len(last), -1).any(dim=1)
+    index = to_device(np.array(places, np.int64), is_other.device)
+    differs = torch.zeros(num_rows, dtype=torch.bool, device=is_other.device).index_copy(0, index, is_other)
+    return LastReplaced({name: type(value)(rows)}, differs, tiles, last_tiles)
 
 
 def _rolled(value: Tensor, axes: int = _IMAGE_AXES) -> Tensor:

@@ -63,6 +63,24 @@ class Answers:
         given = to_device(np.array(tiles, np.int64), placeholders.device)
         return (placeholders * given.sum() == placeholders.sum() * given).all() & (placeholders.sum() > 0)
 
+    def around_last_image(self, tiles: Sequence[int], last_tiles: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return which candidates stand before all placeholders of a row's last image, and which behind; bool [b, k].
+
+        Args:
+            tiles: of each row [B]; a placeholder stands for as many tiles as any other.
+            last_tiles: of these, tiles of its last image [B].
+        """
+        if self.image_token_id is None:
+            raise ValueError("where images stand is not known")
+        placeholders = (self.input_ids == self.image_token_id).cumsum(dim=1)
+        total = _last(placeholders)
+        device = self.input_ids.device
+        earlier = to_device(np.array(tiles, np.int64) - np.array(last_tiles, np.int64), device).unsqueeze(1)
+        others = total * earlier // to_device(np.maximum(np.array(tiles, np.int64), 1), device).unsqueeze(1)
+        here = self._of_first_rows(placeholders).gather(1, self.candidates)
+        has_last = self._of_first_rows(total > others)
+        return (here <= self._of_first_rows(others)) & has_last, (here == self._of_first_rows(total)) & has_last
+
     def exchanged(self, position: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Exchange all answer tokens behind one position of each chosen row for others.
 
@@ -197,6 +215,16 @@ def largest_change(plain: Tensor, other: Tensor, counted: Tensor) -> Change:
     changes = (other - plain).abs()
     counted = counted & changes.isfinite()
     return Change(torch.where(counted, changes, 0.0).max(), counted.any(dim=1).sum())
+
+
+def median_largest_change(plain: Tensor, other: Tensor, counted: Tensor) -> Change:
+    """Return the median over rows of the largest absolute change of each; rows without a counted loss do not count."""
+    changes = (other - plain).abs()
+    counted = counted & changes.isfinite()
+    largest = torch.where(counted, changes, -1.0).max(dim=1).values
+    is_row = counted.any(dim=1)
+    middle = torch.where(is_row, largest, torch.nan).nanmedian()
+    return Change(middle.nan_to_num(0.0), is_row.sum())
 
 
 def _last(values: Tensor) -> Tensor:

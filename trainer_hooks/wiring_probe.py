@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sidestep.protocol.messages import Message, Probe
 from sidestep.trainer_hooks.capture import Batch, ForwardReader, ids_argument, mask_argument
-from sidestep.trainer_hooks.image_probe import rolled, rolled_rows, rolled_tiles
+from sidestep.trainer_hooks.image_probe import last_replaced, rolled, rolled_rows, rolled_tiles
 from sidestep.trainer_hooks.isolation import Autocast, as_trained, autocast_now
 from sidestep.trainer_hooks.kept_batch import KeptBatch, Ran, forward_logits
 from sidestep.trainer_hooks.parameters import unwrapped
@@ -33,6 +33,7 @@ from sidestep.trainer_hooks.wiring_changes import (
     find_answers,
     largest_change,
     mean_change,
+    median_largest_change,
     nothing,
     spares_rows,
 )
@@ -46,7 +47,7 @@ MIN_LOSS = 1e-3
 MAX_FAILURES = 3
 """Exceptions after which it is switched off."""
 
-PARTS = ("future", "apart", "padding", "image")
+PARTS = ("future", "apart", "padding", "image", "last_image", "misplaced")
 """What is looked at, as the fields of ``Probe`` are named."""
 
 
@@ -142,7 +143,8 @@ class WiringProbe:
         counted = answers.counted.to(plain.device) & plain.isfinite()
         look = Look(given, ids, aligned, answers, plain, counted)
         found = self._exchanged(look)
-        for part, ask in (("padding", self._padding), ("image", self._images)):
+        asked = (("padding", self._padding), ("image", self._images), ("last_image", self._last_images))
+        for part, ask in asked:
             for name, change in self._optional(step, part, ask, look).items():
                 found[name] = found[name].or_larger(change)
         tensors = {
@@ -175,7 +177,7 @@ class WiringProbe:
         return {
             "future": mean_change(plain.gather(1, best), changed.gather(1, best), before, self._noise),
             "apart": mean_change(plain, changed, look.untouched & is_exchanged.any(), self._noise),
-            **dict.fromkeys(("padding", "image"), nothing(plain.device)),
+            **dict.fromkeys(PARTS[2:], nothing(plain.device)),
         }
 
     def _optional(
@@ -214,6 +216,24 @@ class WiringProbe:
             is_known = answers.has_images_by_rows(by_rows[2]).to(plain.device)
             found["apart"] = mean_change(plain, changed, look.untouched & differ & is_known, self._noise)
         return found
+
+    def _last_images(self, look: Look) -> dict[str, Change]:
+        """Replace the last image of each row alone: what stands before it must stay, and what is behind must change."""
+        plain, answers = look.plain, look.answers
+        if answers.image_token_id is None:
+            return {}
+        made = last_replaced(look.given, answers.input_ids.shape[0])
+        if made is None:
+            return {}
+        is_known = answers.has_images_by_rows(made.tiles).to(plain.device)
+        differs = made.differs.narrow(0, 0, plain.shape[0]).to(plain.device, non_blocking=True).unsqueeze(1)
+        before, behind = (each.to(plain.device) for each in answers.around_last_image(made.tiles, made.last_tiles))
+        counted = look.counted & differs & is_known
+        changed = self._again(look, made.given)
+        return {
+            "last_image": median_largest_change(plain, changed, counted & behind & (plain > MIN_LOSS)),
+            "misplaced": mean_change(plain, changed, counted & before, self._noise),
+        }
 
     def _again(self, look: Look, other: Mapping[str, Any]) -> Tensor:
         made = self._losses({**look.given, **other}, look.aligned, look.answers)

@@ -240,6 +240,12 @@ CAUSES: Final[tuple[Cause, ...]] = (
         "look at the projector's weights and at what the vision encoder gives it",
     ),
     _cause(
+        "images_misplaced",
+        "image_misplaced",
+        "the images of a row are put in at the places of others: in another order, or counted from another row",
+        "compare the order of images and of placeholders in a row with several images, as the model gets them",
+    ),
+    _cause(
         "image_unreached",
         "image_unreached",
         "what the image gives is dropped on its way: no position has the placeholder's id, features are not merged "

@@ -269,7 +269,7 @@ GENERAL_CAUSES: Final = frozenset({"unknown", "optimisation", "labels_or_inputs_
 TELLING_CAUSES: Final = frozenset(
     {
         "batch_without_labels", "padding_labelled", "image_tokens_labelled", "label_leak", "label_shift",
-        "future_visible", "rows_mixed", "padding_visible", "image_unreached",
+        "future_visible", "rows_mixed", "padding_visible", "image_unreached", "images_misplaced",
         "stop_token_missing", "answers_cut", "loader_stuck", "ranks_share_data", "data_repeats",
         "images_alike", "replicas_apart", "rate_is_zero", "projector_silent", "module_detached", "data_collapsed",
     }

@@ -138,7 +138,7 @@ def _probe_facts(step: AssembledStep) -> dict[str, Any]:
         facts["probe_loss"] = sum(probe.loss * (probe.labelled / total) for probe in probes)
         facts["probe_rolled_loss"] = sum(probe.rolled_loss * (probe.labelled / total) for probe in probes)
         facts["probe_labelled"] = min(total, MAX_COUNT)
-    for name in ("future", "apart", "padding", "image"):
+    for name in ("future", "apart", "padding", "image", "last_image", "misplaced"):
         changes = [getattr(probe, f"{name}_change") for probe in sent if getattr(probe, f"{name}_rows") > 0]
         finite = [change for change in changes if math.isfinite(change)]
         if finite:

@@ -204,6 +204,10 @@ class StepRecord:
     """The same of rows whose padding was replaced."""
     image_change: float | None = None
     """Largest absolute change, in nats, of the loss at answers whose images were replaced."""
+    last_image_change: float | None = None
+    """The same behind the last image of a row, which alone was replaced: the median over rows."""
+    misplaced_change: float | None = None
+    """Mean absolute change, in nats, of the loss at answers before that image."""
     step_seconds: float | None = None
     """Of the slowest rank, waits for the hooks left out."""
     logged: Mapping[str, float] = field(default_factory=dict)

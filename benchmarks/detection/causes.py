@@ -22,6 +22,7 @@ POINTS_TO: Final[Mapping[str, frozenset[Blame]]] = {
     "future_visible": frozenset({_M, _L}),
     "rows_mixed": frozenset({_M}),
     "padding_visible": frozenset({_M, _D}),
+    "images_misplaced": frozenset({_I, _M}),
     "image_unreached": frozenset({_I, _M}),
     "stop_token_missing": frozenset({_L}),
     "answers_cut": frozenset({_L, _D}),

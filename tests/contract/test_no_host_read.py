@@ -308,7 +308,7 @@ class Predicting(nn.Module):
         self.head = head_module()
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor, pixel_values: Tensor | list[Tensor]
+        self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor, pixel_values: Tensor | list[Any]
     ) -> Tensor:
         assert labels.shape == input_ids.shape == attention_mask.shape
         assert len(pixel_values) == ROWS
@@ -318,7 +318,7 @@ class Predicting(nn.Module):
 
 @pytest.mark.parametrize("labels_at", ["host", "device"])
 @pytest.mark.parametrize("shifted", [False, True])
-@pytest.mark.parametrize("images", ["together", "alone", "tiled"])
+@pytest.mark.parametrize("images", ["together", "alone", "tiled", "by rows"])
 def test_the_probe_of_the_wiring(labels_at: str, shifted: bool, images: str) -> None:
     with watched() as watch:
         labels = ids(CUDA if labels_at == "device" else torch.device("cpu"))
@@ -327,7 +327,9 @@ def test_the_probe_of_the_wiring(labels_at: str, shifted: bool, images: str) -> 
             "input_ids": ids(CUDA),
             "labels": labels,
             "attention_mask": ids(CUDA),
-            "pixel_values": torch.cat(tiles) if images == "together" else tiles,
+            "pixel_values": {"together": torch.cat(tiles), "by rows": [[tile, tile] for tile in tiles]}.get(
+                images, tiles
+            ),
         }
         model = Predicting()
         probe = WiringProbe(model, ForwardReader(model, VOCABULARY), 1, image_token_id=3)
@@ -335,7 +337,7 @@ def test_the_probe_of_the_wiring(labels_at: str, shifted: bool, images: str) -> 
         probe.keep(Batch(labels=labels), lambda batch: align(input_ids=None, labels=batch.labels, shifted=shifted))
         made = probe.run(10)
     assert made is not None
-    assert shapes(made[0]) == {"changes": (4,), "rows": (4,)}
+    assert shapes(made[0]) == {"changes": (6,), "rows": (6,)}
     assert all(_on_device(tensor) for tensor in made[0].values())
     assert watch.device_operations > 100
 

@@ -51,6 +51,7 @@ label_leak|critical|exact||the targets stand in the inputs
 label_alignment|critical|exact||the targets are not the next tokens
 rows_mixed|critical|exact||rows of a batch see each other
 future_visible|critical|exact||predictions see the tokens that follow
+image_misplaced|critical|exact||images stand in the places of others
 padding_visible|critical|exact||padding is read
 image_unreached|critical|exact||images do not reach the answers
 no_stop_token|critical|exact||answers never end

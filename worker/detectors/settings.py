@@ -57,6 +57,7 @@ class DetectorSettings:
     label_leak: Alignment = field(default_factory=Alignment)
     rows_mixed: Limit = field(default_factory=lambda: Limit(threshold=0.0002, rearm=2))  # nats; rows apart: 0
     future_visible: Limit = field(default_factory=lambda: Limit(threshold=0.002, rearm=2))  # nats; causal: 0
+    image_misplaced: Limit = field(default_factory=lambda: Limit(threshold=0.0002, rearm=2))  # nats; sound: 0
     padding_visible: Limit = field(default_factory=lambda: Limit(threshold=0.0002, rearm=2))  # nats; masked: 0
     image_unreached: Rule = field(default_factory=lambda: Rule(rearm=2))
     no_stop_token: StopToken = field(default_factory=StopToken)

@@ -18,6 +18,7 @@ MIN_PROBE_LOSS: Final = 1e-3
 _CHANGED: Final = {
     "rows_mixed": "with answer tokens or images of other rows exchanged, a row's loss changes by {:.3g} nats",
     "future_visible": "with later answer tokens exchanged for others, the loss before them changes by {:.3g} nats",
+    "image_misplaced": "with the last image of a row exchanged, the loss of answers before it changes by {:.3g} nats",
     "padding_visible": "with other ids where the attention mask is 0, the loss of answers changes by {:.3g} nats",
 }
 
@@ -42,6 +43,7 @@ class Wiring:
             "rows_mixed": (settings.rows_mixed, record.apart_change),
             "future_visible": (settings.future_visible, record.future_change),
             "padding_visible": (settings.padding_visible, record.padding_change),
+            "image_misplaced": (settings.image_misplaced, record.misplaced_change),
         }
         readings = [
             Reading(
@@ -77,6 +79,13 @@ def _images(record: StepRecord) -> Iterator[Reading]:
         if record.probe_labelled < MIN_PROBE_LABELLED or record.probe_loss < MIN_PROBE_LOSS:
             return
         change, where = abs(record.probe_rolled_loss - record.probe_loss), f"{record.probe_labelled} answer tokens"
+    if record.last_image_change is not None and (change is None or change > 0):
+        change, where = record.last_image_change, "the answers behind it, in most rows,"
+        evidence = (
+            f"with the last image of each row in the place of another the loss of {where} changes by {change:.3g} nats"
+        )
+        yield Reading(name="image_unreached", value=change, limit=0.0, is_beyond=change == 0.0, evidence=evidence)
+        return
     if change is None:
         return
     evidence = f"with each image in the place of another the loss of {where} changes by {change:.3g} nats"

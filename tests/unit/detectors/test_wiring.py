@@ -16,15 +16,25 @@ from sidestep.worker.detectors.wiring import MIN_PROBE_LABELLED, MIN_PROBE_LOSS,
 from sidestep.worker.step_record import StepRecord
 
 TASK = Task(batch=8)
-FIELDS = {"future_visible": "future", "rows_mixed": "apart", "padding_visible": "padding"}
+FIELDS = {
+    "future_visible": "future",
+    "rows_mixed": "apart",
+    "padding_visible": "padding",
+    "image_misplaced": "misplaced",
+}
 CAUSES = {
     "future_visible": ("a causal mask is missing: each position sees the answer that it is to give", "is_causal"),
     "rows_mixed": ("rows of a batch are mixed", "permute"),
     "padding_visible": ("the attention mask is not applied", "left padding"),
+    "image_misplaced": (
+        "the images of a row are put in at the places of others",
+        "order of images and of placeholders",
+    ),
 }
 SOUND = Probe(
     step=0, loss=math.nan, rolled_loss=math.nan, labelled=0, images=0,
     future_rows=12, apart_rows=12, padding_rows=24, image_rows=24, image_change=0.25,
+    last_image_rows=24, last_image_change=0.25, misplaced_rows=24,
 )  # fmt: skip
 
 
@@ -80,6 +90,13 @@ def test_images_that_change_nothing_do_not_reach_the_answers() -> None:
     assert "what the image gives is dropped on its way" in found.blocks
     for sound in (probed({"image_change": 1e-7}), probed({"image_change": 0.0, "image_rows": 0})):
         assert told(sound, onset=25).openings == []
+
+
+def test_a_last_image_that_changes_nothing_is_not_reached_though_others_are() -> None:
+    found = told(probed({"last_image_change": 0.0}), onset=25)
+    assert found.openings == [(30, "image_unreached")]
+    assert "the loss of the answers behind it, in most rows, changes by 0 nats" in found.blocks
+    assert told(probed({"last_image_change": 0.0, "last_image_rows": 0}), onset=25).openings == []
 
 
 def test_the_image_probe_says_the_same() -> None:

@@ -94,6 +94,57 @@ def test_a_sound_model_shows_exactly_nothing_but_its_images(
     assert found.image_change > 1e-3
 
 
+class OtherImages(nn.Module):
+    """The demo's model, with the images of each row put in otherwise."""
+
+    def __init__(self, put: Callable[[list[Any]], list[Any]]) -> None:
+        super().__init__()
+        self.whole, self._put = model(), put
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        images: list[Any],
+        attention_mask: torch.Tensor,
+        targets: torch.Tensor | None = None,
+    ) -> Any:
+        return self.whole(input_ids, [self._put(row) for row in images], attention_mask, targets)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_last_image_of_a_row_changes_what_is_behind_it_alone(dtype: torch.dtype | None) -> None:
+    given = batch()
+    assert max(map(len, given["images"])) > 1
+    found = looked_at(model(), given, dtype=dtype)
+    assert found.last_image_rows > 3
+    assert found.last_image_change > 0
+    assert (found.misplaced_change, found.misplaced_rows > 3) == (0.0, True)
+    none = [[] if row == 1 else images for row, images in enumerate(given["images"])]
+    ids = given["input_ids"].clone()
+    ids[1] = ids[1].where(ids[1] != tokenizer().image_token_id, 7)
+    found = looked_at(model(), {**given, "input_ids": ids, "images": none}, dtype=dtype)
+    assert found.last_image_rows > 2
+    assert found.misplaced_change == 0.0
+
+
+def test_images_of_a_row_in_another_order_are_misplaced() -> None:
+    found = looked_at(OtherImages(lambda row: row[::-1]), batch())
+    assert found.misplaced_change > RULES.image_misplaced.threshold
+    assert found.image_change > 0
+
+
+def test_one_image_for_a_whole_row_reaches_not_what_others_are_asked_about() -> None:
+    found = looked_at(OtherImages(lambda row: row[:1] * len(row)), batch())
+    assert found.last_image_rows > 3
+    assert found.last_image_change == found.misplaced_change == 0.0
+    assert found.image_change > 0
+
+
+def test_where_placeholders_are_not_known_nothing_is_said_of_the_last_one() -> None:
+    found = looked_at(model(), batch(), known=False)
+    assert found.last_image_rows == found.misplaced_rows == 0
+
+
 @pytest.mark.parametrize("length", [SINGLE, PACKED])
 def test_without_images_nothing_is_said_of_them(length: int) -> None:
     found = looked_at(model(), without_images(length))
@@ -282,7 +333,7 @@ def test_what_the_model_refuses_is_left_out_and_the_rest_is_asked_soon_again() -
 
     with pytest.raises(ValueError, match="no padding"):
         look(100 + FIRST_STEP)
-    assert look(100 + 2 * FIRST_STEP)["rows"].tolist() == [3, 3, 0, 6]
+    assert look(100 + 2 * FIRST_STEP)["rows"].tolist() == [3, 3, 0, 6, 0, 0]
 
 
 def test_no_trace_is_left() -> None:
