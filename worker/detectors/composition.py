@@ -81,14 +81,13 @@ class CompositionAdjusted:
         self._last_losses.add(loss)
         if len(self._last.values) < rule.recent + rule.before:
             return []
-        falls, depths = [], []
+        fall, spread = math.inf, 0.0
         for values in (self._last.values, self._last_losses.values):
             before, recent = values[: -rule.recent], median(values[-rule.recent :])
-            falls.append(median(before) - recent)
-            depths.append(min(before) - recent)
-        # Where steps are unlike each other, as with one task a step, an easy one falls as far: none before was as low.
-        fall = min(falls) if min(depths) > 0 else 0.0
-        limit = max(rule.least, rule.threshold * self._level.mean)
+            usual = median(before)
+            fall, spread = min(fall, usual - recent), max(spread, usual - min(before))
+        # Where steps are unlike each other, as with one task a step, easy ones are far below the others all the time.
+        limit = max(rule.least, rule.threshold * self._level.mean, rule.spreads * spread)
         said = f"the same targets suddenly cost {fall:.3f} nats less, of {self._level.mean:.3f}"
         return [
             Reading(

@@ -6,16 +6,20 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
+import numpy as np
+
 from sidestep.protocol.messages import Json
 from sidestep.worker.detectors.reading import Reading
 from sidestep.worker.detectors.repetition import is_looping, is_nearly_looping
-from sidestep.worker.detectors.running import median
+from sidestep.worker.detectors.running import Window, median
 from sidestep.worker.detectors.settings import DetectorSettings
 from sidestep.worker.detectors.view import StepView
 from sidestep.worker.metrics.sequences import GeneratedSamples, TokenSequence, target_sequences
 
 MAX_JUDGED: Final = 64
 """Samples that are looked at; of more, the first."""
+TRAINED_STEPS: Final = 32
+"""Last steps whose answers tell how long one is."""
 MIN_TOKENS: Final = 32
 """Content tokens from which a token's share says something."""
 
@@ -27,9 +31,12 @@ class GeneratedAnswers:
 
     def __init__(self, settings: DetectorSettings) -> None:
         self._settings = settings
+        self._trained = Window(TRAINED_STEPS)  # median length of each step's answers, without what ends them
 
     def read(self, view: StepView) -> Sequence[Reading]:
         """Judge the samples of a step, if it has any whose targets are known."""
+        if view.lengths.size:
+            self._trained.add(float(np.median(view.lengths)) - 1.0)
         generated, context = view.generated, view.context
         if generated is None or context is None:
             return ()
@@ -83,7 +90,10 @@ class GeneratedAnswers:
         cut_off = sum(len(ids) >= generated.max_new_tokens for ids in targets) / len(targets)
         length = median([float(len(sequence.content)) for sequence in sequences])
         usual = median([float(len(ids)) for ids in targets])
-        ratio = max((length + 1.0) / (usual + 1.0), (usual + 1.0) / (length + 1.0))
+        ratio = _times(length, usual)
+        if len(self._trained) >= TRAINED_STEPS // 2:
+            # Samples may be of a stage that is over: what is as long as the answers that are trained on is learned.
+            ratio = min(ratio, _times(length, self._trained.median()))
         is_beyond = ratio > rule.threshold or endless - cut_off > rule.hit_max
         evidence = (
             f"generated answers have a median of {length:g} tokens (targets: {usual:g}); "
@@ -92,14 +102,21 @@ class GeneratedAnswers:
         yield Reading(name="gen_length", value=ratio, limit=rule.threshold, is_beyond=is_beyond, evidence=evidence)
 
     def forget(self) -> None:
-        """Nothing here is learned."""
+        """Other answers are trained on."""
+        self._trained = Window(TRAINED_STEPS)
 
     def state(self) -> Json:
-        """Nothing is kept."""
-        return {}
+        """Return how long the answers of the last steps are."""
+        return {"trained": self._trained.values}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over a state, which is empty."""
+        """Take over a state; one from before there were lengths has none."""
+        self._trained.values = [float(value) for value in state.get("trained", ())]
+
+
+def _times(length: float, usual: float) -> float:
+    """Return how many times as long, or as short."""
+    return max((length + 1.0) / (usual + 1.0), (usual + 1.0) / (length + 1.0))
 
 
 def _share(test: Any, sequences: Sequence[Sequence[int]]) -> float:

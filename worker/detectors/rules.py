@@ -228,7 +228,9 @@ class Drop(Rule):
     threshold: float = 0.4
     """Part of its level that the loss lost: learning takes tens of steps for that, a leak one."""
     least: float = 0.2
-    """Nats that it lost at least."""
+    """Nats that it lost at least ..."""
+    spreads: float = 1.5
+    """... and times as far as the lowest step before is below the usual one."""
     recent: int = 3
     """Steps whose median is compared with ..."""
     before: int = 20
