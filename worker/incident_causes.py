@@ -411,7 +411,7 @@ CAUSES: Final[tuple[Cause, ...]] = (
     ),
     _cause(
         "not_learning",
-        "never_beyond_prior grad_vanish",
+        "never_beyond_prior grad_vanish nothing_learned",
         "nothing is learned: a rate that is far too low, frozen or cut-off weights",
         "overfit one batch first; look at the rate and at which weights are trained",
     ),

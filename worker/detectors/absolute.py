@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 
 from sidestep.protocol.messages import Json
 from sidestep.worker.detectors.reading import Reading
+from sidestep.worker.detectors.running import Window
 from sidestep.worker.detectors.settings import DetectorSettings
 from sidestep.worker.detectors.view import StepView
+from sidestep.worker.step_record import StepRecord
 
 FIRST_STEPS: Final = 3
 """First readings of a run that tell how it was initialised."""
@@ -32,6 +34,9 @@ class AbsoluteChecks:
         self._settings = settings
         self._num_readings = 0
         self._has_left = False
+        self._first: list[float] = []  # the first losses
+        self._recent = Window(settings.nothing_learned.recent)
+        self._rates = [0.0, 0.0]  # the highest so far, and readings since it last rose
 
     def read(self, view: StepView) -> Sequence[Reading]:
         """Judge one step."""
@@ -63,18 +68,55 @@ class AbsoluteChecks:
                         name="uniform_predictions", value=below, limit=limit, is_beyond=below < limit, evidence=evidence
                     )
                 )
-        return found
+        return [*found, *self._learned(record, record.loss, uniform)]
+
+    def _learned(self, record: StepRecord, loss: float, uniform: float) -> Iterator[Reading]:
+        """An untrained model learns which ids there are within some tens of steps, once its rate is up."""
+        rule = self._settings.nothing_learned
+        rate = float(record.rates.max()) if record.rates.size else 0.0
+        highest, since = self._rates
+        self._rates = [rate, 0.0] if rate > highest else [highest, since + 1.0]
+        self._recent.add(loss)
+        if len(self._first) < FIRST_STEPS:
+            self._first.append(loss)
+            return
+        first = sum(self._first) / FIRST_STEPS
+        is_untrained = uniform >= rule.least_uniform and first >= rule.untrained * uniform
+        if not is_untrained or not rate > 0 or self._rates[1] < rule.steady or len(self._recent) < rule.recent:
+            return
+        now = self._recent.median()
+        evidence = (
+            f"the loss is {now:.2f} nats after {self._num_readings} steps and was {first:.2f} at first (a uniform "
+            f"guess: {uniform:.2f}); the learning rate has been up for {self._rates[1]:.0f} steps"
+        )
+        share, limit = now / first, rule.threshold
+        yield Reading(
+            name="nothing_learned",
+            value=share,
+            limit=limit,
+            is_beyond=share > limit,
+            reference=first,
+            evidence=evidence,
+        )
 
     def forget(self) -> None:
         """Nothing here is learned."""
 
     def state(self) -> Json:
         """Return all that ``restore`` needs."""
-        return {"readings": self._num_readings, "left": self._has_left}
+        return {
+            "readings": self._num_readings,
+            "left": self._has_left,
+            "losses": [self._first, self._recent.values],
+            "rates": self._rates,
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over a state."""
+        """Take over a state; one from before there was `nothing_learned` is one of a run that has learned."""
         self._num_readings, self._has_left = int(state["readings"]), bool(state["left"])
+        first, recent = state.get("losses", ([0.0] * FIRST_STEPS, []))
+        self._first, self._recent.values = [float(loss) for loss in first], [float(loss) for loss in recent]
+        self._rates = [float(each) for each in state.get("rates", (0.0, 0.0))]
 
 
 def _error_over_targets(view: StepView) -> float:

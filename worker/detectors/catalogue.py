@@ -73,6 +73,7 @@ gradients_lost|critical|exact||gradients are thrown away between micro-batches
 nonfinite|critical|exact||numbers that are none
 init_loss|critical|exact||the model starts worse than guessing
 worse_than_uniform|critical|self||the model is worse than guessing
+nothing_learned|warning|exact||the loss does not fall from its start
 uniform_predictions|critical|exact|collapse|the model guesses evenly
 single_answer|critical|self|collapse|the model answers one token to everything
 mass_excess|critical|self|collapse|one token takes the probability of others

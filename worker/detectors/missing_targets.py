@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sidestep.protocol.messages import Json
+from sidestep.worker.detectors.data_rules import MissingTargets as Rule
 from sidestep.worker.detectors.reading import Reading
-from sidestep.worker.detectors.rules import MissingTargets as Rule
 from sidestep.worker.detectors.settings import DetectorSettings
 from sidestep.worker.detectors.view import StepView
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, get_type_hints
 
-from sidestep.worker.detectors.row_rules import BegunTwice, EmptyRows
+from sidestep.worker.detectors.data_rules import BegunTwice, EmptyRows, MissingTargets, Shift, SingleAnswer
 from sidestep.worker.detectors.rules import (
     AgainstStart,
     Agreement,
@@ -21,8 +21,8 @@ from sidestep.worker.detectors.rules import (
     Limit,
     Mass,
     Missing,
-    MissingTargets,
     ModuleShare,
+    NothingLearned,
     Prior,
     PriorGain,
     Probes,
@@ -31,8 +31,6 @@ from sidestep.worker.detectors.rules import (
     Repeats,
     Rule,
     Scale,
-    Shift,
-    SingleAnswer,
     Spike,
     Start,
     StopToken,
@@ -82,6 +80,7 @@ class DetectorSettings:
     # absolute
     init_loss: Start = field(default_factory=Start)
     worse_than_uniform: Limit = field(default_factory=lambda: Limit(hits=3, window=5, threshold=0.5))
+    nothing_learned: NothingLearned = field(default_factory=NothingLearned)
     uniform_predictions: Limit = field(default_factory=lambda: Limit(hits=4, window=5, threshold=0.1))
     # self-referenced
     mass_excess: Mass = field(default_factory=Mass)
