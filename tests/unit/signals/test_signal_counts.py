@@ -90,12 +90,12 @@ def test_each_fault_moves_its_own_count() -> None:
     some = labels.clone()
     some[1:3] = IGNORE
     assert host(some, ids, mask, reading(shifted=False))["rows_without_labels"] == 2
-    twice = torch.cat((ids[:, :1], ids), dim=1)
-    begun = host(torch.cat((labels[:, :1], labels), dim=1), twice, None, reading(shifted=False, pad_id=None))
+    begun_ids = torch.cat((ids[:, :1], ids), dim=1)
+    begun = host(torch.cat((labels[:, :1], labels), dim=1), begun_ids, None, reading(shifted=False, pad_id=None))
     assert begun["rows_begun_twice"] == int((ids[:, 0] != ids[:, 1]).sum()) >= 4
     assert begun["rows"] == len(ids)
-    nothing = host(labels, None, None, reading(shifted=False))
-    assert (nothing["compared"], nothing["rows_begun_twice"]) == (0, -1)
+    bare = host(labels, None, None, reading(shifted=False))
+    assert (bare["compared"], bare["rows_begun_twice"]) == (0, -1)
 
 
 def test_padding_that_is_not_known_once_is_not_known() -> None:
