@@ -42,6 +42,10 @@ FIRST_STEP = 10
 """Probed whatever the interval is: what is wired wrongly from the start is found at once."""
 NOISE_FACTOR = 4.0
 """Of the change between two equal forwards, taken off: where a kernel adds in another order each time, it is not 0."""
+FIRST_REPEATS = 3
+"""Equal forwards at the first probe; later one. Where layers are left out by chance, two may be equal by chance."""
+RANDOM_NATS = 1e-3
+"""Largest change of a loss between equal forwards from which it is no order of additions, but chance."""
 MIN_LOSS = 1e-3
 """Nats: an answer that is more certain may cost the same with every image."""
 MAX_FAILURES = 3
@@ -92,6 +96,7 @@ class WiringProbe:
         self._left_out: set[str] = set()
         self._without_labels = False
         self._noise: Tensor | None = None
+        self._is_random: Tensor | None = None
         config = getattr(self._model, "config", None)
         if getattr(config, "is_encoder_decoder", False) is True:
             self._interval = 0  # every position of an encoder sees all others, as it should
@@ -147,10 +152,10 @@ class WiringProbe:
         for part, ask in asked:
             for name, change in self._optional(step, part, ask, look).items():
                 found[name] = found[name].or_larger(change)
-        tensors = {
-            "changes": torch.stack([found[part].nats.to(torch.float32) for part in PARTS]),
-            "rows": torch.stack([found[part].rows for part in PARTS]),
-        }
+        rows = torch.stack([found[part].rows for part in PARTS])
+        if self._is_random is not None:
+            rows = torch.where(self._is_random, 0, rows)
+        tensors = {"changes": torch.stack([found[part].nats.to(torch.float32) for part in PARTS]), "rows": rows}
         seconds = time.perf_counter() - began
 
         def finish(arrays: Mapping[str, Any]) -> Sequence[Message]:
@@ -170,15 +175,23 @@ class WiringProbe:
         is_exchanged = is_exchanged.to(plain.device)
         changed = self._again(look, {look.ids: other})
         before = look.counted.gather(1, best) & is_exchanged.unsqueeze(1)
-        if self._noise is None:
-            same = self._again(look, {})
-            at_best = mean_change(plain.gather(1, best), same.gather(1, best), before).nats
-            self._noise = NOISE_FACTOR * torch.maximum(at_best, mean_change(plain, same, look.counted).nats)
+        self._measure_noise(look, best, before)
         return {
             "future": mean_change(plain.gather(1, best), changed.gather(1, best), before, self._noise),
             "apart": mean_change(plain, changed, look.untouched & is_exchanged.any(), self._noise),
             **dict.fromkeys(PARTS[2:], nothing(plain.device)),
         }
+
+    def _measure_noise(self, look: Look, best: Tensor, before: Tensor) -> None:
+        """See by how much equal forwards differ; a model that draws numbers of its own tells nothing of its wiring."""
+        plain = look.plain
+        for _ in range(FIRST_REPEATS if self._noise is None else 1):
+            same = self._again(look, {})
+            at_best = mean_change(plain.gather(1, best), same.gather(1, best), before).nats
+            noise = NOISE_FACTOR * torch.maximum(at_best, mean_change(plain, same, look.counted).nats)
+            is_random = largest_change(plain, same, look.counted).nats > RANDOM_NATS
+            self._noise = noise if self._noise is None else torch.maximum(self._noise, noise)
+            self._is_random = is_random if self._is_random is None else self._is_random | is_random
 
     def _optional(
         self, step: int, part: str, ask: Callable[[Look], dict[str, Change]], look: Look

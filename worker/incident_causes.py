@@ -163,6 +163,12 @@ CAUSES: Final[tuple[Cause, ...]] = (
         "look at the sampler, the shuffling buffer and the shards that are read",
     ),
     _cause(
+        "data_begun_anew",
+        "data_rewound",
+        "the data have begun anew: a resume that does not skip what was seen, or epochs that all come in one order",
+        "restore the sampler's state with the checkpoint; shuffle, and call set_epoch() at each epoch's begin",
+    ),
+    _cause(
         "replicas_apart",
         "rank_desync",
         "replicas are not synchronised: a rank skipped a reduction, or a device computes wrongly",

@@ -18,6 +18,8 @@ from benchmarks.detection.cases import (
     known_healthy,
     known_second_failures,
     known_second_healthy,
+    known_third_failures,
+    known_third_healthy,
     tuned_healthy,
     tuned_images,
     tuned_labels,
@@ -25,7 +27,7 @@ from benchmarks.detection.cases import (
     tuned_ranks,
 )
 
-TUNED, KNOWN, KNOWN_SECOND, HELD_OUT = "tuned", "known", "known_second", "held_out"
+TUNED, KNOWN, KNOWN_SECOND, KNOWN_THIRD, HELD_OUT = "tuned", "known", "known_second", "known_third", "held_out"
 _HELD_OUT_MODULES = ("held_out_failures", "held_out_healthy")
 _TWIN = "twin_"
 
@@ -42,6 +44,8 @@ def all_cases() -> dict[str, tuple[Case, str]]:
     found += [(case, KNOWN) for module in (known_failures, known_healthy) for case in module.CASES]
     second = (known_second_failures, known_second_healthy)
     found += [(case, KNOWN_SECOND) for module in second for case in module.CASES]
+    third = (known_third_failures, known_third_healthy)
+    found += [(case, KNOWN_THIRD) for module in third for case in module.CASES]
     for name in _HELD_OUT_MODULES:
         full = f"benchmarks.detection.cases.{name}"
         if importlib.util.find_spec(full) is not None:

@@ -6,7 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.detection.campaign import SUITES
-from benchmarks.detection.catalogue import HELD_OUT, KNOWN, KNOWN_SECOND, TUNED, all_cases, find_case, twin_of
+from benchmarks.detection.catalogue import (
+    HELD_OUT,
+    KNOWN,
+    KNOWN_SECOND,
+    KNOWN_THIRD,
+    TUNED,
+    all_cases,
+    find_case,
+    twin_of,
+)
 from benchmarks.detection.facts import Job
 
 FULL_STEPS, SMOKE_STEPS = 900, 400
@@ -14,15 +23,17 @@ _FIRST_SEED = {
     "tuned": 1,
     "known_kinds": 2_001,
     "known_second_kinds": 3_001,
+    "known_third_kinds": 4_001,
     "held_out_seeds": 1_001,
-    "held_out_kinds": 4_001,
+    "held_out_kinds": 5_001,
 }
-"""Of each split; nothing is tuned on seeds from 1,001 to 2,000 and from 4,001 on."""
+"""Of each split; nothing is tuned on seeds from 1,001 to 2,000 and from 5,001 on."""
 SPLITS = tuple(_FIRST_SEED)
 _SPLITS_OF = {
     TUNED: ("tuned", "held_out_seeds"),
     KNOWN: ("known_kinds",),
     KNOWN_SECOND: ("known_second_kinds",),
+    KNOWN_THIRD: ("known_third_kinds",),
     HELD_OUT: ("held_out_kinds",),
 }
 """Group of cases to the splits that they run in, the tuner's own first."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -52,9 +53,10 @@ class Heartbeat:
         )
 
     def _choose(self) -> None:
+        """Choose by name: ranks that list their parameters in other orders have the same weights compared."""
         trained = [
             (name, parameter)
-            for name, parameter in named_parameters(self._model)
+            for name, parameter in sorted(named_parameters(self._model), key=itemgetter(0))
             if parameter.requires_grad and _local(parameter).numel() >= _WEIGHTS_EACH and parameter.is_floating_point()
         ]
         kinds = {(_local(parameter).device, _local(parameter).dtype) for _, parameter in trained}

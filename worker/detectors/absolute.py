@@ -37,6 +37,7 @@ class AbsoluteChecks:
         self._first: list[float] = []  # the first losses
         self._recent = Window(settings.nothing_learned.recent)
         self._rates = [0.0, 0.0]  # the highest so far, and readings since it last rose
+        self._has_learned = False
 
     def read(self, view: StepView) -> Sequence[Reading]:
         """Judge one step."""
@@ -80,11 +81,13 @@ class AbsoluteChecks:
         if len(self._first) < FIRST_STEPS:
             self._first.append(loss)
             return
-        first = sum(self._first) / FIRST_STEPS
+        first, now = sum(self._first) / FIRST_STEPS, self._recent.median()
+        self._has_learned = self._has_learned or now <= rule.threshold * first
         is_untrained = uniform >= rule.least_uniform and first >= rule.untrained * uniform
-        if not is_untrained or not rate > 0 or self._rates[1] < rule.steady or len(self._recent) < rule.recent:
+        if self._has_learned or not is_untrained:
+            return  # another stage may cost as much as the start did
+        if not rate > 0 or self._rates[1] < rule.steady or len(self._recent) < rule.recent:
             return
-        now = self._recent.median()
         evidence = (
             f"the loss is {now:.2f} nats after {self._num_readings} steps and was {first:.2f} at first (a uniform "
             f"guess: {uniform:.2f}); the learning rate has been up for {self._rates[1]:.0f} steps"
@@ -107,6 +110,7 @@ class AbsoluteChecks:
         return {
             "readings": self._num_readings,
             "left": self._has_left,
+            "learned": self._has_learned,
             "losses": [self._first, self._recent.values],
             "rates": self._rates,
         }
@@ -114,6 +118,7 @@ class AbsoluteChecks:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over a state; one from before there was `nothing_learned` is one of a run that has learned."""
         self._num_readings, self._has_left = int(state["readings"]), bool(state["left"])
+        self._has_learned = bool(state.get("learned", True))
         first, recent = state.get("losses", ([0.0] * FIRST_STEPS, []))
         self._first, self._recent.values = [float(loss) for loss in first], [float(loss) for loss in recent]
         self._rates = [float(each) for each in state.get("rates", (0.0, 0.0))]

@@ -115,6 +115,7 @@ target_single|warning|shift||the training data have one answer only
 answers_truncated|warning|shift||answers are cut off
 targets_missing|warning|shift||targets that used to come are gone
 batch_shrunk|warning|shift||batches have shrunk
+data_rewound|warning|self||batches of before come again in the same order
 data_repeats|warning|shift||few samples come again and again
 cal_down|warning|shift||the loss falls all at once
 target_shift|info|shift||the targets are others

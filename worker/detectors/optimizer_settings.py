@@ -18,6 +18,8 @@ from sidestep.worker.records import RunContext
 from sidestep.worker.step_record import StepRecord
 
 _BETA2, _EPS, _DECAY = (GROUP_SETTINGS.index(name) for name in ("beta2", "eps", "weight_decay"))
+SWAPPED_EPS, SWAPPED_DECAY = 1e-3, 1e-6
+"""From the one on, and to the other, Adam's eps looks like a weight decay and the weight decay like an eps."""
 
 
 class OptimizerSettings:
@@ -65,6 +67,11 @@ class OptimizerSettings:
             first = int(swapped.argmax())
             betas = f"beta1 ({beta1[first]:g}) is above beta2 ({beta2[first]:g})"
             yield f"{betas}{in_groups(swapped)}: the betas may be swapped"
+        taken_for_each_other = (eps >= SWAPPED_EPS) & (decay > 0) & (decay <= SWAPPED_DECAY) & np.isfinite(beta2)
+        if taken_for_each_other.any():
+            first = int(taken_for_each_other.argmax())
+            both = f"eps ({eps[first]:g}) and weight_decay ({decay[first]:g})"
+            yield f"{both} may be swapped{in_groups(taken_for_each_other)}"
         for name, numbers, is_out in (
             ("beta1", beta1, (beta1 >= 1) | (beta1 < 0)),
             ("beta2", beta2, (beta2 >= 1) | (beta2 < 0)),

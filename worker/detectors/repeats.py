@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
+import numpy as np
+
 from sidestep.protocol.messages import Json
 from sidestep.worker.detectors.images import FLAT_SHARE
 from sidestep.worker.detectors.reading import Reading
@@ -21,6 +23,8 @@ MIN_SAMPLES: Final = 4
 MAX_NAMED_RANKS: Final = 8
 SKETCHED_STEPS: Final = 16
 """Earlier steps whose samples are remembered in part."""
+REMEMBERED_BATCHES: Final = 1_024
+"""Last batches by which data that begin anew are known."""
 
 
 class RepeatedData:
@@ -34,6 +38,8 @@ class RepeatedData:
         self._num_distinct = 0  # batches unlike their predecessors, so far
         self._sketches: list[list[int]] = []
         self._own: dict[int, int] = {}  # digest of each rank's last batch
+        self._batches: dict[int, int] = {}  # 32 bits of each of the last batches' digests, to their step
+        self._again = [0, 0]  # how many steps ago the last batches came, and how many in a row have come so
         self._usual = self._new_usual()
 
     def _new_usual(self) -> RunningMoments:
@@ -42,7 +48,7 @@ class RepeatedData:
     def read(self, view: StepView) -> Sequence[Reading]:
         """Judge one step."""
         record = view.record
-        found = [*self._batch(record), *self._within(record), *self._subset(record)]
+        found = [*self._batch(record), *self._rewound(record), *self._within(record), *self._subset(record)]
         if record.samples and record.ranks_seen > 1:
             ranks = ", ".join(map(str, record.duplicate_ranks))
             evidence = f"rank {ranks}: the same samples as a lower rank's" if ranks else ""
@@ -66,6 +72,26 @@ class RepeatedData:
             is_beyond, age = True, 1
             evidence = f"rank {', '.join(map(str, stuck))}: the samples are those of the step before"
         yield Reading(name="dup_batch", value=float(age), limit=0.0, is_beyond=is_beyond, evidence=evidence)
+
+    def _rewound(self, record: StepRecord) -> Iterator[Reading]:
+        """Batches of before come again, one after another in the same order."""
+        if not record.batch_digest:
+            return
+        digest = record.batch_digest & 0xFFFFFFFF
+        lag, length = self._again
+        # By steps: a resumed attempt may repeat some, and each with its own batch.
+        age = record.step - self._batches.pop(digest, record.step)
+        is_again = age > self._settings.dup_batch.history
+        length = (length + 1 if age == lag else 1) if is_again else 0
+        self._again = [age if is_again else 0, length]
+        self._batches[digest] = record.step
+        if len(self._batches) > REMEMBERED_BATCHES:
+            del self._batches[next(iter(self._batches))]
+        limit = self._settings.data_rewound.threshold
+        evidence = f"the last {length} batches are those of {age} steps before, in the same order" if length else ""
+        yield Reading(
+            name="data_rewound", value=float(length), limit=limit, is_beyond=length >= limit, evidence=evidence
+        )
 
     def _stuck(self, record: StepRecord) -> list[int]:
         """Return the ranks that have the batch of the step before again, though others have not (the first 8)."""
@@ -112,6 +138,7 @@ class RepeatedData:
         """Learn anew how often samples come again."""
         self._usual = self._new_usual()
         self._sketches = []
+        self._batches, self._again = {}, [0, 0]
 
     def state(self) -> Json:
         """Return the remembered hashes."""
@@ -121,6 +148,8 @@ class RepeatedData:
             "sketches": self._sketches,
             "usual": self._usual.state(),
             "own": [list(self._own), list(self._own.values())],
+            "batches": [np.array(list(each), "<u4").tobytes() for each in (self._batches, self._batches.values())],
+            "again": self._again,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -131,6 +160,9 @@ class RepeatedData:
         self._usual.restore(state["usual"])
         ranks, digests = state.get("own", ((), ()))
         self._own = {int(rank): int(digest) for rank, digest in zip(ranks, digests, strict=True)}
+        seen, numbers = (np.frombuffer(each, "<u4").tolist() for each in state.get("batches", (b"", b"")))
+        self._batches = dict(zip(seen, numbers, strict=True))
+        self._again = [int(each) for each in state.get("again", (0, 0))]
 
 
 def _is_blank(record: StepRecord) -> bool:

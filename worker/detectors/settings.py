@@ -60,6 +60,7 @@ class DetectorSettings:
     image_unreached: Rule = field(default_factory=lambda: Rule(rearm=2))
     no_stop_token: StopToken = field(default_factory=StopToken)
     dup_batch: Repeats = field(default_factory=lambda: Repeats(hits=3, window=3))
+    data_rewound: Limit = field(default_factory=lambda: Limit(threshold=3.0))  # batches in a row
     dup_in_batch: Limit = field(default_factory=lambda: Limit(hits=3, window=4, threshold=0.6))
     dup_ranks: Rule = field(default_factory=lambda: Rule(hits=3, window=4))
     image_constant: Limit = field(default_factory=lambda: Limit(hits=3, window=4, threshold=0.15))  # 6 questions each

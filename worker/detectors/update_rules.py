@@ -99,7 +99,7 @@ class Misset(Rule):
     most_decay: float = 0.01
     """Rate times weight decay: the part of every weight that a step takes away. Usual ones are below 0.0001; 0.0009
     trains well (measured), and from 0.01 on half of a weight is gone after 69 steps."""
-    eps_times: float = 100.0
+    eps_times: float = 10.0
     """Times the gradient's root mean square from which Adam's eps outweighs it: what is left is a small rate of SGD."""
     eps_readings: int = 20
     """Readings of the gradient's norm in a row that it takes."""

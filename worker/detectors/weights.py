@@ -120,14 +120,15 @@ class Weights:
     def _rounded(self, weights: NDArray[np.float32], share: float, rate: float) -> Iterator[Reading]:
         """In bfloat16 an update below half of a weight's last bit leaves it as it was, however often it comes."""
         rule = self._settings.updates_rounded
-        self._highest = max(self._highest, rate)
+        is_rising, self._highest = rate > self._highest, max(self._highest, rate)
         if rate <= 0 or (weights.view(np.uint32) & LOST_BITS).any():
             return
         evidence = (
             f"the weights are held in bfloat16, and {share:.0%} of the sampled ones stand still at a learning rate of "
             f"{rate:g}: their updates are below the last bit"
         )
-        is_beyond = share >= rule.threshold and rate >= rule.least_rate * self._highest
+        # A warm-up's first updates may be below the last bit, as those at the end of a schedule.
+        is_beyond = share >= rule.threshold and not is_rising and rate >= rule.least_rate * self._highest
         yield Reading(name="updates_rounded", value=share, limit=rule.threshold, is_beyond=is_beyond, evidence=evidence)
 
     def _held_by_nobody(self, own: NDArray[np.float64], others: NDArray[np.float64], rate: float) -> Iterator[Reading]:

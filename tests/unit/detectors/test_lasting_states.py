@@ -46,6 +46,14 @@ def test_images_that_vary_are_sound() -> None:
     assert not watched(trace(TASK, 200, failure=varied)).openings
 
 
+def test_images_of_two_kinds_that_take_turns_are_sound() -> None:
+    def of_two_kinds(drawn: Drawn) -> None:
+        is_dark = np.random.default_rng([drawn.step, 3]).random() < 0.3
+        pixels(0.05 if is_dark else 0.25, -0.9 if is_dark else 0.0)(drawn)
+
+    assert not found(watched(trace(TASK, 400, failure=of_two_kinds)), "image_scale")
+
+
 def without_images(drawn: Drawn) -> None:
     none = np.zeros(0, np.int64)
     drawn.changes.update(image_hashes=none, image_deviations=none.astype(np.float32))

@@ -48,9 +48,10 @@ def test_a_loss_that_stays_where_it_began_is_told_soon_after_the_warm_up() -> No
         (lambda step: UNIFORM * max(0.3, 1.0 - step / 60), lambda _: 1e-3),
         (lambda _: UNIFORM, lambda step: 1e-6 * (step + 1)),
         (lambda _: 0.4, lambda _: 1e-3),
+        (lambda step: UNIFORM if step < 10 or step > 30 else 0.5 * UNIFORM, lambda _: 1e-3),
         (lambda _: UNIFORM, lambda _: 0.0),
     ],
-    ids=["learns", "warms up", "has learned before", "no rate"],
+    ids=["learns", "warms up", "has learned before", "learned, and meets another task", "no rate"],
 )
 def test_what_learns_or_need_not_yet_is_left_alone(
     loss_of: Callable[[int], float], rate_of: Callable[[int], float]

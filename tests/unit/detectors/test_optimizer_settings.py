@@ -101,6 +101,17 @@ def test_without_rates_the_decay_is_not_judged() -> None:
     assert run(fail, steps=10).openings == []
 
 
+@pytest.mark.parametrize(
+    ("settings", "is_told"),
+    [((0.9, 0.95, 0.01, 1e-8), True), ((0.9, 0.95, 0.01, 0.0), False), ((0.9, 0.95, 1e-8, 0.01), False),
+     ((0.9, NAN, 0.01, 1e-8), False)],
+)  # fmt: skip
+def test_eps_and_weight_decay_in_each_other_s_place(settings: Settings, is_told: bool) -> None:
+    told = run(telling(always(settings)), steps=10)
+    assert opened(told) == ([(2, "optimizer_settings")] if is_told else [])
+    assert ("eps (0.01) and weight_decay (1e-08) may be swapped" in told.blocks) == is_told
+
+
 def table(num_elements: int, num_frozen: int = 0) -> dict[str, Any]:
     rows = [
         {"name": "a.w", "module": 0, "param": "w", "numel": num_elements, "trainable": True},
@@ -111,8 +122,8 @@ def table(num_elements: int, num_frozen: int = 0) -> dict[str, Any]:
 
 EPS: Mapping[str, tuple[Settings, dict[str, Any], float, list[tuple[int, str]]]] = {
     "far over the gradient": ((0.9, 0.95, 1.0, 0.0), table(1_000_000), 1.0, [(21, "optimizer_settings")]),
-    "a tenth of that": ((0.9, 0.95, 0.05, 0.0), table(1_000_000), 1.0, []),
-    "of frozen weights": ((0.9, 0.95, 1.0, 0.0), table(100, num_frozen=1_000_000), 1.0, []),
+    "a hundredth of that": ((0.9, 0.95, 0.005, 0.0), table(1_000_000), 1.0, []),
+    "of frozen weights": ((0.9, 0.95, 0.5, 0.0), table(100, num_frozen=1_000_000), 1.0, []),
     "of a table that says nothing": ((0.9, 0.95, 1.0, 0.0), {"modules": [], "parameters": []}, 1.0, []),
     "of no Adam": ((0.9, NAN, 1.0, 0.0), table(1_000_000), 1.0, []),
     "of a task that is learned": ((0.9, 0.95, 1.0, 0.0), table(1_000_000), 0.01, []),
@@ -132,7 +143,7 @@ def test_an_eps_that_outweighs_the_gradient(name: str) -> None:
 
     told = run(fail, steps=40, parameters=parameters)
     assert opened(told) == expected
-    assert not expected or "eps (1) is over 100 times the gradient's elements" in told.blocks
+    assert not expected or "eps (1) is over 10 times the gradient's elements" in told.blocks
 
 
 ROW_FIELDS: Mapping[str, Any] = {

@@ -158,6 +158,17 @@ def test_the_heartbeat_changes_with_every_update_and_says_which_weights_it_is() 
     assert [heartbeat.take() for _ in range(10)][-1] is None
 
 
+def test_ranks_that_list_their_parameters_in_other_orders_send_the_same_weights() -> None:
+    layers = {name: nn.Linear(9, 9) for name in (f"layer{place}" for place in range(24))}
+    one, other = nn.ModuleDict(layers), nn.ModuleDict(dict(reversed(layers.items())))
+    beats = [Heartbeat(model) for model in (one, other)]
+    first, second = (beat.take() for beat in beats)
+    assert first is not None
+    assert second is not None
+    assert torch.equal(first, second)
+    assert beats[0].digest == beats[1].digest
+
+
 def test_a_replaced_parameter_is_seen() -> None:
     model = Model()
     heartbeat = Heartbeat(model)

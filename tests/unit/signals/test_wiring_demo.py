@@ -111,6 +111,31 @@ class OtherImages(nn.Module):
         return self.whole(input_ids, [self._put(row) for row in images], attention_mask, targets)
 
 
+class Leaving(nn.Module):
+    """A block that is left out by chance, by a generator of its own."""
+
+    def __init__(self, block: nn.Module, seed: int) -> None:
+        super().__init__()
+        self.block, self._draw = block, torch.Generator().manual_seed(seed)
+
+    def forward(self, hidden: torch.Tensor, *others: Any) -> Any:
+        made = self.block(hidden, *others)
+        is_left_out = torch.rand((), generator=self._draw).item() < 0.4
+        if not is_left_out:
+            return made
+        return hidden if isinstance(made, torch.Tensor) else (hidden, *made[1:])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_model_that_draws_by_itself_tells_nothing_of_its_wiring(seed: int) -> None:
+    asked = model()
+    blocks = asked.decoder.blocks
+    for place in range(len(blocks)):
+        blocks[place] = Leaving(blocks[place], 10 * seed + place)
+    found = looked_at(asked, batch())
+    assert (found.future_rows, found.apart_rows, found.padding_rows, found.misplaced_rows) == (0, 0, 0, 0)
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_the_last_image_of_a_row_changes_what_is_behind_it_alone(dtype: torch.dtype | None) -> None:
     given = batch()

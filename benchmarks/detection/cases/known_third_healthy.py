@@ -1,4 +1,4 @@
-"""Healthy trainings that look alarming, held out with `held_out_failures.py`; each is a sixteenth of the steps."""
+"""Healthy trainings that look alarming, held out with `known_third_failures.py`; each is a sixteenth of the steps."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 from benchmarks.detection.case import Case, Family, Setup, Twist, healthy_case
-from benchmarks.detection.cases.held_out_model import EmbeddingNoise
-from benchmarks.detection.cases.held_out_optimisation import Lion, OtherOptimiser
 from benchmarks.detection.cases.known_model import decoder_blocks
 from benchmarks.detection.cases.known_optimisation import peak_rate
+from benchmarks.detection.cases.known_third_model import EmbeddingNoise
+from benchmarks.detection.cases.known_third_optimisation import Lion, OtherOptimiser
 from benchmarks.detection.lab import Lab
 from benchmarks.detection.scenes_suite import GLYPHS
 from benchmarks.detection.talks import Encoded, Talk
