@@ -20,6 +20,7 @@ MAX_JUDGED: Final = 64
 """Samples that are looked at; of more, the first."""
 TRAINED_STEPS: Final = 32
 """Last steps whose answers tell how long one is."""
+LONG_QUANTILE: Final = 0.9
 MIN_TOKENS: Final = 32
 """Content tokens from which a token's share says something."""
 
@@ -31,12 +32,13 @@ class GeneratedAnswers:
 
     def __init__(self, settings: DetectorSettings) -> None:
         self._settings = settings
-        self._trained = Window(TRAINED_STEPS)  # median length of each step's answers, without what ends them
+        self._trained = Window(TRAINED_STEPS)  # length of each step's longer answers, without what ends them
+        self._is_first_stage = True
 
     def read(self, view: StepView) -> Sequence[Reading]:
         """Judge the samples of a step, if it has any whose targets are known."""
         if view.lengths.size:
-            self._trained.add(float(np.median(view.lengths)) - 1.0)
+            self._trained.add(float(np.quantile(view.lengths, LONG_QUANTILE)) - 1.0)
         generated, context = view.generated, view.context
         if generated is None or context is None:
             return ()
@@ -90,10 +92,10 @@ class GeneratedAnswers:
         cut_off = sum(len(ids) >= generated.max_new_tokens for ids in targets) / len(targets)
         length = median([float(len(sequence.content)) for sequence in sequences])
         usual = median([float(len(ids)) for ids in targets])
-        ratio = _times(length, usual)
-        if len(self._trained) >= TRAINED_STEPS // 2:
-            # Samples may be of a stage that is over: what is as long as the answers that are trained on is learned.
-            ratio = min(ratio, _times(length, self._trained.median()))
+        ratio = max((length + 1.0) / (usual + 1.0), (usual + 1.0) / (length + 1.0))
+        if not self._is_first_stage and length > usual and len(self._trained) >= TRAINED_STEPS // 2:
+            # Samples may be of a stage that is over: no answer is too long that the training's own reach.
+            ratio = min(ratio, (length + 1.0) / (self._trained.median() + 1.0))
         is_beyond = ratio > rule.threshold or endless - cut_off > rule.hit_max
         evidence = (
             f"generated answers have a median of {length:g} tokens (targets: {usual:g}); "
@@ -103,20 +105,16 @@ class GeneratedAnswers:
 
     def forget(self) -> None:
         """Other answers are trained on."""
-        self._trained = Window(TRAINED_STEPS)
+        self._trained, self._is_first_stage = Window(TRAINED_STEPS), False
 
     def state(self) -> Json:
         """Return how long the answers of the last steps are."""
-        return {"trained": self._trained.values}
+        return {"trained": self._trained.values, "first": self._is_first_stage}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over a state; one from before there were lengths has none."""
         self._trained.values = [float(value) for value in state.get("trained", ())]
-
-
-def _times(length: float, usual: float) -> float:
-    """Return how many times as long, or as short."""
-    return max((length + 1.0) / (usual + 1.0), (usual + 1.0) / (length + 1.0))
+        self._is_first_stage = bool(state.get("first", True))
 
 
 def _share(test: Any, sequences: Sequence[Sequence[int]]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from tests.support.detector_traces import context
 
 from sidestep.worker.detectors.generation import TRAINED_STEPS, GeneratedAnswers
@@ -36,23 +37,28 @@ def read(family: GeneratedAnswers, view: StepView) -> Reading:
     return found
 
 
-def after(length: int, steps: int = TRAINED_STEPS) -> GeneratedAnswers:
+def after(length: int, steps: int = TRAINED_STEPS, *, in_first_stage: bool = False) -> GeneratedAnswers:
     family = GeneratedAnswers(DetectorSettings())
+    if not in_first_stage:
+        family.forget()
     for _ in range(steps):
         assert not family.read(trained_on(length))
     return family
 
 
-def test_answers_that_are_unlike_their_targets_and_the_training_are_told() -> None:
+@pytest.mark.parametrize("in_first_stage", [True, False])
+def test_answers_that_are_unlike_their_targets_and_the_training_are_told(in_first_stage: bool) -> None:
     for length in (0, 40):
-        assert read(after(6), generated(length, targets=6)).is_beyond
-    assert not read(after(6), generated(8, targets=6)).is_beyond
-    assert read(after(6), generated(6, targets=6, has_ended=False)).is_beyond
+        assert read(after(6, in_first_stage=in_first_stage), generated(length, targets=6)).is_beyond
+    assert not read(after(6, in_first_stage=in_first_stage), generated(8, targets=6)).is_beyond
+    assert read(after(6, in_first_stage=in_first_stage), generated(6, targets=6, has_ended=False)).is_beyond
 
 
-def test_answers_as_long_as_those_of_the_training_are_learned() -> None:
+def test_answers_no_longer_than_those_of_an_announced_stage_are_learned() -> None:
     assert not read(after(18), generated(18, targets=3)).is_beyond
+    assert read(after(18, in_first_stage=True), generated(18, targets=3)).is_beyond
     assert read(after(18, steps=4), generated(18, targets=3)).is_beyond, "too few steps to tell"
+    assert read(after(18), generated(2, targets=18)).is_beyond
 
 
 def test_another_stage_and_a_restart() -> None:
