@@ -40,6 +40,10 @@ SIGNAL_COUNTS = (
     "rows",
     "rows_without_labels",
     "rows_begun_twice",
+    "answer_pairs",
+    "pairs_alike_before",
+    "pairs_alike_two_before",
+    "pairs_alike_three_before",
 )
 """What ``Signals.counts`` holds, in this order; a later minor version may append.
 
@@ -50,6 +54,9 @@ it is that of the next one, which is what a causal model is to learn. ``labels_m
 the attention mask says is padding. ``answers``: runs of labelled positions. ``answers_with_eos``: those with an EOS.
 ``rows``: rows of the batch with a real position. ``rows_without_labels``: of these, without a labelled one.
 ``rows_begun_twice``: of these, whose first two real ids are the same and the third is another; -1: no ids.
+``answer_pairs``: answers that follow another one of the batch, both with three ids or more before their first target in
+their rows; -1: no ids. ``pairs_alike_before``: of these, where the id right before the first target is the same for
+both; ``pairs_alike_two_before`` and ``_three_before``: where the one before that is, and the one before that.
 """
 
 GROUP_SETTINGS = ("beta1", "beta2", "eps", "weight_decay")

@@ -115,6 +115,13 @@ CAUSES: Final[tuple[Cause, ...]] = (
         "decode a few such samples: look at the maximum length, and at the text by which the mask finds the answer",
     ),
     _cause(
+        "labels_begin_late",
+        "labels_late",
+        "labels begin behind the first tokens of the answers: the template is measured in other tokens, or the mask is "
+        "off by one",
+        "print and decode the ids around the first label of some samples: it must be the answer's first token",
+    ),
+    _cause(
         "begun_twice",
         "begun_twice",
         "the beginning is added twice: by the chat template, and by the tokenizer once more",

@@ -20,6 +20,7 @@ from sidestep.trainer_hooks.reductions.alignment import AlignedBatch
 from sidestep.trainer_hooks.reductions.runs import HostRuns, find_runs_on_host, targets_on_host
 
 NUM_COUNTS = len(SIGNAL_COUNTS)
+_PAIRS = ("pairs_alike_before", "pairs_alike_two_before", "pairs_alike_three_before")
 _BEGIN = 3
 """Ids that tell whether a row begins twice: two beginnings, and what follows them."""
 
@@ -94,6 +95,7 @@ def count_targets(
         "batches": 1,
         "batches_without_labels": int(not num_labelled),
         **_count_rows(labelled, ids, real),
+        **_count_pairs(runs, ids),
     }
     return np.array([counts[name] for name in SIGNAL_COUNTS], np.int64)
 
@@ -113,6 +115,34 @@ def _count_rows(labelled: NDArray[Any], ids: NDArray[Any] | None, real: NDArray[
         "rows_without_labels": int(np.count_nonzero(is_row & ~labelled.any(axis=1))),
         "rows_begun_twice": begun_twice,
     }
+
+
+def _count_pairs(runs: HostRuns, ids: NDArray[Any] | None) -> dict[str, int]:
+    if ids is None:
+        return {"answer_pairs": -1, **dict.fromkeys(_PAIRS, -1)}
+    starts = runs.rows[runs.first]
+    starts = starts[starts % ids.shape[1] >= len(_PAIRS) - 1]
+    flat, here, other = ids.reshape(-1), starts[1:], starts[:-1]
+    alike = {name: int(np.count_nonzero(flat[here - k] == flat[other - k])) for k, name in enumerate(_PAIRS)}
+    return {"answer_pairs": here.size, **alike}
+
+
+def _count_pairs_on_device(starts: Tensor, ids: Tensor | None) -> dict[str, Tensor]:
+    """Each start beside the one before it: the running maximum of the starts' places."""
+    if ids is None:
+        unknown = torch.full((), -1, dtype=torch.int64, device=starts.device)
+        return {"answer_pairs": unknown, **dict.fromkeys(_PAIRS, unknown)}
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    is_start = (starts & (columns >= len(_PAIRS) - 1)).flatten()
+    places = torch.arange(is_start.shape[0], device=ids.device)
+    newest = torch.where(is_start, places, -1).cummax(dim=0).values
+    other = F.pad(newest, (1, -1), value=-1)
+    is_pair, flat = is_start & (other >= 0), ids.flatten()
+    alike = {
+        name: (is_pair & (flat.roll(k) == flat.index_select(0, (other - k).clamp(min=0)))).sum()
+        for k, name in enumerate(_PAIRS)
+    }
+    return {"answer_pairs": is_pair.sum(), **alike}
 
 
 def count_on_device(batch: AlignedBatch) -> Tensor:
@@ -145,6 +175,7 @@ def count_on_device(batch: AlignedBatch) -> Tensor:
         "batches": zero + 1,
         "batches_without_labels": (labelled_total == 0).to(torch.int64),
         **_count_rows_on_device(batch, real),
+        **_count_pairs_on_device(runs.starts, batch.input_ids),
     }
     return torch.stack([counts[name] for name in SIGNAL_COUNTS])
 

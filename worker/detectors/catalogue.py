@@ -99,6 +99,7 @@ lr_spent|warning|exact||the schedule has ended long before the training
 optimizer_settings|warning|exact||the optimizer's settings cannot be meant
 settings_changed|warning|self||the optimizer's settings have changed
 rows_without_labels|warning|exact||samples have nothing to learn from
+labels_late|warning|exact||the first tokens of answers have no label
 begun_twice|warning|exact||samples begin twice
 images_missing|warning|shift||no images come in
 image_scale|warning|shift||the pixels are on another scale

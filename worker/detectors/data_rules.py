@@ -84,3 +84,17 @@ class BegunTwice(Limit):
     """Share of the samples: a template that adds what the tokenizer adds as well does so in all of them."""
     min_rows: int = 16
     """Samples of a reading, of as many steps as it takes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LateLabels(Limit):
+    """Answers whose first tokens have no label."""
+
+    hits: int = 3
+    window: int = 3
+    threshold: float = 0.95
+    """Share of pairs of answers before which the same token stands, from which it is a template's ..."""
+    most_alike: float = 0.6
+    """... and share of pairs up to which it is none: answers that are 70 % alike are so in half of the pairs."""
+    min_pairs: int = 64
+    """Pairs of a reading, of as many steps as it takes."""

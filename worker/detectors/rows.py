@@ -1,9 +1,9 @@
-"""What the rows of a batch hold: samples without a label, and samples whose beginning stands twice."""
+"""What the rows of a batch hold: samples without a label, whose beginning stands twice, whose labels begin too late."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from sidestep.protocol.messages import Json
 from sidestep.worker.detectors.reading import Reading
@@ -11,9 +11,11 @@ from sidestep.worker.detectors.settings import DetectorSettings
 from sidestep.worker.detectors.view import StepView
 from sidestep.worker.step_record import StepRecord
 
+PAIR_COUNTS: Final = ("answer_pairs", "pairs_alike_before", "pairs_alike_two_before", "pairs_alike_three_before")
+
 
 class Rows:
-    """``rows_without_labels`` and ``begun_twice``; padding rows are none."""
+    """``rows_without_labels``, ``begun_twice`` and ``labels_late``; padding rows are none."""
 
     name = "rows"
 
@@ -21,10 +23,11 @@ class Rows:
         self._settings = settings
         self._empty: list[tuple[int, int]] = []  # rows, and those without a label, of the last steps
         self._begun = (0, 0)  # rows since the last reading, and those that begin twice
+        self._pairs = [0, 0, 0, 0]  # pairs of answers since the last reading, and those alike one, two, three before
 
     def read(self, view: StepView) -> Sequence[Reading]:
         """Judge one step."""
-        return [*self._without_labels(view.record), *self._begun_twice(view.record)]
+        return [*self._without_labels(view.record), *self._begun_twice(view.record), *self._late(view.record)]
 
     def _without_labels(self, record: StepRecord) -> Iterator[Reading]:
         """Of several steps together; a step that has no label at all is ``no_labels``' business."""
@@ -73,16 +76,45 @@ class Rows:
             name="begun_twice", value=share, limit=rule.threshold, is_beyond=share >= rule.threshold, evidence=evidence
         )
 
+    def _late(self, record: StepRecord) -> Iterator[Reading]:
+        """What stands before an answer is the template's end, alike for all; what stands in it is not.
+
+        Where the ids right before the first targets differ, and those before them do not, answers have begun already.
+        """
+        counts = [record.count(name) for name in PAIR_COUNTS]
+        if any(count is None for count in counts):
+            return
+        rule = self._settings.labels_late
+        self._pairs = [total + (count or 0) for total, count in zip(self._pairs, counts, strict=True)]
+        pairs, *alike = self._pairs
+        if pairs < rule.min_pairs:
+            return
+        self._pairs = [0, 0, 0, 0]
+        before, *earlier = (count / pairs for count in alike)
+        place = next((place for place, share in enumerate(earlier, start=1) if share >= rule.threshold), 0)
+        evidence = (
+            f"the tokens right before the first labels of answers are alike in {before:.0%} of {pairs} pairs, those "
+            f"{place} further ahead in {max(earlier):.0%}: so many tokens of each answer have no label"
+        )
+        yield Reading(
+            name="labels_late",
+            value=before,
+            limit=rule.most_alike,
+            is_beyond=place > 0 and before <= rule.most_alike,
+            evidence=evidence,
+        )
+
     def forget(self) -> None:
         """Pool nothing with the rows of another stage."""
-        self._empty, self._begun = [], (0, 0)
+        self._empty, self._begun, self._pairs = [], (0, 0), [0, 0, 0, 0]
 
     def state(self) -> Json:
         """Return what is pooled."""
-        return {"empty": [list(each) for each in self._empty], "begun": list(self._begun)}
+        return {"empty": [list(each) for each in self._empty], "begun": list(self._begun), "pairs": self._pairs}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over a state."""
         self._empty = [(int(rows), int(empty)) for rows, empty in state["empty"]]
         rows, twice = state["begun"]
         self._begun = (int(rows), int(twice))
+        self._pairs = [int(count) for count in state.get("pairs", (0, 0, 0, 0))]

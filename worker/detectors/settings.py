@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, get_type_hints
 
-from sidestep.worker.detectors.data_rules import BegunTwice, EmptyRows, MissingTargets, Shift, SingleAnswer
+from sidestep.worker.detectors.data_rules import BegunTwice, EmptyRows, LateLabels, MissingTargets, Shift, SingleAnswer
 from sidestep.worker.detectors.rules import (
     AgainstStart,
     Agreement,
@@ -77,6 +77,7 @@ class DetectorSettings:
     gradients_lost: Rule = field(default_factory=lambda: Rule(hits=3, window=3))
     optimizer_settings: Misset = field(default_factory=Misset)
     rows_without_labels: EmptyRows = field(default_factory=EmptyRows)
+    labels_late: LateLabels = field(default_factory=LateLabels)
     begun_twice: BegunTwice = field(default_factory=BegunTwice)
     # absolute
     init_loss: Start = field(default_factory=Start)

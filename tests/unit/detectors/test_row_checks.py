@@ -97,3 +97,44 @@ def test_samples_of_another_stage_are_not_pooled_with_it() -> None:
         drawn.stage = "another" if drawn.step == 7 else ""
 
     assert run(fail).openings == []
+
+
+def pairs(before: float, two_before: float, three_before: float, number: int = 7) -> Failure:
+    """Every step has so many pairs of answers, and these shares of them alike one, two and three ids before."""
+
+    def fail(drawn: Drawn) -> None:
+        rows(lambda _: 8)(drawn)
+        shares = {"pairs_alike_before": before, "pairs_alike_two_before": two_before}
+        drawn.counts["answer_pairs"] = number
+        for name, share in {**shares, "pairs_alike_three_before": three_before}.items():
+            drawn.counts[name] = round(share * number)
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("shares", "number", "at"),
+    [
+        ((0.2, 1.0, 1.0), 23, 8),  # off by one
+        ((0.2, 0.3, 1.0), 23, 8),  # off by two
+        ((0.0, 1.0, 1.0), 7, 29),  # more steps, until there are 64 pairs
+        ((1.0, 1.0, 1.0), 23, None),
+        ((0.8, 1.0, 1.0), 23, None),  # most answers are alike
+        ((0.2, 0.3, 0.4), 23, None),  # there is no template
+        ((1.0, 0.1, 1.0), 23, None),
+    ],
+)
+def test_labels_that_begin_behind_the_first_tokens(
+    shares: tuple[float, float, float], number: int, at: int | None
+) -> None:
+    told = run(pairs(*shares, number=number))
+    assert told.openings == ([] if at is None else [(at, "labels_late")])
+    assert at is None or "it must be the answer's first token" in told.blocks
+
+
+def test_pairs_are_kept_over_a_restart_and_not_over_a_stage() -> None:
+    steps = list(trace(TASK, 12, failure=pairs(0.0, 1.0, 1.0, number=23)))
+    first, second = Watch(), Watch()
+    watched(steps[:4], first)
+    second.restore(first.state())
+    assert watched(steps[4:], second).openings == watched(steps).openings == [(8, "labels_late")]

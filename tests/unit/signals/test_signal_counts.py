@@ -90,6 +90,16 @@ def test_each_fault_moves_its_own_count() -> None:
     some = labels.clone()
     some[1:3] = IGNORE
     assert host(some, ids, mask, reading(shifted=False))["rows_without_labels"] == 2
+    headed = torch.cat((ids[:, :1], torch.full((len(ids), 3), 77), ids), dim=1)
+    answers = torch.full_like(headed, IGNORE)
+    answers[:, 4:] = torch.where(ids == PAD, IGNORE, ids)  # all behind the header is the answer
+    for late, expected in ((0, (4, 4, 4)), (1, (0, 4, 4)), (2, (0, 0, 4))):
+        masked = answers.clone()
+        masked[:, 4 : 4 + late] = IGNORE
+        found = host(masked, headed, None, reading(shifted=False, pad_id=None))
+        assert found["answer_pairs"] == 4
+        names = ("pairs_alike_before", "pairs_alike_two_before", "pairs_alike_three_before")
+        assert tuple(found[name] for name in names) == expected, late
     begun_ids = torch.cat((ids[:, :1], ids), dim=1)
     begun = host(torch.cat((labels[:, :1], labels), dim=1), begun_ids, None, reading(shifted=False, pad_id=None))
     assert begun["rows_begun_twice"] == int((ids[:, 0] != ids[:, 1]).sum()) >= 4
