@@ -135,9 +135,9 @@ class HooksConfig:
     """Steps between two probes of how the model is wired; 0: never.
 
     Whether a position sees the tokens that follow it, rows of a batch see each other, padding is read, and images stand
-    at their places and reach the answers. Three forwards of one micro-batch, up to six with an attention mask and images
-    (two more the first time), in the mode that it is trained in; ten steps after the hooks began, then at half of each
-    interval, apart from the image probe.
+    at their places and reach the answers. Three forwards of one micro-batch, up to six with an attention mask and
+    images (two more the first time), in the mode that it is trained in; ten steps after the hooks began, then at half
+    of each interval, apart from the image probe.
     """
 
     def __post_init__(self) -> None:
