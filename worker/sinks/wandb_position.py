@@ -31,6 +31,7 @@ _ALERT_FIELD: Final = 10
 _RUN_FIELD: Final = 17
 _ALERT_TEXT_FIELD: Final = 2  # of AlertRecord
 _LENGTH_DELIMITED: Final = 2
+_MAX_ASIDE: Final = 10_000
 _FIXED_BYTES: Final = {1: 8, 5: 4}
 
 
@@ -75,10 +76,16 @@ def set_aside_empty(folder: Path, run_id: str) -> list[Path]:
     ``wandb sync`` of a run stops at such a fragment, with nothing of the others sent. No writer may be at work.
     """
     return [
-        place.rename(place.with_name(f"empty-{place.name}"))
+        place.rename(_unused_name(place))
         for place in fragment_folders(folder, run_id)
         if not read_fragment(place, run_id).has_run
     ]
+
+
+def _unused_name(place: Path) -> Path:
+    """Writers that are killed twice within a second give both fragments one name."""
+    names = (f"empty-{place.name}", *(f"empty-{number}-{place.name}" for number in range(2, _MAX_ASIDE)))
+    return next(path for name in names if not (path := place.with_name(name)).exists())
 
 
 def cut_torn_logs(folder: Path, run_id: str) -> list[Path]:

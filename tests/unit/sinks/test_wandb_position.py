@@ -135,6 +135,17 @@ def test_fragments_that_never_began_are_set_aside(tmp_path: Path) -> None:
     assert sorted((tmp_path / "wandb").glob("offline-run-*")) == [kept]
 
 
+def test_a_fragment_of_the_same_second_is_set_aside_beside_the_one_before(tmp_path: Path) -> None:
+    """A writer that is killed twice within a second gives both fragments one name: the first was renamed away."""
+    name = "offline-run-20260101_000001-run1"
+    for expected in (f"empty-{name}", f"empty-2-{name}", f"empty-3-{name}"):
+        place = tmp_path / "wandb" / name
+        place.mkdir(parents=True)
+        (place / "files").mkdir()
+        assert [moved.name for moved in set_aside_empty(tmp_path, "run1")] == [expected]
+        assert not place.exists()
+
+
 def test_what_a_kill_left_of_a_record_is_cut_off(tmp_path: Path) -> None:
     """A block is written when it is full, whatever record it ends in."""
     big = record(history=made("HistoryRecord", item=[made("HistoryItem", key="a", value_json="1" * 20_000)]))
