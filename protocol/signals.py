@@ -25,6 +25,8 @@ from sidestep.protocol.message_base import (
     empty,
 )
 
+PAIRS_ALIKE = ("pairs_alike_before", "pairs_alike_two_before", "pairs_alike_three_before")
+"""Of ``SIGNAL_COUNTS``, what is counted of the ids before two answers, from the nearest one on."""
 SIGNAL_COUNTS = (
     "positions",
     "padding",
@@ -41,9 +43,7 @@ SIGNAL_COUNTS = (
     "rows_without_labels",
     "rows_begun_twice",
     "answer_pairs",
-    "pairs_alike_before",
-    "pairs_alike_two_before",
-    "pairs_alike_three_before",
+    *PAIRS_ALIKE,
 )
 """What ``Signals.counts`` holds, in this order; a later minor version may append.
 

@@ -3,8 +3,8 @@
 One micro-batch is looked at as it is, with the later answer tokens of every second row exchanged (a causal mask that is
 lost; rows that see each other), with other ids at padding (a mask that is not applied), and with each image in
 another's place (images that reach no answer). Such faults stand from the first step, where no past is there to compare
-with. What must not change does not change to the last bit (docs/detection.md). It costs two to four forwards on its own
-interval (the first time one more), on rank 0, in the mode that is trained in.
+with. What must not change does not change to the last bit (docs/detection.md). It costs three to six forwards on its
+own interval (the first time two more), on rank 0, in the mode that is trained in.
 """
 
 from __future__ import annotations

@@ -34,12 +34,12 @@ def batch_facts(signals: Sequence[tuple[int, Signals]]) -> dict[str, Any]:
         texts = np.sort(np.concatenate([m.sample_hashes.reshape(-1) for _, m in signals if m.sample_hashes.size]))
         facts["samples"] = int(ordered.size)
         facts["distinct_samples"] = int(max(distinct.size, _distinct(texts).size))
-        facts["batch_digest"] = _digest(ordered.tobytes())
+        facts["batch_digest"] = content_digest(ordered.tobytes())
         facts["sketch"] = _sketch(distinct)
         if len(keys) > 1:
             told = sorted(keys)[:MAX_BATCH_RANKS]
             facts["batch_ranks"] = np.array(told, np.int32)
-            facts["batch_digests"] = np.array([_digest(keys[rank].tobytes()) & _LOW for rank in told], np.uint32)
+            facts["batch_digests"] = np.array([content_digest(keys[rank].tobytes()) & _LOW for rank in told], np.uint32)
         facts["duplicate_ranks"] = _duplicates(keys)
     facts.update(_image_facts([(rank, m) for rank, m in signals if m.image_hashes.size and m.image_hashes.ndim == 1]))
     for name in ("projector_rms", "projector_spread"):
@@ -62,7 +62,7 @@ def _sample_keys(message: Signals) -> NDArray[np.int64]:
     if message.image_hashes.shape == message.sample_hashes.shape:
         return _mixed(message.sample_hashes) ^ message.image_hashes
     if message.image_hashes.size:  # several images a sample: the whole batch's images tell batches apart
-        salt = np.int64(_digest(message.image_hashes.tobytes()))
+        salt = np.int64(content_digest(message.image_hashes.tobytes()))
         return _mixed(message.sample_hashes) ^ salt
     return message.sample_hashes.astype(np.int64, copy=False)
 
@@ -76,7 +76,7 @@ def _sketch(distinct: NDArray[np.int64]) -> NDArray[np.int64]:
     return distinct[np.argsort(_mixed(distinct))[:MAX_SKETCH]]  # which is one to one: no two are equal
 
 
-def _digest(content: bytes) -> int:
+def content_digest(content: bytes) -> int:
     """63 bits, never 0: 0 stands for what is not known."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1 or 1
 

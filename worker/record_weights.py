@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 
 from sidestep.protocol.messages import Signals
 from sidestep.worker.copy_norms import norms_by_copy, weight_norms_by_copy
+from sidestep.worker.record_batches import content_digest
 from sidestep.worker.records import RunContext
 from sidestep.worker.step_record import MAX_MODULES
 
@@ -34,15 +34,11 @@ def weight_facts(signals: Sequence[tuple[int, Signals]]) -> dict[str, Any]:
     return {
         "weights": lowest.heartbeat.astype(np.float32, copy=False),
         "weights_ungrouped": min(max(lowest.heartbeat_ungrouped, 0), lowest.heartbeat.size),
-        "weights_digest": _digest(lowest.heartbeat.tobytes()),
-        "weights_kind": _digest(f"{lowest.heartbeat_digest} {lowest.heartbeat.size}".encode()),
+        "weights_digest": content_digest(lowest.heartbeat.tobytes()),
+        "weights_kind": content_digest(f"{lowest.heartbeat_digest} {lowest.heartbeat.size}".encode()),
         "desynced_ranks": tuple(desynced[:MAX_NAMED_RANKS]),
         "nonfinite_weight_ranks": tuple(nonfinite[:MAX_NAMED_RANKS]),
     }
-
-
-def _digest(content: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1 or 1
 
 
 def module_facts(signals: Sequence[tuple[int, Signals]], context: RunContext) -> dict[str, Any]:

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sidestep.protocol.messages import SIGNAL_COUNTS
+from sidestep.protocol.signals import PAIRS_ALIKE
 from sidestep.trainer_hooks.reductions.alignment import AlignedBatch
 from sidestep.trainer_hooks.reductions.runs import HostRuns, find_runs_on_host, targets_on_host
 
 NUM_COUNTS = len(SIGNAL_COUNTS)
-_PAIRS = ("pairs_alike_before", "pairs_alike_two_before", "pairs_alike_three_before")
 _BEGIN = 3
 """Ids that tell whether a row begins twice: two beginnings, and what follows them."""
 
@@ -119,11 +119,11 @@ def _count_rows(labelled: NDArray[Any], ids: NDArray[Any] | None, real: NDArray[
 
 def _count_pairs(runs: HostRuns, ids: NDArray[Any] | None) -> dict[str, int]:
     if ids is None:
-        return {"answer_pairs": -1, **dict.fromkeys(_PAIRS, -1)}
+        return {"answer_pairs": -1, **dict.fromkeys(PAIRS_ALIKE, -1)}
     starts = runs.rows[runs.first]
-    starts = starts[starts % ids.shape[1] >= len(_PAIRS) - 1]
+    starts = starts[starts % ids.shape[1] >= len(PAIRS_ALIKE) - 1]
     flat, here, other = ids.reshape(-1), starts[1:], starts[:-1]
-    alike = {name: int(np.count_nonzero(flat[here - k] == flat[other - k])) for k, name in enumerate(_PAIRS)}
+    alike = {name: int(np.count_nonzero(flat[here - k] == flat[other - k])) for k, name in enumerate(PAIRS_ALIKE)}
     return {"answer_pairs": here.size, **alike}
 
 
@@ -131,16 +131,16 @@ def _count_pairs_on_device(starts: Tensor, ids: Tensor | None) -> dict[str, Tens
     """Each start beside the one before it: the running maximum of the starts' places."""
     if ids is None:
         unknown = torch.full((), -1, dtype=torch.int64, device=starts.device)
-        return {"answer_pairs": unknown, **dict.fromkeys(_PAIRS, unknown)}
+        return {"answer_pairs": unknown, **dict.fromkeys(PAIRS_ALIKE, unknown)}
     columns = torch.arange(ids.shape[1], device=ids.device)
-    is_start = (starts & (columns >= len(_PAIRS) - 1)).flatten()
+    is_start = (starts & (columns >= len(PAIRS_ALIKE) - 1)).flatten()
     places = torch.arange(is_start.shape[0], device=ids.device)
     newest = torch.where(is_start, places, -1).cummax(dim=0).values
     other = F.pad(newest, (1, -1), value=-1)
     is_pair, flat = is_start & (other >= 0), ids.flatten()
     alike = {
         name: (is_pair & (flat.roll(k) == flat.index_select(0, (other - k).clamp(min=0)))).sum()
-        for k, name in enumerate(_PAIRS)
+        for k, name in enumerate(PAIRS_ALIKE)
     }
     return {"answer_pairs": is_pair.sum(), **alike}
 

@@ -105,8 +105,7 @@ class MassExcess:
         rest = sum(each.rest * each.rows for each in named) / rows
         high = total([each.high - np.float32(each.rest) for each in named]) + rest
         independent = rows / (sum(each.cluster * each.rows for each in named) / rows)
-        wide = np.maximum(np.maximum(low, share), 1.0 / independent)
-        error = np.sqrt(wide * np.maximum(1.0 - wide, 0.05) / independent) * self._unlikeness(len(chosen))
+        error = _error(low, share, independent) * self._unlikeness(len(chosen))
         excess, deficit = self._settings.mass_excess, self._settings.mass_deficit
         yield self._worst(excess, "mass_excess", ids=ids, differences=low - share, share=share, error=error)
         yield self._worst(deficit, "mass_deficit", ids=ids, differences=share - high, share=share, error=error)
@@ -188,8 +187,14 @@ def _peak(step: _Pooled) -> float:
     if not step.ids.size:
         return 0.0
     independent = max(step.rows / step.cluster, 1.0)
-    wide = np.maximum(np.maximum(step.low, step.share), 1.0 / independent)
-    return float(((step.low - step.share) / np.sqrt(wide * np.maximum(1.0 - wide, 0.05) / independent)).max())
+    return float(((step.low - step.share) / _error(step.low, step.share, independent)).max())
+
+
+def _error(low: NDArray[Any], share: NDArray[Any], independent: float) -> NDArray[Any]:
+    """Return the standard error of each token's share among so many independent rows."""
+    wide = np.maximum(np.maximum(low, share), 1.0 / independent)
+    error: NDArray[Any] = np.sqrt(wide * np.maximum(1.0 - wide, 0.05) / independent)
+    return error
 
 
 def _pool(view: StepView) -> _Pooled | None:

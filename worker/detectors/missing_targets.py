@@ -17,6 +17,7 @@ from sidestep.protocol.messages import Json
 from sidestep.worker.detectors.data_rules import MissingTargets as Rule
 from sidestep.worker.detectors.reading import Reading
 from sidestep.worker.detectors.settings import DetectorSettings
+from sidestep.worker.detectors.token_table import find_ids
 from sidestep.worker.detectors.view import StepView
 
 MAX_IDS: Final = 256
@@ -80,10 +81,7 @@ class MissingTargets:
         ids, _, counts = view.distinct
         self._num_steps += 1
         rate = max(self._rule.rate, 1.0 / self._num_steps)
-        places = np.searchsorted(self._ids, ids)
-        known = np.zeros(ids.size, np.bool_)
-        inside = places < self._ids.size
-        known[inside] = self._ids[places[inside]] == ids[inside]
+        _, places, known = find_ids(self._ids, ids)
         now = np.zeros(self._ids.size)
         now[places[known]] = counts[known]
         came = now > 0

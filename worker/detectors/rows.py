@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from sidestep.protocol.messages import Json
+from sidestep.protocol.signals import PAIRS_ALIKE
 from sidestep.worker.detectors.reading import Reading
 from sidestep.worker.detectors.settings import DetectorSettings
 from sidestep.worker.detectors.view import StepView
 from sidestep.worker.step_record import StepRecord
 
-PAIR_COUNTS: Final = ("answer_pairs", "pairs_alike_before", "pairs_alike_two_before", "pairs_alike_three_before")
+PAIR_COUNTS: Final = ("answer_pairs", *PAIRS_ALIKE)
 
 
 class Rows:

@@ -49,7 +49,7 @@ class Costs:
 
     def find(self, ids: NDArray[np.int64]) -> Found:
         """Look these distinct, ascending ids up, until something new is learned."""
-        return _find(self._ids, ids)
+        return find_ids(self._ids, ids)
 
     def expected(self, found: Found, otherwise: float) -> NDArray[np.float64]:
         """Return what each id usually costs [k]; ``otherwise`` where nothing is known."""
@@ -136,7 +136,7 @@ class Places:
 
     def find(self, ids: NDArray[np.int64]) -> Found:
         """Look these distinct, ascending ids up, until something new is learned."""
-        return _find(self._ids, ids)
+        return find_ids(self._ids, ids)
 
     def costs(
         self,
@@ -227,7 +227,7 @@ class Shares:
         """Return the usual share of each id."""
         if not self.ids.size:
             return np.zeros(ids.size)
-        _, places, is_known = _find(self.ids, ids)
+        _, places, is_known = find_ids(self.ids, ids)
         return np.where(is_known, self.shares[places], 0.0)
 
     def learn(self, ids: NDArray[np.int64], shares: NDArray[np.float64]) -> None:
@@ -252,7 +252,7 @@ class Shares:
 
 def is_among(ids: NDArray[Any], known: NDArray[Any]) -> NDArray[np.bool_]:
     """Return which of ``ids`` are among the ascending ``known`` [k]."""
-    return _find(known, ids).is_own
+    return find_ids(known, ids).is_own
 
 
 def pooled(ids: NDArray[np.int64], values: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -262,7 +262,7 @@ def pooled(ids: NDArray[np.int64], values: NDArray[np.float64]) -> tuple[NDArray
     return distinct, sums.astype(np.float64, copy=False)
 
 
-def _find(known: NDArray[Any], ids: NDArray[np.int64]) -> Found:
+def find_ids(known: NDArray[Any], ids: NDArray[np.int64]) -> Found:
     """Return where ``ids`` stand in the ascending ``known``."""
     if not known.size:
         return Found(ids, np.zeros(ids.size, np.int64), np.zeros(ids.size, np.bool_))

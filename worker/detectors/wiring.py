@@ -73,20 +73,15 @@ def _images(record: StepRecord) -> Iterator[Reading]:
     """Images that reach an answer change its loss, were it by the last bit: only exactly nothing is beyond."""
     if record.distinct_images < 2:
         return  # the same image in another's place is no other image
-    change = record.image_change
-    where = "any answer"
+    change, moved, where = record.image_change, "each image", "any answer"
     if change is None and record.probe_loss is not None and record.probe_rolled_loss is not None:
         if record.probe_labelled < MIN_PROBE_LABELLED or record.probe_loss < MIN_PROBE_LOSS:
             return
         change, where = abs(record.probe_rolled_loss - record.probe_loss), f"{record.probe_labelled} answer tokens"
-    if record.last_image_change is not None and (change is None or change > 0):
-        change, where = record.last_image_change, "the answers behind it, in most rows,"
-        evidence = (
-            f"with the last image of each row in the place of another the loss of {where} changes by {change:.3g} nats"
-        )
-        yield Reading(name="image_unreached", value=change, limit=0.0, is_beyond=change == 0.0, evidence=evidence)
-        return
+    if record.last_image_change is not None and change != 0.0:
+        change, moved = record.last_image_change, "the last image of each row"
+        where = "the answers behind it, in most rows,"
     if change is None:
         return
-    evidence = f"with each image in the place of another the loss of {where} changes by {change:.3g} nats"
+    evidence = f"with {moved} in the place of another the loss of {where} changes by {change:.3g} nats"
     yield Reading(name="image_unreached", value=change, limit=0.0, is_beyond=change == 0.0, evidence=evidence)

@@ -31,7 +31,6 @@ _ALERT_FIELD: Final = 10
 _RUN_FIELD: Final = 17
 _ALERT_TEXT_FIELD: Final = 2  # of AlertRecord
 _LENGTH_DELIMITED: Final = 2
-_MAX_ASIDE: Final = 10_000
 _FIXED_BYTES: Final = {1: 8, 5: 4}
 
 
@@ -84,8 +83,12 @@ def set_aside_empty(folder: Path, run_id: str) -> list[Path]:
 
 def _unused_name(place: Path) -> Path:
     """Writers that are killed twice within a second give both fragments one name."""
-    names = (f"empty-{place.name}", *(f"empty-{number}-{place.name}" for number in range(2, _MAX_ASIDE)))
-    return next(path for name in names if not (path := place.with_name(name)).exists())
+    unused = place.with_name(f"empty-{place.name}")
+    number = 1
+    while unused.exists():
+        number += 1
+        unused = place.with_name(f"empty-{number}-{place.name}")
+    return unused
 
 
 def cut_torn_logs(folder: Path, run_id: str) -> list[Path]:
