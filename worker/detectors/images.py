@@ -91,13 +91,14 @@ class Images:
         if deviation is None or not deviation > 0:
             return  # one colour: `image_constant` says that
         rule = self._settings.image_scale
-        usual = self._deviations.median() if len(self._deviations) >= rule.warmup else None
+        enough = max(rule.warmup, rule.window + 1)  # the last few may be beyond already, and are left out
+        usual = self._deviations.median() if len(self._deviations) >= enough else None
         ratio = 1.0
         if usual is not None:  # beyond all of the last steps: where images are of two kinds, a median is of either
             seen = self._deviations.values[: -rule.window]
             ratio = max(deviation / max(seen), min(seen) / deviation)
         evidence = f"pixels deviate by {deviation:.3g} around {mean or 0.0:.3g}"
-        if usual is not None and mean is not None and len(self._means) >= rule.warmup:
+        if usual is not None and mean is not None and len(self._means) >= enough:
             seen = self._means.values[: -rule.window]
             ratio = max(ratio, (mean - max(seen)) / usual, (min(seen) - mean) / usual)
             evidence += f", usually by {usual:.3g} around {self._means.median():.3g}"

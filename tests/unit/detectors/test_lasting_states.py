@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 from tests.support.detector_traces import Drawn, Failure, Task, Told, changed, trace, watched
 
+from sidestep.worker.detectors.settings import DetectorSettings, apply_assignments
+from sidestep.worker.watch import Watch
+
 TASK = Task(batch=32)
 ONSET = 60
 
@@ -52,6 +55,13 @@ def test_images_of_two_kinds_that_take_turns_are_sound() -> None:
         pixels(0.05 if is_dark else 0.25, -0.9 if is_dark else 0.0)(drawn)
 
     assert not found(watched(trace(TASK, 400, failure=of_two_kinds)), "image_scale")
+
+
+@pytest.mark.parametrize("warmup", ["0", "3"])
+def test_a_warm_up_shorter_than_what_is_left_out_is_no_fault(warmup: str) -> None:
+    settings = apply_assignments(DetectorSettings(), [f"detectors.image_scale.warmup={warmup}"])
+    told = watched(trace(TASK, 30, failure=pixels(0.25)), Watch(settings))
+    assert not found(told, "image_scale")
 
 
 def without_images(drawn: Drawn) -> None:
