@@ -20,6 +20,9 @@ from benchmarks.detection.cases import (
     known_second_healthy,
     known_third_failures,
     known_third_healthy,
+    provoking_data,
+    provoking_losses,
+    provoking_optimisers,
     tuned_healthy,
     tuned_images,
     tuned_labels,
@@ -27,7 +30,8 @@ from benchmarks.detection.cases import (
     tuned_ranks,
 )
 
-TUNED, KNOWN, KNOWN_SECOND, KNOWN_THIRD, HELD_OUT = "tuned", "known", "known_second", "known_third", "held_out"
+TUNED, KNOWN, KNOWN_SECOND, KNOWN_THIRD = "tuned", "known", "known_second", "known_third"
+PROVOKING, HELD_OUT = "provoking", "held_out"
 _HELD_OUT_MODULES = ("held_out_failures", "held_out_healthy")
 _TWIN = "twin_"
 
@@ -46,6 +50,8 @@ def all_cases() -> dict[str, tuple[Case, str]]:
     found += [(case, KNOWN_SECOND) for module in second for case in module.CASES]
     third = (known_third_failures, known_third_healthy)
     found += [(case, KNOWN_THIRD) for module in third for case in module.CASES]
+    provoking = (provoking_optimisers, provoking_losses, provoking_data)
+    found += [(case, PROVOKING) for module in provoking for case in module.CASES]
     for name in _HELD_OUT_MODULES:
         full = f"benchmarks.detection.cases.{name}"
         if importlib.util.find_spec(full) is not None:

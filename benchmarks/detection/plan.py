@@ -11,6 +11,7 @@ from benchmarks.detection.catalogue import (
     KNOWN,
     KNOWN_SECOND,
     KNOWN_THIRD,
+    PROVOKING,
     TUNED,
     all_cases,
     find_case,
@@ -24,16 +25,18 @@ _FIRST_SEED = {
     "known_kinds": 2_001,
     "known_second_kinds": 3_001,
     "known_third_kinds": 4_001,
+    "provoking_kinds": 6_001,
     "held_out_seeds": 1_001,
     "held_out_kinds": 5_001,
 }
-"""Of each split; nothing is tuned on seeds from 1,001 to 2,000 and from 5,001 on."""
+"""Of each split; nothing is tuned on seeds from 1,001 to 2,000 and from 5,001 to 6,000."""
 SPLITS = tuple(_FIRST_SEED)
 _SPLITS_OF = {
     TUNED: ("tuned", "held_out_seeds"),
     KNOWN: ("known_kinds",),
     KNOWN_SECOND: ("known_second_kinds",),
     KNOWN_THIRD: ("known_third_kinds",),
+    PROVOKING: ("provoking_kinds",),
     HELD_OUT: ("held_out_kinds",),
 }
 """Group of cases to the splits that they run in, the tuner's own first."""

@@ -7,7 +7,7 @@ import pytest
 from benchmarks.detection import plan
 from benchmarks.detection.campaign import SUITES, suite_named
 from benchmarks.detection.case import LATE, Blame, Case, Family, Harm, Setup, Twist
-from benchmarks.detection.catalogue import TUNED, all_cases, find_case, twin_of
+from benchmarks.detection.catalogue import PROVOKING, TUNED, all_cases, find_case, twin_of
 from benchmarks.detection.causes import POINTS_TO, is_right
 from benchmarks.detection.talks import KINDS, encode_talk
 
@@ -72,6 +72,18 @@ def test_the_tuned_group_is_as_large_as_the_design_wants() -> None:
     assert sum(case.is_failure for case in tuned) >= 25
     assert sum(not case.is_failure for case in tuned) >= 12
     assert {case.family for case in tuned if case.is_failure} == set(Family)
+
+
+def test_provoking_cases_are_healthy_short_and_odd_in_some_way() -> None:
+    provoking = [case for case, group in all_cases().values() if group == PROVOKING]
+    assert len(provoking) >= 24
+    assert not any(case.is_failure for case in provoking)
+    assert all(case.step_share < 1.0 for case in provoking)
+    for case in provoking:
+        first, second = case.twist(), case.twist()
+        assert first is not second
+        assert type(first) is not Twist or case.setup != Setup()
+        assert set(case.setup.mix) <= set(KINDS)
 
 
 def test_the_smoke_has_eight_failures_four_healthy_runs_and_every_twin() -> None:
