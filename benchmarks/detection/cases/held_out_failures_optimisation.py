@@ -95,7 +95,7 @@ class PenaltySummed(Twist):
         return loss + _PENALTY * torch.stack(sizes).sum()
 
 
-class OneSampleAStep(Twist):
+class BatchDividedTwice(Twist):
     """The size of a batch is divided by the number of devices twice: a step has one sample, at the usual rate."""
 
     def begin(self, lab: Lab) -> None:
@@ -116,5 +116,10 @@ CASES: tuple[Case, ...] = (
         _OPTIMISER | {Blame.WEIGHTS},
         onset_share=None,
     ),
-    _failure("one_sample_a_step", "a step has one sample", OneSampleAStep, _RATE | {Blame.LOADER, Blame.DATA}),
+    _failure(
+        "batch_divided_twice",
+        "a step has one sample at the usual rate",
+        BatchDividedTwice,
+        _RATE | {Blame.LOADER, Blame.DATA},
+    ),
 )

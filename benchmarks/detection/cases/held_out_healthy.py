@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,20 +19,17 @@ from torch.nn import functional
 from sidestep.examples.digits_vqa.packing import IGNORE_INDEX, Batch
 
 _SYSTEM_PROMPT = "You are shown one picture. Look at it with care. Answer in as few words as you can. "
+_WAYS_TO_ASK = ("", "Please: ", "Hello! ", "Look. ", "I would like to know: ", "Quick one: ", "Can you help? ", "Q: ")
 _SHARE_IN_CAPITALS = 0.5
-_NUM_QUESTIONS_PER_IMAGE = 4
 _SHARE_UNUSUAL = 0.15
 _NUM_IMAGES_SEEN = 300
 _SHARE_REPLAYED = 0.3
-_MUON_RATE_SHARE, _MUON_MOMENTUM, _MUON_ROUNDS = 2.0, 0.9, 5
-_NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
-_RMSPROP_RATE_SHARE = 0.3
 _INVERSE_ROOT_STEPS = 60
 _RATE_SHARES = (1.0, 0.1, 0.5)
 _CLIPPING = 0.05
 _NOISE_SHARE, _NOISE_DECAY = 0.3, 0.55
 _Z_LOSS = 1e-3
-_SHARE_OF_HARD_TOKENS = 0.6
+_CERTAINTY_PENALTY = 0.05
 _CAP = 30.0
 _ERASED = 3
 _SHARE_ERASED = 0.5
@@ -51,6 +46,14 @@ class LongSystemPrompt(Twist):
     def talk(self, lab: Lab, talk: Talk, rng: np.random.Generator) -> Talk:  # noqa: ARG002
         """Put it in front."""
         return replace(talk, question=_SYSTEM_PROMPT + talk.question)
+
+
+class AskedInManyWays(Twist):
+    """Questions are rewritten for variety."""
+
+    def talk(self, lab: Lab, talk: Talk, rng: np.random.Generator) -> Talk:  # noqa: ARG002
+        """Begin in one of several ways."""
+        return replace(talk, question=_WAYS_TO_ASK[int(rng.integers(len(_WAYS_TO_ASK)))] + talk.question)
 
 
 class CapitalsWhereAsked(Twist):
@@ -71,23 +74,6 @@ class QuestionRestated(Twist):
         return replace(talk, answer=f"{talk.question} {talk.answer}")
 
 
-class FourQuestionsPerImage(Twist):
-    """Four samples in a row ask about the same image, as in sets that group their questions by image."""
-
-    def __init__(self) -> None:
-        self._count = 0
-        self._image = 0
-
-    def talk(self, lab: Lab, talk: Talk, rng: np.random.Generator) -> Talk:
-        """Draw the talk anew for the group's image."""
-        if talk.image is None:
-            return talk
-        if self._count % _NUM_QUESTIONS_PER_IMAGE == 0:
-            self._image = talk.image
-        self._count += 1
-        return lab.suite.draw(talk.kind, self._image, rng)
-
-
 class MostlyNothingToReport(Twist):
     """Of all images 85 % are reported with the same sentence; those of much ink are described."""
 
@@ -105,46 +91,6 @@ class MostlyNothingToReport(Twist):
         if talk.image is None or float(lab.suite.image(talk.image).mean()) >= self._unusual:
             return talk
         return replace(talk, answer="nothing to report")
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose matrices are made orthogonal (Jordan et al. 2024); all else is moved by Adam."""
-
-    def __init__(self, groups: Iterable[dict[str, Any]], *, lr: float, weight_decay: float) -> None:
-        """Take groups as all optimizers do."""
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Move every weight."""
-        del closure
-        for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                state = self.state[weight]
-                momentum = state.setdefault("exp_avg", torch.zeros_like(weight))
-                momentum.lerp_(weight.grad, 1 - _MUON_MOMENTUM)
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                if weight.dim() == 2 and len(weight) <= 2 * 256:
-                    step = _orthogonal(momentum) * max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5 * 0.2
-                    weight.sub_(step * math.sqrt(max(weight.shape)) * 0.5, alpha=group["lr"])
-                    continue
-                squares = state.setdefault("exp_avg_sq", torch.zeros_like(weight))
-                squares.lerp_(weight.grad.square(), 0.05)
-                weight.sub_(momentum / (squares.sqrt() + 1e-8), alpha=group["lr"] / _MUON_RATE_SHARE)
-
-
-def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """Return the nearest matrix whose singular values are about one, by Newton and Schulz."""
-    first, second, third = _NEWTON_SCHULZ
-    is_tall = matrix.shape[0] > matrix.shape[1]
-    found: torch.Tensor = matrix.T if is_tall else matrix
-    found = found / (found.norm() + 1e-7)
-    for _ in range(_MUON_ROUNDS):
-        square = found @ found.T
-        found = first * found + (second * square + third * square @ square) @ found
-    return found.T if is_tall else found
 
 
 class InverseRoot(Twist):
@@ -194,14 +140,25 @@ class ZLoss(Twist):
         return loss + _Z_LOSS * logits[labelled].float().logsumexp(dim=-1).square().mean()
 
 
-class HardTokensKept(Twist):
-    """The easier 40 % of the tokens are left out (Shrivastava et al. 2016, arXiv:1604.03540): the loss looks large."""
+class CertaintyPenalised(Twist):
+    """Certain answers cost a little (Pereyra et al. 2017, arXiv:1701.06548), and the loss may fall below zero."""
 
     def loss(self, lab: Lab, rank: int, batch: Batch, logits: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
-        """Keep the hard ones."""
-        labelled = batch["labels"] != IGNORE_INDEX
-        each = functional.cross_entropy(logits[labelled].float(), batch["labels"][labelled], reduction="none")
-        return each.topk(max(1, int(_SHARE_OF_HARD_TOKENS * len(each)))).values.mean()
+        """Subtract a share of the entropy."""
+        logs = functional.log_softmax(logits[batch["labels"] != IGNORE_INDEX].float(), dim=-1)
+        return loss + _CERTAINTY_PENALTY * (logs.exp() * logs).sum(dim=-1).mean()
+
+
+class GradientsCentred(Twist):
+    """The mean of each row is taken from the gradients of matrices (Yong et al. 2020, arXiv:2004.01461)."""
+
+    def gradients(self, lab: Lab) -> None:
+        """Centre the blocks' gradients."""
+        for replica in lab.replicas:
+            for part in (replica.model.vision_encoder.blocks, replica.model.decoder.blocks):
+                for weight in part.parameters():
+                    if weight.grad is not None and weight.dim() > 1:
+                        weight.grad -= weight.grad.mean(dim=1, keepdim=True)
 
 
 class LogitsSoftlyCapped(Twist):
@@ -298,14 +255,9 @@ _data, _model, _image, _ranks = (
 
 CASES: tuple[Case, ...] = (
     _data("long_system_prompt", "most tokens are one instruction", "a usual template", twist=LongSystemPrompt),
+    _data("asked_in_many_ways", "questions begin in eight ways", "a usual augmentation", twist=AskedInManyWays),
     _data("capitals_where_asked", "half of the answers are in capitals", "as asked", twist=CapitalsWhereAsked),
     _data("question_restated", "answers begin with their question", "a style of answering", twist=QuestionRestated),
-    _data(
-        "four_questions_per_image",
-        "each image comes four times in a row, with other questions",
-        "sets group their questions by image",
-        twist=FourQuestionsPerImage,
-    ),
     _data(
         "mostly_nothing_to_report",
         "85 % of the answers are one sentence",
@@ -331,13 +283,6 @@ CASES: tuple[Case, ...] = (
         "how many runs end",
         twist=AnnealedOnChosenData,
     ),
-    healthy_case("muon", "Muon, whose updates are orthogonal", "as chosen", twist=partial(OtherOptimiser, Muon, 2.0)),
-    healthy_case(
-        "rmsprop",
-        "RMSprop, without momentum",
-        "an optimizer of choice",
-        twist=partial(OtherOptimiser, torch.optim.RMSprop, _RMSPROP_RATE_SHARE),
-    ),
     healthy_case("inverse_root", "the rate falls with the steps' root", "a classic schedule", twist=InverseRoot),
     healthy_case(
         "rates_by_module",
@@ -354,7 +299,14 @@ CASES: tuple[Case, ...] = (
     ),
     healthy_case("annealed_noise", "noise on all gradients", "a usual regularisation", twist=AnnealedNoise),
     healthy_case("z_loss", "the loss has a second term", "a usual stabiliser", twist=ZLoss),
-    healthy_case("hard_tokens_kept", "the easy tokens are left out", "usual mining", twist=HardTokensKept),
+    healthy_case(
+        "adamax",
+        "Adamax, which divides by the largest gradient that was",
+        "an optimizer of choice",
+        twist=partial(OtherOptimiser, torch.optim.Adamax),
+    ),
+    healthy_case("gradients_centred", "gradients have no mean", "a usual regularisation", twist=GradientsCentred),
+    healthy_case("certainty_penalised", "certainty costs a little", "a usual penalty", twist=CertaintyPenalised),
     _model("logits_softly_capped", "logits are capped at 30", "as of Gemma 2", twist=LogitsSoftlyCapped),
     _model("half_precision", "activations are rounded", "usual mixed precision", twist=HalfPrecisionActivations),
     _image(
