@@ -131,13 +131,13 @@ class HooksConfig:
     """
     image_probe_interval: int = 100
     """Steps between two probes of what the images are worth, two forwards of one micro-batch each; 0: never."""
-    wiring_probe_interval: int = 1_000
+    wiring_probe_interval: int = 500
     """Steps between two probes of how the model is wired; 0: never.
 
     Whether a position sees the tokens that follow it, rows of a batch see each other, padding is read, and images stand
-    at their places and reach the answers. Three forwards of one micro-batch, up to six with an attention mask and
-    images (two more the first time), in the mode that it is trained in; ten steps after the hooks began, then at half
-    of each interval, apart from the image probe.
+    at their places and reach the answers. Two forwards of one micro-batch, up to four with images, in the mode that it
+    is trained in; eight steps after the hooks began, then at half of each interval, apart from the image probe. Where
+    something changed that must not, a step soon after is looked at once more, with one forward for each change.
     """
 
     def __post_init__(self) -> None:

@@ -3,14 +3,15 @@
 One micro-batch is looked at as it is, with the later answer tokens of every second row exchanged (a causal mask that is
 lost; rows that see each other), with other ids at padding (a mask that is not applied), and with each image in
 another's place (images that reach no answer). Such faults stand from the first step, where no past is there to compare
-with. What must not change does not change to the last bit (docs/detection.md). It costs three to six forwards on its
-own interval (the first time two more), on rank 0, in the mode that is trained in.
+with. What must not change does not change to the last bit (docs/detection.md): so a brief look changes several things
+at once, in two to four forwards on its own interval, on rank 0, in the mode that is trained in. Only where something
+changed that must not, the next step is looked at thoroughly: one forward for each change, and one that changes nothing.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import nan
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sidestep.protocol.messages import Message, Probe
+from sidestep.protocol.messages import Probe
 from sidestep.trainer_hooks.capture import Batch, ForwardReader, ids_argument, mask_argument
 from sidestep.trainer_hooks.image_probe import last_replaced, rolled, rolled_rows, rolled_tiles
 from sidestep.trainer_hooks.isolation import Autocast, as_trained, autocast_now
@@ -38,12 +39,13 @@ from sidestep.trainer_hooks.wiring_changes import (
     spares_rows,
 )
 
-FIRST_STEP = 10
+FIRST_STEP = 8
 """Probed whatever the interval is: what is wired wrongly from the start is found at once."""
 NOISE_FACTOR = 4.0
 """Of the change between two equal forwards, taken off: where a kernel adds in another order each time, it is not 0."""
 FIRST_REPEATS = 3
-"""Equal forwards at the first probe; later one. Where layers are left out by chance, two may be equal by chance."""
+"""Equal forwards at the first thorough look; later one. Where layers are left out by chance, two may be equal by
+chance."""
 RANDOM_NATS = 1e-3
 """Largest change of a loss between equal forwards from which it is no order of additions, but chance."""
 MIN_LOSS = 1e-3
@@ -53,6 +55,8 @@ MAX_FAILURES = 3
 
 PARTS = ("future", "apart", "padding", "image", "last_image", "misplaced")
 """What is looked at, as the fields of ``Probe`` are named."""
+MUST_STAY = ("future", "apart", "padding", "misplaced")
+"""Those whose losses do not change in a sound model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,16 +101,21 @@ class WiringProbe:
         self._without_labels = False
         self._noise: Tensor | None = None
         self._is_random: Tensor | None = None
+        # Set on the thread that gets the numbers, when they are on the host; read on the training thread.
+        self._is_thorough = False
+        self._is_asked_again = False
         config = getattr(self._model, "config", None)
         if getattr(config, "is_encoder_decoder", False) is True:
             self._interval = 0  # every position of an encoder sees all others, as it should
 
     def is_due(self, step: int) -> bool:
-        """Whether ``step`` is probed: soon after the first one, that of a start or of a resume, and at intervals."""
+        """Whether ``step`` is probed: soon after the first one (of a start, of a resume), at intervals, and again."""
         interval = self._interval
         if self._began is None:
             self._began = step
-        return interval > 0 and step > 0 and (step == self._began + FIRST_STEP or step % interval == interval // 2)
+        if interval <= 0 or step <= 0:
+            return False
+        return self._is_asked_again or step == self._began + FIRST_STEP or step % interval == interval // 2
 
     def see(self, given: Mapping[str, Any]) -> None:
         """Keep the arguments of a due step's first forward that has token ids."""
@@ -147,35 +156,81 @@ class WiringProbe:
             return None
         counted = answers.counted.to(plain.device) & plain.isfinite()
         look = Look(given, ids, aligned, answers, plain, counted)
-        found = self._exchanged(look)
+        is_thorough, self._is_asked_again = self._is_thorough, False
+        found = self._exchanged(look) if is_thorough else self._exchanged_at_once(step, look)
         asked = (("padding", self._padding), ("image", self._images), ("last_image", self._last_images))
-        for part, ask in asked:
+        for part, ask in asked if is_thorough else asked[1:]:
             for name, change in self._optional(step, part, ask, look).items():
                 found[name] = found[name].or_larger(change)
         rows = torch.stack([found[part].rows for part in PARTS])
         if self._is_random is not None:
             rows = torch.where(self._is_random, 0, rows)
         tensors = {"changes": torch.stack([found[part].nats.to(torch.float32) for part in PARTS]), "rows": rows}
+        if is_thorough and self._noise is not None:
+            tensors["noise"] = self._noise.to(torch.float32)
         seconds = time.perf_counter() - began
 
-        def finish(arrays: Mapping[str, Any]) -> Sequence[Message]:
-            values: dict[str, Any] = {}
-            for part, change, rows in zip(PARTS, arrays["changes"], arrays["rows"], strict=True):
-                values.update({f"{part}_change": float(change), f"{part}_rows": int(rows)})
-            return (Probe(step=step, loss=nan, rolled_loss=nan, labelled=0, images=0, seconds=seconds, **values),)
+        return tensors, lambda arrays: (self._told(step, arrays, seconds=seconds, is_thorough=is_thorough),)
 
-        return tensors, finish
+    def _told(self, step: int, arrays: Mapping[str, Any], *, seconds: float, is_thorough: bool) -> Probe:
+        """Say what was seen, on the thread that gets the numbers; a brief look that saw a change asks for another."""
+        changes = {part: float(change) for part, change in zip(PARTS, arrays["changes"], strict=True)}
+        rows = {part: int(number) for part, number in zip(PARTS, arrays["rows"], strict=True)}
+        if is_thorough:
+            self._is_thorough = bool(arrays["noise"])  # else the next look may be a brief one again
+        elif any(changes[part] for part in MUST_STAY):
+            self._is_thorough = self._is_asked_again = True
+            for part in MUST_STAY:  # which of them it was, and whether by chance, the next look tells
+                changes[part], rows[part] = 0.0, 0
+        told: dict[str, Any] = {f"{part}_change": change for part, change in changes.items()}
+        told.update({f"{part}_rows": number for part, number in rows.items()})
+        return Probe(step=step, loss=nan, rolled_loss=nan, labelled=0, images=0, seconds=seconds, **told)
 
     def _exchanged(self, look: Look) -> dict[str, Change]:
         """Exchange later answer tokens of every second row: what stands before them, and the other rows, must stay."""
-        answers, plain = look.answers, look.plain
-        best = torch.where(look.counted, plain, -1.0).argmax(dim=1, keepdim=True)
+        best, other, is_exchanged = self._other_ids(look)
+        changed = self._again(look, {look.ids: other})
+        self._measure_noise(look, best, look.counted.gather(1, best) & is_exchanged.unsqueeze(1))
+        return self._compared(look, best, is_exchanged, changed)
+
+    def _exchanged_at_once(self, step: int, look: Look) -> dict[str, Change]:
+        """Put other ids at the padding of the same rows as well: nothing before the exchanged tokens may change."""
+        best, other, is_exchanged = self._other_ids(look)
+        is_padded = None
+        if "padding" not in self._left_out and (mask := self._mask(look)) is not None:
+            padded, is_padded = look.answers.unpadded(mask)
+            chosen = every_second(look.answers.input_ids)
+            other = torch.where(chosen.unsqueeze(1) & (padded != look.answers.input_ids), padded, other)
+            is_padded = is_padded & chosen.narrow(0, 0, is_padded.shape[0])
+        try:
+            changed = self._again(look, {look.ids: other})
+        except Exception:
+            if is_padded is not None:
+                self._left_out.add("padding")
+                self._began = step  # soon again, without it
+            raise
+        found = self._compared(look, best, is_exchanged, changed)
+        if is_padded is not None:
+            places = look.answers.candidates
+            before = (places <= places.gather(1, best.to(places.device))).to(look.plain.device)
+            counted = look.counted & before & is_padded.to(look.plain.device).unsqueeze(1)
+            found["padding"] = mean_change(look.plain, changed, counted)
+        return found
+
+    def _other_ids(self, look: Look) -> tuple[Tensor, Tensor, Tensor]:
+        """Return each row's candidate with the highest loss [b, 1], ids that are others behind it, and where they are.
+
+        A certain loss does not change anyway.
+        """
+        answers = look.answers
+        best = torch.where(look.counted, look.plain, -1.0).argmax(dim=1, keepdim=True)
         position = answers.candidates.gather(1, best.to(answers.candidates.device))
         other, is_exchanged = answers.exchanged(position, every_second(answers.input_ids))
-        is_exchanged = is_exchanged.to(plain.device)
-        changed = self._again(look, {look.ids: other})
+        return best, other, is_exchanged.to(look.plain.device)
+
+    def _compared(self, look: Look, best: Tensor, is_exchanged: Tensor, changed: Tensor) -> dict[str, Change]:
+        plain = look.plain
         before = look.counted.gather(1, best) & is_exchanged.unsqueeze(1)
-        self._measure_noise(look, best, before)
         return {
             "future": mean_change(plain.gather(1, best), changed.gather(1, best), before, self._noise),
             "apart": mean_change(plain, changed, look.untouched & is_exchanged.any(), self._noise),
@@ -204,13 +259,20 @@ class WiringProbe:
             self._began = step  # soon again, without it
             raise
 
-    def _padding(self, look: Look) -> dict[str, Change]:
-        """Put other ids where the attention mask is 0: no loss may change."""
+    def _mask(self, look: Look) -> Tensor | None:
+        """Return the attention mask, where its ids lie; None where there is none, or it would have to be waited for."""
         ids = look.answers.input_ids
         mask = mask_argument(look.given, ids.shape)
         if mask is None or (ids.is_cpu and not mask.is_cpu):
+            return None
+        return mask.to(ids.device, non_blocking=True)
+
+    def _padding(self, look: Look) -> dict[str, Change]:
+        """Put other ids where the attention mask is 0: no loss may change."""
+        mask = self._mask(look)
+        if mask is None:
             return {}
-        other, is_replaced = look.answers.unpadded(mask.to(ids.device, non_blocking=True))
+        other, is_replaced = look.answers.unpadded(mask)
         counted = look.counted & is_replaced.to(look.plain.device).unsqueeze(1)
         return {"padding": mean_change(look.plain, self._again(look, {look.ids: other}), counted, self._noise)}
 

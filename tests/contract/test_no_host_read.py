@@ -333,13 +333,16 @@ def test_the_probe_of_the_wiring(labels_at: str, shifted: bool, images: str) -> 
         }
         model = Predicting()
         probe = WiringProbe(model, ForwardReader(model, VOCABULARY), 1, image_token_id=3)
-        probe.see(given)
-        probe.keep(Batch(labels=labels), lambda batch: align(input_ids=None, labels=batch.labels, shifted=shifted))
-        made = probe.run(10)
-    assert made is not None
-    assert shapes(made[0]) == {"changes": (6,), "rows": (6,)}
-    assert all(_on_device(tensor) for tensor in made[0].values())
-    assert watch.device_operations > 100
+        for step, thorough in ((10, {}), (11, {"noise": ()})):
+            probe.see(given)
+            probe.keep(Batch(labels=labels), lambda batch: align(input_ids=None, labels=batch.labels, shifted=shifted))
+            made = probe.run(step)
+            assert made is not None
+            tensors, finish = made
+            assert shapes(tensors) == {"changes": (6,), "rows": (6,), **thorough}
+            assert all(_on_device(tensor) for tensor in tensors.values())
+            finish({name: np.ones(shape) for name, shape in shapes(tensors).items()})
+    assert watch.device_operations > 200
 
 
 def test_ids_on_the_host_are_not_compared_with_labels_on_a_device() -> None:
