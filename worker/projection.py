@@ -405,6 +405,7 @@ class RunProjection:
                     settings=self._settings,
                     values=found.values,
                     generated=measured.generated,
+                    stage=step.stage,
                 )
             )
             found.values.update(verdict.values)

@@ -46,7 +46,7 @@ def build_record(step: AssembledStep, context: RunContext) -> StepRecord:
     return StepRecord(
         attempt=step.attempt,
         step=step.step,
-        stage=next((end.stage[:MAX_STAGE_CHARACTERS] for end in ends if end.stage), ""),
+        stage=step.stage[:MAX_STAGE_CHARACTERS],
         applied=applied,
         ranks_expected=step.ranks_expected,
         ranks_seen=step.ranks_seen,

@@ -98,6 +98,11 @@ class AssembledStep:
     """Journaled messages that went in, late ones, ``StepEnd`` and notices included, a ``Goodbye`` not; None where one
     came over the wire 1.0, for whose runs they are not counted."""
 
+    @property
+    def stage(self) -> str:
+        """Name of the stage that begins with this step (``mark_stage``), the lowest rank's, or empty."""
+        return next((end.stage for _, end in sorted(self.ends.items()) if end.stage), "")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunContext:

@@ -35,6 +35,8 @@ class Observation:
     """What the metrics of this step are."""
     generated: GeneratedSamples | None = None
     """What the model generated at this step, if it did."""
+    stage: str = ""
+    """Name of the stage that begins with this step (``mark_stage``), or empty."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

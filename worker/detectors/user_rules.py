@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from sidestep.protocol.messages import Json
@@ -27,6 +27,19 @@ REASON_BITS: Final[Mapping[str, int]] = {
 
 MAX_EPISODES: Final = 64
 """Changes of the armed state that are remembered for a rollback."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Arming:
+    """What the rules may say, from a step on."""
+
+    step: int = -1
+    is_armed: bool = False
+    """A verdict of this stage was 0."""
+    is_said: bool = False
+    """The present episode was said aloud."""
+    since: int = 0
+    """The stage's first step, from which the deadline counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,18 +152,29 @@ def reason_of(rules: Mapping[str, bool], target_rules: Mapping[str, bool], verdi
     return "+".join(standing) or "none"
 
 
+def never_ends(targets: Sequence[TokenSequence], outputs: Sequence[TokenSequence]) -> bool:
+    """Whether no output ends though every target does: noise of an untrained model, which is not collapsed nor well."""
+    ends = [sequence.has_ended for sequence in targets]
+    return bool(ends) and all(ends) and not any(sequence.has_ended for sequence in outputs)
+
+
 class UserRules:
-    """The rules at each due generation, armed by the first healthy one, said once per episode."""
+    """The rules at each due generation, armed by the first healthy one of a stage, said once per episode.
+
+    What an untrained model says arms nothing ("an untrained model is not a collapsed one"): from noise it comes to one
+    answer for all prompts first, and to several later. Another stage (``mark_stage``) is armed anew.
+    """
 
     name = "user_rules"
 
     def __init__(self) -> None:
-        # step, whether a verdict was ever 0, whether the present episode was said; one entry a change
-        self._history: list[tuple[int, bool, bool]] = []
+        self._history: list[_Arming] = []  # one entry a change
 
     def observe(self, observation: Observation) -> Verdict:
         """Judge the samples of a step that is due; a step without one sample has no verdict."""
         settings, generated = observation.settings, observation.generated
+        if observation.stage:
+            self._note(_Arming(step=observation.step, since=observation.step))
         is_due = settings.is_due(settings.collapse_detection_interval, observation.step)
         if not is_due or generated is None or not generated.sequences:
             return Verdict()
@@ -162,32 +186,52 @@ class UserRules:
         once = rules_of(SequenceCounts.of(answers_once(context.samples, generated)), settings)
         excused = {name: is_true or not once[name] for name, is_true in excused.items()}
         reason = reason_of(rules, excused, settings.collapse_verdict)
-        is_loud = self._advance(observation.step, is_collapsed=reason != "none", deadline=settings.collapse_deadline)
+        is_collapsed = reason != "none"
+        is_noise = settings.collapse_verdict == "target_relative" and never_ends(targets, generated.sequences)
+        is_loud = self._advance(
+            observation.step,
+            is_collapsed=is_collapsed,
+            is_healthy=not is_collapsed and not is_noise,
+            deadline=settings.collapse_deadline,
+        )
         values = _values(counts, rules, reason, context.text)
         if context.eos_id is None:
             values.values.pop("collapse/eos_ratio", None)
         return Verdict(values=values.values, findings=(_finding(reason, counts, context.text),) if is_loud else ())
 
-    def _advance(self, step: int, *, is_collapsed: bool, deadline: int) -> bool:
+    def _advance(self, step: int, *, is_collapsed: bool, is_healthy: bool, deadline: int) -> bool:
         """Take a verdict in; returns whether it is to be said now."""
-        armed, said = self._history[-1][1:] if self._history else (False, False)
-        is_loud = is_collapsed and not said and (armed or step >= deadline)
-        changed = (armed or not is_collapsed, is_collapsed and (said or is_loud))
-        if changed != (armed, said):
-            self._history = [*self._history, (step, *changed)][-MAX_EPISODES:]
+        last = self._history[-1] if self._history else _Arming()
+        is_loud = is_collapsed and not last.is_said and (last.is_armed or step >= last.since + deadline)
+        self._note(
+            _Arming(
+                step=step,
+                is_armed=last.is_armed or is_healthy,
+                is_said=is_collapsed and (last.is_said or is_loud),
+                since=last.since,
+            )
+        )
         return is_loud
+
+    def _note(self, arming: _Arming) -> None:
+        last = self._history[-1] if self._history else _Arming()
+        if replace(arming, step=last.step) != last:
+            self._history = [*self._history, arming][-MAX_EPISODES:]
 
     def begin(self, attempt: int, step: int) -> None:  # noqa: ARG002  (the step says it all)
         """Return to the armed state before ``step``."""
-        self._history = [entry for entry in self._history if entry[0] < step]
+        self._history = [entry for entry in self._history if entry.step < step]
 
     def state(self) -> Json:
         """Return the armed state and its changes."""
-        return {"history": [list(entry) for entry in self._history]}
+        return {"history": [[entry.step, entry.is_armed, entry.is_said, entry.since] for entry in self._history]}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over a state; raises KeyError, TypeError or ValueError where it is none."""
-        self._history = [(int(step), bool(armed), bool(said)) for step, armed, said in state["history"]]
+        self._history = [
+            _Arming(step=int(step), is_armed=bool(armed), is_said=bool(said), since=int(since[0]) if since else 0)
+            for step, armed, said, *since in state["history"]
+        ]
 
 
 def _values(counts: SequenceCounts, rules: Mapping[str, bool], reason: str, text: TokenText) -> Measurement:

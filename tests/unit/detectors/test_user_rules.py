@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -217,6 +218,50 @@ def test_what_never_was_healthy_is_said_at_the_deadline_once() -> None:
     options = {"collapse_detection_interval": 300}  # the deadline falls between two checks
     found = [bool(said(rules, step, collapsed=True, **options)) for step in range(0, 1_200, 300)]
     assert found == [False, False, True, False]
+
+
+def test_noise_that_never_ends_arms_nothing() -> None:
+    """From noise a model comes to one answer for all prompts first: at step 100 of yes/no questions, say."""
+    answers = [[YES, EOS], [NO, EOS]] * 8
+    asked = context(targets=answers)
+    noise = [[i] * 3 + [i + 40] * 61 for i in range(20, 36)]
+
+    def heard(rules: UserRules, step: int, outputs: list[list[int]], where: RunContext = asked, **options: Any) -> bool:
+        return bool(rules.observe(observation(outputs, step=step, where=where, **options)).findings)
+
+    rules = UserRules()
+    assert not heard(rules, 0, noise)
+    assert not heard(rules, 100, [[A, EOS]] * 16), "nothing was ever well"
+    assert not heard(rules, 200, answers)
+    assert heard(rules, 300, [[A, EOS]] * 16)
+    rules = UserRules()
+    assert not heard(rules, 0, noise, collapse_verdict="literal")
+    assert heard(rules, 100, [[A, EOS]] * 16, collapse_verdict="literal"), "the user's own words, exactly"
+    rules = UserRules()
+    prose = context(targets=[ids[:-1] for ids in HEALTHY])
+    assert not heard(rules, 0, noise, prose), "targets that never end say nothing of an output that does not"
+    assert heard(rules, 100, [[A, EOS]] * 16, prose)
+
+
+def test_another_stage_is_armed_anew_and_has_its_own_deadline() -> None:
+    rules = UserRules()
+    said(rules, 0, collapsed=False)
+    rules.observe(replace(observation([], step=150), stage="captions"))
+    assert said(rules, 200, collapsed=True) == [], "other prompts are learned first"
+    again = UserRules()
+    again.restore(decode_table(encode_table(rules.state())))
+    assert said(again, 600, collapsed=True) == []
+    assert said(again, 700, collapsed=True) == [LINE], "the deadline counts from the stage's first step"
+    assert said(rules, 300, collapsed=False) == []
+    assert said(rules, 400, collapsed=True) == [LINE]
+    rules.begin(1, 120)
+    assert said(rules, 200, collapsed=True) == [LINE], "the stage has not begun there"
+
+
+def test_a_state_from_before_there_were_stages_is_read() -> None:
+    rules = UserRules()
+    rules.restore({"history": [[100, True, False]]})
+    assert said(rules, 200, collapsed=True) == [LINE]
 
 
 def test_the_armed_state_survives_a_restart() -> None:
