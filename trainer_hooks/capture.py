@@ -21,6 +21,9 @@ _MASKS = ("attention_mask", "padding_mask")
 _DOCUMENTS = ("document_ids", "documents", "seq_idx")
 _POSITIONS = ("position_ids",)
 _CUMULATED = ("cu_seqlens", "cu_seq_lens_q")
+_DECODER_IDS = ("decoder_input_ids",)
+_DECODER_MASKS = ("decoder_attention_mask",)
+_DECODER_POSITIONS = ("decoder_position_ids",)
 _PADDED_VOCABULARY_SHARE = 1.1
 _PADDED_VOCABULARY_ROWS = 1024
 
@@ -58,6 +61,8 @@ class Batch:
     """Last hidden states [b, t, d], where there are no logits."""
     head: nn.Module | torch.Tensor | None = None
     """What turns them into logits."""
+    encoder_ids: torch.Tensor | None = None
+    """What an encoder reads [b, s], where the labels are those of a decoder: it tells samples apart."""
     cu_seqlens: torch.Tensor | None = None
     """Cumulated lengths of the documents over the flattened positions [documents + 1]."""
     shifted: bool | None = None
@@ -71,7 +76,7 @@ class Batch:
 
 _TENSOR_FIELDS = (
     "input_ids", "labels", "attention_mask", "position_ids", "documents", "logits", "loss", "token_losses", "hidden",
-    "cu_seqlens",
+    "cu_seqlens", "encoder_ids",
 )  # fmt: skip
 
 
@@ -125,15 +130,21 @@ class ForwardReader:
     def __init__(self, model: nn.Module, vocabulary_size: int) -> None:
         inner = unwrapped(model)
         self._names = parameter_names(inner.forward)
+        self._has_encoder = has_encoder(inner)
         sizes = head_sizes(find_head(inner))
         self._head_size = sizes[0] if sizes is not None else 0
         self._vocabulary_size = vocabulary_size
 
     @property
     def shifted(self) -> bool | None:
-        """What the name of the label argument says; None where there is none or both."""
+        """What the name of the label argument says; None where there is none or both.
+
+        A decoder behind an encoder is given the labels moved by one, or moves them itself: its logits are beside them.
+        """
         already = any(name in self._names for name in _SHIFTED_LABELS)
         plain = any(name in self._names for name in _PLAIN_LABELS)
+        if plain and self._has_encoder:
+            return True
         return None if already == plain else already
 
     @property
@@ -148,6 +159,8 @@ class ForwardReader:
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Batch | None:
         """The batch of one forward; None where its token ids cannot be found."""
         given = self.arguments(args, kwargs)
+        if self._has_encoder:
+            return self._read_decoder(given, output)
         ids = _found_ids(given)
         shifted_labels = _integers(given, _SHIFTED_LABELS)
         labels = shifted_labels if shifted_labels is not None else _integers(given, _PLAIN_LABELS)
@@ -167,6 +180,28 @@ class ForwardReader:
             logits=logits,
             loss=loss,
             shifted=None if labels is None else shifted_labels is not None,
+            captured=True,
+        )
+        return whole_batch(made)
+
+    def _read_decoder(self, given: Mapping[str, Any], output: Any) -> Batch | None:
+        """Read the decoder's part of an encoder-decoder; its ids are not there where it makes them of the labels."""
+        ids, labels = _integers(given, _DECODER_IDS), _integers(given, _PLAIN_LABELS)
+        told = ids if labels is None else labels
+        if told is None:
+            return None
+        shape = told.shape
+        logits, loss = self.outputs(output, shape)
+        positions = given.get(_DECODER_POSITIONS[0])
+        made = Batch(
+            input_ids=ids if ids is not None and ids.shape == shape else None,
+            encoder_ids=_integers(given, _IDS),
+            labels=labels,
+            attention_mask=_of_shape(given, _DECODER_MASKS, shape),
+            position_ids=positions if isinstance(positions, torch.Tensor) else None,
+            logits=logits,
+            loss=loss,
+            shifted=None if labels is None else True,
             captured=True,
         )
         return whole_batch(made)
@@ -197,6 +232,12 @@ class ForwardReader:
             )
             return self._vocabulary_size <= width <= most
         return named
+
+
+def has_encoder(model: nn.Module) -> bool:
+    """Return whether an unwrapped model is an encoder-decoder, by its configuration or its forward's arguments."""
+    told = getattr(getattr(model, "config", None), "is_encoder_decoder", None)
+    return told if isinstance(told, bool) else _DECODER_IDS[0] in parameter_names(model.forward)
 
 
 def ids_argument(given: Mapping[str, Any]) -> str | None:

@@ -67,6 +67,7 @@ class Hooks:
         documents: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        encoder_ids: torch.Tensor | None = None,
         epoch: int | None = None,
     ) -> None:
         """Show a micro-batch, after its forward; it takes the place of what was seen of that forward.
@@ -85,6 +86,8 @@ class Hooks:
             documents: number of the document at each position [b, t], where rows are packed.
             position_ids: [b, t], starting anew with each document.
             cu_seqlens: cumulated lengths of the documents [documents + 1].
+            encoder_ids: of an encoder-decoder, what its encoder reads [b, s], by which samples are told apart; its
+                ``input_ids`` are the decoder's.
             epoch: the epoch that the micro-batch belongs to; it stays until another is told.
         """
         if self._session is not None:
@@ -102,6 +105,7 @@ class Hooks:
                     documents=documents,
                     position_ids=position_ids,
                     cu_seqlens=cu_seqlens,
+                    encoder_ids=encoder_ids,
                     epoch=epoch,
                 )
             )

@@ -14,7 +14,7 @@ _LABELS = {"shift_labels": True, "targets": True, "target": True, "labels": None
 def complete(told: dict[str, Any], batch: Mapping[Any, Any]) -> None:
     """Add what the forward was not given: ids, labels and mask of the batch, where their shapes fit."""
     ids = told["input_ids"]
-    if ids is None:
+    if ids is None and told.get("encoder_ids") is None:  # else the batch's ids are not those of the labels
         ids = told["input_ids"] = _integers(batch.get("input_ids"))
     if told["labels"] is None:
         name = next((name for name in _LABELS if _integers(batch.get(name)) is not None), "")

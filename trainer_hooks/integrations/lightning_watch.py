@@ -82,7 +82,7 @@ class LightningWatch:
     def _told(self, seen: Batch) -> dict[str, Any]:
         """Arguments of ``on_batch``: what the forward showed, completed by the batch, both overridden by the user's."""
         names = ("input_ids", "labels", "attention_mask", "logits", "loss", "shifted", "documents", "position_ids")
-        told: dict[str, Any] = {name: getattr(seen, name) for name in (*names, "cu_seqlens")}
+        told: dict[str, Any] = {name: getattr(seen, name) for name in (*names, "cu_seqlens", "encoder_ids")}
         batch = self._given
         if isinstance(batch, Mapping):
             complete(told, batch)

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from sidestep.trainer_hooks.capture import has_encoder
 from sidestep.trainer_hooks.guard import Guard, guarded
 from sidestep.trainer_hooks.hooks import Hooks
 from sidestep.trainer_hooks.integrations.wrapped_method import WrappedMethod
+from sidestep.trainer_hooks.parameters import unwrapped
 
 
 class TrainerWatch:
@@ -28,6 +30,7 @@ class TrainerWatch:
         self.epoch = 0
         self._hooks: Hooks | None = hooks
         self._trainer = trainer
+        self._has_encoder = has_encoder(unwrapped(outermost))
         self._accelerator = accelerator
         self._clip_was_seen = False
         self._norm: Any = None
@@ -100,8 +103,13 @@ class TrainerWatch:
     def _tell_batch(self, inputs: Mapping[str, Any], result: Any, num_items: Any) -> None:
         """Show the micro-batch, with the loss that ``compute_loss`` made of it."""
         ids, given = inputs.get("input_ids"), inputs.get("shift_labels", inputs.get("labels"))
-        if self._hooks is None or self._output is None or not isinstance(ids, torch.Tensor) or ids.dim() != 2:
+        if self._hooks is None or self._output is None:
             return  # what the forward alone shows stands
+        if self._has_encoder:
+            self._tell_decoder(self._hooks, inputs, result, num_items)
+            return
+        if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
+            return  # as above
         output = self._output
         log_probs = getattr(output, "log_probs", None)  # TRL's fused head: per token, and no logits
         self._hooks.on_batch(
@@ -113,6 +121,21 @@ class TrainerWatch:
             shifted=True if inputs.get("shift_labels") is not None else None,
             position_ids=_tensor(inputs.get("position_ids")),
             cu_seqlens=_tensor(inputs.get("cu_seq_lens_q")),
+            epoch=self.epoch,
+        )
+
+    def _tell_decoder(self, hooks: Hooks, inputs: Mapping[str, Any], result: Any, num_items: Any) -> None:
+        """Show a decoder's part of a micro-batch; the logits are those of its labels, as beside each other."""
+        labels = _tensor(inputs.get("labels"))
+        if labels is None or labels.dim() != 2:
+            return  # what the forward alone shows stands
+        hooks.on_batch(
+            input_ids=_of_shape(inputs.get("decoder_input_ids"), labels.shape),
+            encoder_ids=_tensor(inputs.get("input_ids")),
+            labels=labels,
+            attention_mask=_of_shape(inputs.get("decoder_attention_mask"), labels.shape),
+            loss=self._as_reported(result[0] if isinstance(result, tuple) else result, num_items),
+            shifted=True,
             epoch=self.epoch,
         )
 

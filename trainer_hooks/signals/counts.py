@@ -237,7 +237,10 @@ class DeviceHash:
         """Hash each row of a batch; int64 [B] on the labels' device."""
         factors = self._factors(labels.device, labels.shape[1])
         hashes = (labels.to(torch.int64) * factors.select(0, 0)).sum(dim=1)
-        return hashes if ids is None else hashes + (ids.to(torch.int64) * factors.select(0, 1)).sum(dim=1)
+        if ids is None:
+            return hashes
+        factors = self._factors(labels.device, ids.shape[1])  # an encoder's ids have a length of their own
+        return hashes + (ids.to(torch.int64) * factors.select(0, 1)).sum(dim=1)
 
     def _factors(self, device: torch.device, length: int) -> Tensor:
         held = self._held.get((device, length))

@@ -61,12 +61,14 @@ class HostCopies:
     """Those of the window's rows, float32 [n, V], where they are few."""
     images: Tensor | None = None
     """Pixels [n, p], where they are few."""
+    encoder_ids: Tensor | None = None
+    """What tells samples apart beside their labels, where the ids do not go with these."""
     trainer_loss: float | None = None
 
     @property
     def size_bytes(self) -> int:
         """Memory that is held until it is counted."""
-        held = (self.labels, self.ids, self.mask, self.logits, self.images)
+        held = (self.labels, self.ids, self.encoder_ids, self.mask, self.logits, self.images)
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 
 
@@ -153,6 +155,7 @@ class MicroSignalReader:
             reading=reading,
             labels=labels.clone(),
             ids=ids.clone() if ids is not None and ids.is_cpu else None,
+            encoder_ids=_rows_on_host(batch.encoder_ids, labels.shape[0]),
             mask=mask.clone() if mask is not None and mask.is_cpu and mask.shape == labels.shape else None,
             window=window,
         )
@@ -176,7 +179,9 @@ class MicroSignalReader:
         made.tensors["counts"] = count_on_device(aligned)
         labels = _rows_of(batch.labels)
         if "hashes" not in made.tensors:
-            made.tensors["hashes"] = self._hash(aligned.targets if labels is None else labels, aligned.input_ids)
+            ids = _rows_of(batch.encoder_ids)
+            ids = aligned.input_ids if ids is None else ids.to(aligned.targets.device, non_blocking=True)
+            made.tensors["hashes"] = self._hash(aligned.targets if labels is None else labels, ids)
         index, origins = choose_on_device(aligned, max_rows, seed)
         counted = aligned.labelled.flatten().index_select(0, index)
         targets = aligned.targets.flatten().index_select(0, index).to(torch.int64)
@@ -216,6 +221,12 @@ def _rows_of(values: Tensor | None) -> Tensor | None:
     if values is None or values.dim() not in {1, 2}:
         return None
     return values.detach().unsqueeze(0) if values.dim() == 1 else values.detach()
+
+
+def _rows_on_host(values: Tensor | None, num_rows: int) -> Tensor | None:
+    """Return a copy of rows [B, S] that lie on the host, None of others."""
+    rows = _rows_of(values)
+    return rows.clone() if rows is not None and rows.is_cpu and rows.shape[0] == num_rows else None
 
 
 def _source(batch: Batch, rows: int, positions: int) -> LogitsSource | Tensor | None:
@@ -281,7 +292,8 @@ def micro_arrays(host: HostCopies | None, arrays: Arrays) -> MicroArrays:
 
 def _of_host(host: HostCopies, arrays: Arrays) -> MicroArrays:
     reading, window = host.reading, host.window
-    labels, ids, mask = (None if t is None else t.numpy() for t in (host.labels, host.ids, host.mask))
+    held = (host.labels, host.ids, host.mask, host.encoder_ids)
+    labels, ids, mask, encoder_ids = (None if t is None else t.numpy() for t in held)
     assert labels is not None  # noqa: S101
     targets, runs = reading.targets_and_runs(labels)
     give_way()
@@ -297,7 +309,7 @@ def _of_host(host: HostCopies, arrays: Arrays) -> MicroArrays:
     give_way()
     return MicroArrays(
         counts=count_targets(reading, targets, runs, ids, mask),
-        hashes=arrays["hashes"].astype(np.int64) if "hashes" in arrays else hash_on_host(labels, ids),
+        hashes=arrays["hashes"].astype(np.int64) if "hashes" in arrays else _hashes(labels, ids, encoder_ids),
         labelled=window.num_labelled,
         targets=chosen[has_rows].astype(np.int32),
         places=places[kept][has_rows],
@@ -311,6 +323,10 @@ def _of_host(host: HostCopies, arrays: Arrays) -> MicroArrays:
         image_numbers=None if host.images is None else late_image_numbers(host.images.numpy()),
         trainer_loss=host.trainer_loss,
     )
+
+
+def _hashes(labels: NDArray[Any], ids: NDArray[Any] | None, encoder_ids: NDArray[Any] | None) -> NDArray[np.int64]:
+    return hash_on_host(labels, ids if encoder_ids is None else encoder_ids)
 
 
 def _of_device(arrays: Arrays) -> MicroArrays:

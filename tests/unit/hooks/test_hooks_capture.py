@@ -79,3 +79,38 @@ def test_a_wrapped_model_is_read_by_its_inner_forward() -> None:
 
 def test_a_forward_without_ids_is_no_batch() -> None:
     assert ForwardReader(LibraryLike(), vocabulary_size=0).read((HIDDEN,), {}, (HIDDEN,)) is None
+
+
+class EncoderDecoder(nn.Module):
+    """An encoder that reads ``input_ids``, and a decoder that is trained on ``labels`` of a length of their own."""
+
+    def forward(self, input_ids: Any = None, decoder_input_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("length", [T, T + 3])
+def test_of_an_encoder_decoder_the_labels_stand_beside_the_logits_and_the_ids_are_the_decoders(length: int) -> None:
+    reader = ForwardReader(EncoderDecoder(), vocabulary_size=0)
+    assert reader.shifted is True
+    asked = torch.ones(B, length, dtype=torch.int64)
+    batch = reader.read((), {"input_ids": asked, "labels": LABELS}, {"loss": LOSS, "logits": LOGITS})
+    assert batch is not None
+    assert (batch.labels is LABELS, batch.logits is LOGITS, batch.shifted) == (True, True, True)
+    assert batch.input_ids is None, "those of the encoder do not go with the labels, whatever their length"
+    assert batch.encoder_ids is asked
+    moved = torch.zeros_like(IDS)
+    batch = reader.read((), {"input_ids": asked, "decoder_input_ids": moved, "labels": LABELS}, {"logits": LOGITS})
+    assert batch is not None
+    assert batch.input_ids is moved
+    assert reader.read((), {"input_ids": asked}, {"logits": LOGITS}) is None
+
+
+def test_a_configuration_tells_an_encoder_decoder_whose_forward_does_not() -> None:
+    class Told(LibraryLike):
+        config = SimpleNamespace(is_encoder_decoder=True)
+
+    class Denied(EncoderDecoder):
+        config = SimpleNamespace(is_encoder_decoder=False)
+
+    assert ForwardReader(Told(), vocabulary_size=0).shifted is True
+    assert ForwardReader(Denied(), vocabulary_size=0).shifted is False

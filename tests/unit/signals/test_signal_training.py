@@ -238,6 +238,20 @@ def test_labels_on_a_device_are_read_like_labels_on_the_host(shifted: bool, max_
         assert on_device.places.tolist()[:3] in ([0, 1, 2], [0, 1, 0])
 
 
+def test_samples_of_an_encoder_decoder_are_told_apart_by_what_its_encoder_reads() -> None:
+    labels, asked = torch.full((4, 3), 7), torch.arange(4 * 9).view(4, 9)
+    reader = MicroSignalReader(eos_id=EOS, pad_id=None, ignore_index=IGNORE)
+    batch = Batch(labels=labels, encoder_ids=asked)
+    on_host = reader.read(batch, None, shifted=True, max_rows=9, seed=7)
+    asked_then = asked.clone()
+    asked.zero_()
+    hashes = micro_arrays(on_host.host, {}).hashes
+    assert len(set(hashes.tolist())) == 4
+    batch = Batch(labels=labels, encoder_ids=asked_then)
+    on_device = reader.read(batch, align(input_ids=None, labels=labels, shifted=True), shifted=True, max_rows=9, seed=7)
+    np.testing.assert_array_equal(on_device.tensors["hashes"].numpy(), hashes)
+
+
 @pytest.mark.parametrize("form", ["tensor", "list", "one image"])
 def test_a_trainer_may_change_its_images_once_they_were_read(form: str) -> None:
     ids, images, targets = next(batches(3, 1))
