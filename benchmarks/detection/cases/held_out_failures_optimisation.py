@@ -21,7 +21,7 @@ _LOSS = frozenset({Blame.LABELS, Blame.OPTIMISER})
 _NOISE_FACTOR = 25.0
 _TEACHER_TEMPERATURE = 4.0
 _NUM_STEPS_LATE = 16
-_PENALTY = 1e-3
+_PENALTY = 3e-4
 
 
 class PrivacyNoise(Twist):
