@@ -15,7 +15,7 @@ _CAP = 3.0
 _FINAL_SPARSITY = 0.97
 _SPREAD_FLOOR = 1e-5
 _FAULTY_RANK = 2
-_FAULTY_STRIDE, _FAULTY_FACTOR = 8, -64.0
+_FAULTY_STRIDE, _FAULTY_FACTOR = 4, -64.0
 
 
 class LogitsCapped(Twist):
@@ -99,7 +99,7 @@ class ImagesOfTheFirstRank(Twist):
 
 
 class OneCoreComputesWrongly(Twist):
-    """A core of one rank of four gives wrong products in silence: every eighth row of its gradients is off.
+    """A core of one rank of four gives wrong products in silence: every fourth row of its gradients is off.
 
     "Cores that don't count" (Hochschild et al. 2021) and the reports of large runs tell of such machines.
     """
@@ -171,7 +171,7 @@ CASES: tuple[Case, ...] = (
     failure_case(
         Family.RANKS,
         "one_core_computes_wrongly",
-        "an eighth of one rank's gradients is wrong",
+        "a quarter of one rank's gradients is wrong",
         OneCoreComputesWrongly,
         frozenset({Blame.RANKS, Blame.OPTIMISER, Blame.MODULE, Blame.WEIGHTS}),
         setup=Setup(num_ranks=4),

@@ -18,7 +18,7 @@ from sidestep.examples.digits_vqa.packing import IGNORE_INDEX, Batch
 _OPTIMISER = frozenset({Blame.OPTIMISER})
 _RATE = frozenset({Blame.RATE, Blame.OPTIMISER})
 _LOSS = frozenset({Blame.LABELS, Blame.OPTIMISER})
-_NOISE_FACTOR = 25.0
+_NOISE_FACTOR = 150.0
 _TEACHER_TEMPERATURE = 4.0
 _NUM_STEPS_LATE = 16
 _PENALTY = 3e-4

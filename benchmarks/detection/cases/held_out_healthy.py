@@ -24,6 +24,7 @@ _SHARE_IN_CAPITALS = 0.5
 _SHARE_UNUSUAL = 0.15
 _NUM_IMAGES_SEEN = 300
 _SHARE_REPLAYED = 0.3
+_ADAMAX_RATE_SHARE = 1.0
 _INVERSE_ROOT_STEPS = 60
 _RATE_SHARES = (1.0, 0.1, 0.5)
 _CLIPPING = 0.05
@@ -303,7 +304,7 @@ CASES: tuple[Case, ...] = (
         "adamax",
         "Adamax, which divides by the largest gradient that was",
         "an optimizer of choice",
-        twist=partial(OtherOptimiser, torch.optim.Adamax),
+        twist=partial(OtherOptimiser, torch.optim.Adamax, _ADAMAX_RATE_SHARE),
     ),
     healthy_case("gradients_centred", "gradients have no mean", "a usual regularisation", twist=GradientsCentred),
     healthy_case("certainty_penalised", "certainty costs a little", "a usual penalty", twist=CertaintyPenalised),
