@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from sidestep.protocol.limits import MAX_SIGNAL_HASHES
 from sidestep.protocol.messages import Message, Probe
 from sidestep.trainer_hooks.capture import Batch, ForwardReader
+from sidestep.trainer_hooks.image_exchange import read_images
 from sidestep.trainer_hooks.isolation import undisturbed
 from sidestep.trainer_hooks.kept_batch import KeptBatch, Ran, forward_logits
 from sidestep.trainer_hooks.parameters import unwrapped
 from sidestep.trainer_hooks.reductions.alignment import AlignedBatch
 from sidestep.trainer_hooks.reductions.host_index import to_device
 from sidestep.trainer_hooks.signals.images import find_images, image_leaves, image_numbers, num_images
+from sidestep.trainer_hooks.signals.packed_images import PackedImages, images_of
 from sidestep.trainer_hooks.signals.rows import choose_on_device, choose_on_host, row_signals
 
 MAX_ROWS = 512
@@ -51,8 +53,7 @@ class ImageProbe:
 
     def see(self, given: Mapping[str, Any]) -> None:
         """Keep the arguments of a due step's first forward that has at least two images."""
-        found = find_images(given)
-        if found is not None and num_images(found[1]) > 1:
+        if has_several(given):
             self._kept.see(given)
 
     def keep(self, batch: Batch, align: Callable[[Batch], AlignedBatch]) -> None:
@@ -114,29 +115,29 @@ class ImageProbe:
         return losses / number, number
 
 
-def rolled(given: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor] | None:
-    """Return a forward's image arguments with each image in the place of the one before, and how many differ from it.
+def has_several(given: Mapping[str, Any]) -> bool:
+    """Return whether a forward has at least two images, as far as the shapes tell."""
+    images = images_of(given)
+    return (images.num_images if isinstance(images, PackedImages) else num_images(images)) > 1
 
-    None with fewer than two images, and where their shapes differ: another size may mean another number of tokens.
+
+def rolled(given: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor] | None:
+    """Return a forward's image arguments with each image in the place of another, and how many are others then.
+
+    Of a list, in the place of the one before; None with fewer than two images, and where the shapes in a list differ:
+    another size may mean another number of tokens.
     """
     found = find_images(given)
     if found is None:
         return None
     name, value = found
-    leaves = list(image_leaves(value))
-    if num_images(value) < 2 or len({leaf.shape for leaf in leaves}) > 1:
-        return None
     if isinstance(value, Tensor):
-        if value.dim() <= _IMAGE_AXES:
-            return None
-        moved: dict[str, Any] = {name: _rolled(value)}
-        mask = given.get(_MASK_ARGUMENTS[0])
-        if isinstance(mask, Tensor) and mask.dim() == value.dim() - 1 and mask.shape[:-2] == value.shape[:-3]:
-            moved[_MASK_ARGUMENTS[0]] = _rolled(mask, axes=2)
-    elif len(leaves) < 2:
-        return None  # the tiles of a single image
-    else:
-        moved = {name: _replaced(value, iter([leaf.detach() for leaf in (*leaves[-1:], *leaves[:-1])]))}
+        images = read_images(given)
+        return None if images is None else images.exchanged()
+    leaves = list(image_leaves(value))
+    if len(leaves) < 2 or num_images(value) < 2 or len({leaf.shape for leaf in leaves}) > 1:
+        return None  # none, or the tiles of a single image
+    moved = {name: _replaced(value, iter([leaf.detach() for leaf in (*leaves[-1:], *leaves[:-1])]))}
     return moved, _num_others(value, moved[name])
 
 
@@ -169,12 +170,21 @@ def rolled_tiles(given: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor] | No
     return {name: made}, _num_others(value, made)
 
 
-def rolled_rows(given: Mapping[str, Any], num_rows: int) -> tuple[dict[str, Any], Tensor, list[int]] | None:
-    """As ``rolled``, over the images of every second row alone; and how many tiles each row has [rows].
+def rolled_rows(
+    given: Mapping[str, Any], num_rows: int
+) -> tuple[dict[str, Any], Tensor, Sequence[int] | Tensor] | None:
+    """As ``rolled``, over the images of every second row alone; and how many tiles, or patches, each row has [rows].
 
     None where images do not come by rows of the batch, as far as their number tells, or the chosen rows have too few.
     """
     found = find_images(given)
+    if found is not None and isinstance(found[1], Tensor):
+        images = read_images(given)
+        by_rows = 0 if images is None or images.rows != num_rows else images.by_rows
+        if images is None or not by_rows or num_rows <= 2:
+            return None
+        every = torch.arange(images.number, device=images.is_real.device)
+        return (*images.exchanged(every // by_rows % 2 == 0), images.tokens_by_rows())
     if found is None or len(found[1]) != num_rows or any(name in given for name in _MASK_ARGUMENTS):
         return None
     name, value = found
@@ -184,8 +194,7 @@ def rolled_rows(given: Mapping[str, Any], num_rows: int) -> tuple[dict[str, Any]
         return None
     tiles = [num_images(part) for part in parts]
     parts[::2] = moved[0][name]
-    made = torch.stack([part.detach() for part in parts]) if isinstance(value, Tensor) else type(value)(parts)
-    return {name: made}, moved[1], tiles
+    return {name: type(value)(parts)}, moved[1], tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,12 +241,6 @@ def last_replaced(given: Mapping[str, Any], num_rows: int) -> LastReplaced | Non
     index = to_device(np.array(places, np.int64), is_other.device)
     differs = torch.zeros(num_rows, dtype=torch.bool, device=is_other.device).index_copy(0, index, is_other)
     return LastReplaced({name: type(value)(rows)}, differs, tiles, last_tiles)
-
-
-def _rolled(value: Tensor, axes: int = _IMAGE_AXES) -> Tensor:
-    """Move each image [.., C, H, W] by one, over all axes before the last ``axes``."""
-    flat = value.detach().flatten(0, value.dim() - axes - 1)
-    return flat.roll(1, dims=0).view(value.shape)
 
 
 def _replaced(value: Any, leaves: Any) -> Any:

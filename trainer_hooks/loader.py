@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sidestep.trainer_hooks.signals.counts import hash_on_host
-from sidestep.trainer_hooks.signals.images import find_images, image_numbers
+from sidestep.trainer_hooks.signals.images import image_numbers
+from sidestep.trainer_hooks.signals.packed_images import PackedImages, images_of
 
 _ROWS_AND_POSITIONS = 2
 
@@ -49,9 +50,10 @@ def hashes_of(batch: Any) -> BatchHashes | None:
     labels, ids = (_rows(batch.get(name)) for name in ("labels", "input_ids"))
     if labels is None:
         return None
-    found = find_images(batch)
+    found = images_of(batch)
     with torch.no_grad():
-        images = None if found is None else image_numbers(found[1])
+        numbers = found.numbers() if isinstance(found, PackedImages) else None
+        images = image_numbers(found) if numbers is None and found is not None else numbers
     return BatchHashes(
         hash_on_host(labels, ids),
         None if images is None else images.numpy(),

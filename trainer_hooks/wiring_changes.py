@@ -55,12 +55,15 @@ class Answers:
         behind = self._of_first_rows(is_image.cumsum(dim=1)).gather(1, self.candidates) > 0
         return behind | is_image.any().logical_not()
 
-    def has_images_by_rows(self, tiles: Sequence[int]) -> Tensor:
+    def has_images_by_rows(self, tiles: Sequence[int] | Tensor) -> Tensor:
         """Return whether rows have placeholders for just so many tiles, as many for each; bool []."""
         if self.image_token_id is None:
             return torch.zeros((), dtype=torch.bool, device=self.input_ids.device)
         placeholders = (self.input_ids == self.image_token_id).sum(dim=1)
-        given = to_device(np.array(tiles, np.int64), placeholders.device)
+        if isinstance(tiles, Tensor):
+            given = tiles.to(placeholders.device, non_blocking=True)
+        else:
+            given = to_device(np.array(tiles, np.int64), placeholders.device)
         return (placeholders * given.sum() == placeholders.sum() * given).all() & (placeholders.sum() > 0)
 
     def around_last_image(self, tiles: Sequence[int], last_tiles: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from sidestep.trainer_hooks.capture import Batch, ForwardReader
 from sidestep.trainer_hooks.config import HooksConfig
+from sidestep.trainer_hooks.image_probe import rolled, rolled_rows
 from sidestep.trainer_hooks.reducing import Reducer
 from sidestep.trainer_hooks.reductions.alignment import AlignedBatch, align
 from sidestep.trainer_hooks.reductions.answers import reduce_answers
@@ -35,6 +36,7 @@ from sidestep.trainer_hooks.signals.lost_gradients import LostGradients
 from sidestep.trainer_hooks.signals.microbatch import MicroSignalReader
 from sidestep.trainer_hooks.signals.module_norms import module_norms, whole_norm
 from sidestep.trainer_hooks.signals.optimizer_steps import OptimizerSteps
+from sidestep.trainer_hooks.signals.packed_images import images_of
 from sidestep.trainer_hooks.signals.projector import projector_numbers
 from sidestep.trainer_hooks.signals.step import StepSignals
 from sidestep.trainer_hooks.vocabulary import read_vocabulary
@@ -343,6 +345,44 @@ def test_the_probe_of_the_wiring(labels_at: str, shifted: bool, images: str) -> 
             assert all(_on_device(tensor) for tensor in tensors.values())
             finish({name: np.ones(shape) for name, shape in shapes(tensors).items()})
     assert watch.device_operations > 200
+
+
+@pytest.mark.parametrize("grids_at", ["host", "device"])
+def test_images_of_patches_that_follow_each_other(grids_at: str) -> None:
+    with watched() as watch:
+        grids = torch.full((ROWS, 3), 2, dtype=torch.int64, device=CUDA if grids_at == "device" else "cpu")
+        given = {
+            "input_ids": ids(CUDA),
+            "pixel_values": torch.zeros((8 * ROWS, FEATURES), dtype=torch.bfloat16, device=CUDA),
+            "image_grid_thw": grids,
+        }
+        images = images_of(given)
+        made = MicroSignalReader(eos_id=2, pad_id=0, ignore_index=-100).read(
+            Batch(labels=ids(CUDA)), batch_on(CUDA, shifted=False), shifted=False, max_rows=9, seed=1, images=images
+        )
+        both = rolled(given), rolled_rows(given, ROWS)
+    assert shapes(made.tensors)["images"] == (ROWS, 4)
+    for moved in both:
+        assert moved is not None
+        assert moved[0]["pixel_values"].shape == given["pixel_values"].shape
+        assert _on_device(moved[1])
+    assert watch.device_operations > 50
+
+
+@pytest.mark.parametrize("kind", ["image_sizes", "aspect_ratio_ids", ""])
+def test_images_in_the_place_of_others(kind: str) -> None:
+    with watched() as watch:
+        images = torch.zeros((ROWS, 2, 3, 4, 4), device=CUDA)
+        told = {kind: torch.ones((ROWS, 2), dtype=torch.int64, device=CUDA)} if kind else {}
+        mask = torch.ones((ROWS, 2, 4, 4), device=CUDA)
+        given = {"input_ids": ids(CUDA), "pixel_values": images, "pixel_attention_mask": mask, **told}
+        both = rolled(given), rolled_rows(given, ROWS)
+    for moved in both:
+        assert moved is not None
+        assert _on_device(moved[1])
+        assert moved[0]["pixel_values"].shape == images.shape
+        assert ("pixel_attention_mask" in moved[0]) == (not kind)
+    assert watch.device_operations > 20
 
 
 def test_ids_on_the_host_are_not_compared_with_labels_on_a_device() -> None:

@@ -30,6 +30,7 @@ from sidestep.trainer_hooks.signals.late_rows import (
     reduce_rows,
     whole_answers,
 )
+from sidestep.trainer_hooks.signals.packed_images import PackedImages
 from sidestep.trainer_hooks.signals.rows import choose_on_device, row_signals
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -132,6 +133,9 @@ class MicroSignalReader:
             made.tensors["trainer_loss"] = torch.tensor([loss], dtype=torch.float32)
 
     def _take_images(self, made: MicroSignals, images: Any) -> None:
+        if isinstance(images, PackedImages):
+            made.tensors["images"] = images.numbers()
+            return
         if made.host is not None:
             rows = image_rows(images)
             if len(rows) == 1 and rows[0].is_cpu and rows[0].nbytes <= MAX_LATE_BYTES:

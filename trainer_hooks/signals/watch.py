@@ -23,11 +23,11 @@ from sidestep.trainer_hooks.signals.budget import LEAST_ROWS_PER_STEP, OverheadB
 from sidestep.trainer_hooks.signals.device_time import DeviceTime
 from sidestep.trainer_hooks.signals.group_settings import group_settings, host_number
 from sidestep.trainer_hooks.signals.heartbeat import Heartbeat
-from sidestep.trainer_hooks.signals.images import find_images
 from sidestep.trainer_hooks.signals.lost_gradients import LostGradients
 from sidestep.trainer_hooks.signals.microbatch import MicroSignalReader, MicroSignals
 from sidestep.trainer_hooks.signals.module_norms import module_norms, whole_norm
 from sidestep.trainer_hooks.signals.optimizer_steps import OptimizerSteps
+from sidestep.trainer_hooks.signals.packed_images import images_of
 from sidestep.trainer_hooks.signals.projector import ProjectorWatch, find_projector
 from sidestep.trainer_hooks.signals.step import StepFacts, StepSignals, signals_message
 from sidestep.trainer_hooks.staging import Staging
@@ -96,8 +96,7 @@ class SignalWatch:
     def forward(self, given: Mapping[str, Any], step: int) -> None:
         """Remember the images among a forward's arguments until its micro-batch is read; longer for the probe alone."""
         self._forward_at = time.perf_counter()
-        found = find_images(given)
-        self._images = None if found is None else found[1]
+        self._images = images_of(given)
         for probe in self._probes:
             if probe.is_due(step):
                 probe.see(given)
