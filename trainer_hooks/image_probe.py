@@ -20,7 +20,7 @@ from sidestep.protocol.messages import Message, Probe
 from sidestep.trainer_hooks.capture import Batch, ForwardReader
 from sidestep.trainer_hooks.image_exchange import read_images
 from sidestep.trainer_hooks.isolation import undisturbed
-from sidestep.trainer_hooks.kept_batch import KeptBatch, Ran, forward_logits
+from sidestep.trainer_hooks.kept_batch import AskedLogits, KeptBatch, Ran
 from sidestep.trainer_hooks.parameters import unwrapped
 from sidestep.trainer_hooks.reductions.alignment import AlignedBatch
 from sidestep.trainer_hooks.reductions.host_index import to_device
@@ -43,7 +43,7 @@ class ImageProbe:
     def __init__(self, model: nn.Module, reader: ForwardReader, interval: int) -> None:
         """Probe every ``interval`` steps; 0: never."""
         self._model = unwrapped(model)
-        self._reader = reader
+        self._logits = AskedLogits(self._model, reader)
         self._interval = interval
         self._kept = KeptBatch()
 
@@ -98,7 +98,7 @@ class ImageProbe:
 
     def _loss(self, given: Mapping[str, Any], aligned: AlignedBatch) -> tuple[Tensor, Tensor]:
         """Mean loss over chosen labelled positions, and how many they are."""
-        source = forward_logits(self._model, self._reader, given, aligned)
+        source = self._logits(given, aligned)
         if source is None:
             raise ValueError("the forward shows no logits [b, t, v]: what images are worth cannot be told")
         positions = aligned.targets.shape[1]

@@ -12,6 +12,9 @@ from sidestep.trainer_hooks.capture import Batch, ForwardReader
 from sidestep.trainer_hooks.reductions.alignment import AlignedBatch
 from sidestep.trainer_hooks.reductions.cross_entropy import LogitsSource, logits_source
 
+_OF_A_FUSED_LOSS = ("fused_lm_head", "shift_labels", "num_items_in_batch")
+"""Arguments that ask for a fused loss, or belong to it (TRL's): without labels it cannot be had."""
+
 Ran = tuple[dict[str, Tensor], Callable[[Mapping[str, Any]], Sequence[Message]]]
 """Device tensors, and what makes the messages of them once they are on the host."""
 
@@ -72,20 +75,33 @@ class KeptBatch:
         return None if given is None or aligned is None else (given, aligned)
 
 
-def forward_logits(
-    model: nn.Module, reader: ForwardReader, given: Mapping[str, Any], aligned: AlignedBatch
-) -> LogitsSource | None:
-    """Call the model, and return where its logits are; None where its forward shows none.
+class AskedLogits:
+    """Calls the model for its logits; one whose loss is fused has none while there are labels, and is asked without."""
 
-    Raises:
-        Exception: whatever the model's forward raises.
-        ValueError: the logits do not go with the labels.
-    """
-    logits, _ = reader.outputs(model(**given), aligned.targets.shape)
-    if logits is None:
-        return None
-    rows, positions = aligned.targets.shape
-    return logits_source(logits, rows, positions)
+    def __init__(self, model: nn.Module, reader: ForwardReader) -> None:
+        self._model = model
+        self._reader = reader
+        self._without_labels = False
+
+    def __call__(self, given: Mapping[str, Any], aligned: AlignedBatch) -> LogitsSource | None:
+        """Call the model, and return where its logits are; None where its forward shows none in either way.
+
+        Raises:
+            Exception: whatever the model's forward raises.
+            ValueError: the logits do not go with the labels.
+        """
+        labels = self._reader.label_argument
+        if not self._without_labels:
+            source = self._source(given, aligned)
+            if source is not None or labels not in given:
+                return source
+            self._without_labels = True
+        left_out = {labels, *_OF_A_FUSED_LOSS}
+        return self._source({name: value for name, value in given.items() if name not in left_out}, aligned)
+
+    def _source(self, given: Mapping[str, Any], aligned: AlignedBatch) -> LogitsSource | None:
+        logits, _ = self._reader.outputs(self._model(**given), aligned.targets.shape)
+        return None if logits is None else logits_source(logits, *aligned.targets.shape)
 
 
 def _kept(value: Any) -> Any:

@@ -23,7 +23,7 @@ from sidestep.protocol.messages import Probe
 from sidestep.trainer_hooks.capture import Batch, ForwardReader, ids_argument, mask_argument
 from sidestep.trainer_hooks.image_probe import last_replaced, rolled, rolled_rows, rolled_tiles
 from sidestep.trainer_hooks.isolation import Autocast, as_trained, autocast_now
-from sidestep.trainer_hooks.kept_batch import KeptBatch, Ran, forward_logits
+from sidestep.trainer_hooks.kept_batch import AskedLogits, KeptBatch, Ran
 from sidestep.trainer_hooks.parameters import unwrapped
 from sidestep.trainer_hooks.reductions.alignment import AlignedBatch
 from sidestep.trainer_hooks.reductions.cross_entropy import cross_entropy
@@ -90,7 +90,6 @@ class WiringProbe:
     ) -> None:
         """Probe ``FIRST_STEP`` steps after the first one and at half of every ``interval`` steps; 0: never."""
         self._model = unwrapped(model)
-        self._reader = reader
         self._began: int | None = None
         self._interval = interval
         self._image_token_id = image_token_id
@@ -98,7 +97,7 @@ class WiringProbe:
         self._autocast: Autocast = ()
         self._failures = 0
         self._left_out: set[str] = set()
-        self._without_labels = False
+        self._logits = AskedLogits(self._model, reader)
         self._noise: Tensor | None = None
         self._is_random: Tensor | None = None
         # Set on the thread that gets the numbers, when they are on the host; read on the training thread.
@@ -317,20 +316,11 @@ class WiringProbe:
         return made
 
     def _losses(self, given: Mapping[str, Any], aligned: AlignedBatch, answers: Answers) -> Tensor | None:
-        """Return the losses at the candidates, float32 [b, k]; None where there are no logits.
-
-        A fused loss has no logits while there are labels: then it is asked without them.
-        """
-        labels = self._reader.label_argument
-        if self._without_labels:
-            given = {name: value for name, value in given.items() if name != labels}
+        """Return the losses at the candidates, float32 [b, k]; None where there are no logits."""
         with as_trained(self._model, self._autocast):
-            source = forward_logits(self._model, self._reader, given, aligned)
+            source = self._logits(given, aligned)
         if source is None:
-            if self._without_labels or labels not in given:
-                return None
-            self._without_labels = True
-            return self._losses(given, aligned, answers)
+            return None
         positions = answers.candidates
         targets = answers.targets.narrow(0, 0, positions.shape[0]).gather(1, positions)
         rows = torch.arange(positions.shape[0], device=source.device).unsqueeze(1).expand(positions.shape)

@@ -108,6 +108,18 @@ class Fused(Transformer):
         return {"loss": loss} if self.training else {"loss": loss, "logits": logits}
 
 
+class FusedWhenAsked(Transformer):
+    """As TRL's: asked for a fused loss it needs labels, and shows no logits."""
+
+    def forward(  # type: ignore[override]
+        self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, *, fused_lm_head: bool = False, **given: Any
+    ) -> dict[str, torch.Tensor]:
+        if not fused_lm_head:
+            return {"logits": self.logits(input_ids, given.get("documents"), given.get("attention_mask"))}
+        assert labels is not None
+        return {"loss": super().forward(input_ids, labels)[0]}
+
+
 class Checkpointed(Transformer):
     """Its layers are computed again in backward, by the way that warns where nothing wants a gradient."""
 
@@ -175,7 +187,8 @@ class Trained:
     def trained_on(self, given: dict[str, torch.Tensor]) -> float:
         if isinstance(self.model, Shifted):
             given["targets"] = F.pad(given.pop("labels"), (-1, 1), value=IGNORE)
-        made = self.model(**given)
+        asked = {"fused_lm_head": True} if isinstance(self.model, FusedWhenAsked) else {}
+        made = self.model(**given, **asked)
         loss = made["loss"] if isinstance(made, dict) else made[0]
         assert isinstance(loss, torch.Tensor)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -367,9 +380,10 @@ def test_a_forward_of_the_probe_is_not_taken_for_one_of_the_training() -> None:
     assert trained.ends[-1].step == 11
 
 
-def test_a_fused_loss_is_asked_for_logits_without_labels() -> None:
+@pytest.mark.parametrize("kind", [Fused, FusedWhenAsked])
+def test_a_fused_loss_is_asked_for_logits_without_labels(kind: type[Transformer]) -> None:
     for seen in ("causal", "everything"):
-        trained = Trained(Fused(seen))
+        trained = Trained(kind(seen))
         assert trained.failures == {}
         change = trained.probes[-1].future_change
         assert (change == 0.0) if seen == "causal" else (change > 2 * LIMIT)
