@@ -30,7 +30,7 @@ from sidestep.trainer_hooks.signals.watch import SignalWatch
 from sidestep.trainer_hooks.support import EXACT, capabilities, support_line
 from sidestep.trainer_hooks.topology import Topology, read_topology
 from sidestep.trainer_hooks.transport import OpenTransport
-from sidestep.trainer_hooks.vocabulary import Vocabulary, read_vocabulary
+from sidestep.trainer_hooks.vocabulary import Vocabulary, read_vocabulary, with_image_token
 from sidestep.trainer_hooks.wiring_probe import WiringProbe
 
 
@@ -74,7 +74,7 @@ def look_at(training: Training, tokenizer: Any, samples: Sequence[Sample] | None
     config, model = training.config, training.model
     topology = read_topology(model)
     check_topology(topology)
-    vocabulary = read_vocabulary(tokenizer, config)
+    vocabulary = read_vocabulary(tokenizer, with_image_token(config, unwrapped(model)))
     reader = ForwardReader(model, vocabulary.size)
     num_ids = vocabulary.size or (head_sizes(find_head(unwrapped(model))) or (0, 0))[0]
     chosen: list[Sample] = []

@@ -107,7 +107,7 @@ class HooksConfig:
     pad_id: int | None = None
     """Overrides the tokenizer's padding id."""
     image_token_id: int | None = None
-    """The image placeholder's id, where the tokenizer does not tell."""
+    """The image placeholder's id, where neither the model's configuration nor the tokenizer tells."""
     vocabulary_size: int | None = None
     """Overrides the tokenizer's length with added tokens."""
     loss_rows_per_microbatch: int = 1024

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sidestep.protocol.messages import Json
@@ -11,7 +11,7 @@ from sidestep.trainer_hooks.config import HooksConfig
 
 _EOS_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "[EOS]", "[SEP]")
 _PAD_TOKENS = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>")
-_IMAGE_TOKENS = ("<|image|>", "<image>", "<|image_pad|>", "<image_soft_token>", "<IMG_CONTEXT>")
+_IMAGE_TOKENS = ("<|image|>", "<image>", "<|image_pad|>", "<image_soft_token>", "<IMG_CONTEXT>", "[IMG]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +84,15 @@ def read_vocabulary(tokenizer: Any, config: HooksConfig) -> Vocabulary:
         content=content,
         texts={} if content is not None or decode is None else _texts(decode, size),
     )
+
+
+def with_image_token(config: HooksConfig, model: object) -> HooksConfig:
+    """Return the configuration with the id that the model puts images in the place of, unless it names one."""
+    own = getattr(model, "config", None)
+    told = getattr(own, "image_token_id", getattr(own, "image_token_index", None))
+    if config.image_token_id is not None or isinstance(told, bool) or not isinstance(told, int) or told < 0:
+        return config
+    return replace(config, image_token_id=told)
 
 
 def _as_json(backend: Any) -> bytes | None:

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Unpack
 
 from torch import nn
 
-from sidestep.trainer_hooks.config import HooksConfig
 from sidestep.trainer_hooks.guard import guarded
 from sidestep.trainer_hooks.hooks import Hooks
 from sidestep.trainer_hooks.integrations.attached_callback import AttachArguments, AttachedCallback
@@ -98,7 +96,7 @@ class TrainerCallback(AttachedCallback, transformers.TrainerCallback):  # type: 
             step=state.global_step + 1,
             scaler=getattr(accelerator, "scaler", None),
             run_config={**_settings(model), **_settings(args)},
-            config=_with_image_token(self._config, model),
+            config=self._config,
             tokenizer=_tokenizer_of(processing_class) if given.get("tokenizer") is None else given["tokenizer"],
             name=given.get("name") or getattr(state, "trial_name", None) or getattr(args, "run_name", None),
             run_id=given.get("run_id") or again,
@@ -186,15 +184,6 @@ def _tokenizer_of(processing_class: Any) -> Any:
     inner = getattr(processing_class, "tokenizer", None)
     chosen = processing_class if inner is None else inner
     return chosen if callable(getattr(chosen, "decode", None)) else None
-
-
-def _with_image_token(config: HooksConfig, model: Any) -> HooksConfig:
-    """With the id that the model puts images in the place of, unless the caller named one."""
-    own = getattr(model, "config", None)
-    told = getattr(own, "image_token_id", getattr(own, "image_token_index", None))
-    if config.image_token_id is not None or isinstance(told, bool) or not isinstance(told, int) or told < 0:
-        return config
-    return replace(config, image_token_id=told)
 
 
 def _settings(holder: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from sidestep.protocol.messages import Losses
+from sidestep.protocol.tables import decode_table
 from sidestep.trainer_hooks.config import HooksConfig
 from sidestep.trainer_hooks.hooks import attach
 from sidestep.trainer_hooks.logged import logged_values
@@ -151,6 +152,36 @@ def test_the_run_id_is_the_callers_then_the_environments(monkeypatch: pytest.Mon
         hooks.load_state_dict({"run_id": "from-state", "step": 4, "epoch": 1})
         assert hooks.state_dict() == {"run_id": expected, "step": 4, "epoch": 1}
         hooks.close()
+
+
+@pytest.mark.parametrize(
+    ("told", "chosen", "expected"),
+    [
+        ({"image_token_id": 6}, None, 6),
+        ({"image_token_index": 7}, None, 7),
+        ({"image_token_id": 6}, 5, 5),
+        ({"image_token_id": None}, None, None),
+        ({"image_token_id": -1}, None, None),
+        ({"image_token_id": True}, None, None),
+        ({}, None, None),
+    ],
+)
+def test_the_models_configuration_tells_where_images_are_put(
+    told: dict[str, Any], chosen: int | None, expected: int | None
+) -> None:
+    model = Model()
+    model.config = SimpleNamespace(**told)  # type: ignore[assignment]
+    opened: list[InProcessTransport] = []
+
+    def way(*arguments: Any) -> InProcessTransport:
+        opened.append(InProcessTransport(*arguments))
+        return opened[-1]
+
+    attach(model, torch.optim.SGD(model.parameters()), config=HooksConfig(image_token_id=chosen), transport=way).close()
+    [transport] = opened
+    table = decode_table(transport.blobs[transport.hello.tables["tokenizer"]])
+    assert isinstance(table, dict)
+    assert table["image_token_id"] == expected
 
 
 def test_a_tokenizer_that_only_decodes_travels_as_texts() -> None:
