@@ -324,9 +324,14 @@ def _of_host(host: HostCopies, arrays: Arrays) -> MicroArrays:
         top=_NO_FLOATS if numbers is None else numbers[3],
         predictions=predictions,
         mean_sum=mean_sum,
-        image_numbers=None if host.images is None else late_image_numbers(host.images.numpy()),
+        image_numbers=None if host.images is None else late_image_numbers(_as_array(host.images)),
         trainer_loss=host.trainer_loss,
     )
+
+
+def _as_array(images: Tensor) -> NDArray[Any]:
+    """Return them as numpy holds them: it has no bfloat16."""
+    return (images.float() if images.dtype == torch.bfloat16 else images).numpy()
 
 
 def _hashes(labels: NDArray[Any], ids: NDArray[Any] | None, encoder_ids: NDArray[Any] | None) -> NDArray[np.int64]:

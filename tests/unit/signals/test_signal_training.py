@@ -252,6 +252,19 @@ def test_samples_of_an_encoder_decoder_are_told_apart_by_what_its_encoder_reads(
     np.testing.assert_array_equal(on_device.tensors["hashes"].numpy(), hashes)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.uint8])
+def test_images_of_any_dtype_are_read_on_the_host(dtype: torch.dtype) -> None:
+    ids, _, targets = next(batches(3, 1))
+    images = (torch.rand(3, 3, 4, 4) * 200).to(dtype)
+    reader = MicroSignalReader(eos_id=EOS, pad_id=None, ignore_index=IGNORE)
+    batch = Batch(input_ids=ids, labels=targets)
+    made = reader.read(batch, None, shifted=True, max_rows=100, seed=7, images=images)
+    numbers, wanted = micro_arrays(made.host, {}).image_numbers, image_numbers(images)
+    assert numbers is not None
+    assert wanted is not None
+    np.testing.assert_allclose(numbers, wanted.numpy(), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("form", ["tensor", "list", "one image"])
 def test_a_trainer_may_change_its_images_once_they_were_read(form: str) -> None:
     ids, images, targets = next(batches(3, 1))
