@@ -23,6 +23,7 @@ from sidestep.worker.detectors.view import StepView
 MAX_COUNTED: Final = 24
 """Most frequent ids of a step that are remembered one by one."""
 MAX_USUAL: Final = 128
+FIRST_WINDOWS: Final = 4
 CHANCE: Final = 1e-6
 """Probability below which a window of one answer is not taken for chance: 10,000 steps hold many windows."""
 
@@ -53,6 +54,7 @@ class AnswerContent:
     def _reset(self) -> None:
         self._usual = Shares(max_ids=MAX_USUAL, rate=self._settings.single_answer.rate)
         self._num_steps = 0
+        self._first = [0, -1]  # content rows so far, and the only token among their targets; -1: there are others
 
     def read(self, view: StepView) -> Sequence[Reading]:
         """Judge the window that ends with this step."""
@@ -60,6 +62,7 @@ class AnswerContent:
             return ()
         step = self._content(view)
         self._window = [*self._window, step][-max(self._settings.target_single.pooled, 1) :]
+        self._count_first(step)
         chosen = self._chosen()
         found: list[Reading] = []
         is_single = False
@@ -74,6 +77,12 @@ class AnswerContent:
             self._usual.learn(np.array(list(step.targets), np.int64), counts / step.rows)
             self._num_steps += 1
         return found
+
+    def _count_first(self, step: _Content) -> None:
+        rows, token = self._first
+        only = next(iter(step.targets), -1) if len(step.targets) == 1 else -1
+        if step.rows:
+            self._first = [min(rows + step.rows, 1 << 20), only if not rows or only == token else -1]
 
     def _content(self, view: StepView) -> _Content:
         content = view.content
@@ -121,11 +130,11 @@ class AnswerContent:
     def _is_unusual(self, token: int, others: int, rows: int) -> bool:
         """Whether so few other targets are no chance: data that are 95 % "A" have windows of almost nothing else.
 
-        Before the usual share is known, it takes a window without any other, or one that is four times as large.
+        Before the usual share is known, it takes four windows' rows, from the first one on, without any other.
         """
         rule = self._settings.target_single
         if self._num_steps < rule.warmup:
-            return others == 0 or rows >= 4 * rule.min_rows
+            return self._first[1] >= 0 and self._first[0] >= FIRST_WINDOWS * rule.min_rows
         return is_clearly_below(others, rows, 1.0 - self._usual.share(token), likely=CHANCE)
 
     def _predictions(self, chosen: list[_Content], *, is_single: bool) -> Iterator[Reading]:
@@ -161,7 +170,7 @@ class AnswerContent:
             [each.answers, each.rows, each.judged, *_listed(each.targets), *_listed(each.surely)]
             for each in self._window
         ]
-        return {"window": window, "usual": self._usual.state(), "steps": self._num_steps}
+        return {"window": window, "usual": self._usual.state(), "steps": self._num_steps, "first": self._first}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over a state."""
@@ -171,6 +180,7 @@ class AnswerContent:
         ]
         self._usual.restore(state["usual"])
         self._num_steps = int(state["steps"])
+        self._first = [int(each) for each in state.get("first", (0, -1))]
 
 
 def _most(ids: Any) -> dict[int, int]:

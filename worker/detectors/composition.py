@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,9 @@ from sidestep.worker.detectors.running import Cusum, Freeze, RunningMoments, Win
 from sidestep.worker.detectors.settings import DetectorSettings
 from sidestep.worker.detectors.token_table import Costs, Found
 from sidestep.worker.detectors.view import StepView
+
+KNOWN_FROM: Final = 60
+"""Readings from which others may take what the same targets usually cost into account."""
 
 
 class CompositionAdjusted:
@@ -54,6 +57,8 @@ class CompositionAdjusted:
         residual = float(view.residuals.mean())
         widen = math.sqrt(max(1.0, self._usual_rows / view.num_rows))
         found: list[Reading] = []
+        if self._centre.count >= KNOWN_FROM:
+            view.residual_deviations = self._centre.z(residual, widen)
         if self._centre.count >= self._rule.warmup:
             found = [self._risen(residual, widen), *self._fallen(residual, view.mean_loss)]
         if not self._freeze.holds(is_suspicious=self._up.is_suspicious):

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sidestep.protocol.messages import Json
+from sidestep.worker.detectors.exact import is_plain_text
 from sidestep.worker.detectors.reading import Reading
 from sidestep.worker.detectors.running import RunningMoments, Window
 from sidestep.worker.detectors.settings import DetectorSettings
@@ -112,6 +113,8 @@ class DataShift:
         answers, ended = record.count("answers"), record.count("answers_with_eos")
         if not answers or ended is None or record.eos_id < 0:
             return
+        if is_plain_text(record, self._settings.no_stop_token.text_share):
+            return
         self._answers = [*self._answers, [answers, ended]][-rule.pooled :]
         total, with_eos = (sum(each[place] for each in self._answers) for place in (0, 1))
         usual = min(self._ended.mean, 1.0)
@@ -134,7 +137,8 @@ class DataShift:
             return
         if len(self._samples) >= rule.warmup:
             usual = self._samples.median()
-            limit = rule.threshold * usual
+            # Where a step has so many tokens, one of long samples has always had few: so fewer than any step had, too.
+            limit = min([rule.threshold * usual, *self._samples.values[: -rule.window]])
             is_beyond = usual >= rule.min_rows and size < limit
             evidence = f"{size} samples in the step, usually {usual:g}"
             yield Reading(

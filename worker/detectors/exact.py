@@ -111,9 +111,7 @@ class ExactChecks:
         answers, ended = record.count("answers"), record.count("answers_with_eos")
         if answers is None or ended is None or answers < rule.min_answers or record.eos_id < 0:
             return
-        positions, padding = record.count("positions"), record.count("padding")
-        labelled = record.count("labelled") or 0
-        if positions and labelled >= rule.text_share * (positions - (padding or 0)):
+        if is_plain_text(record, rule.text_share):
             return
         share = ended / answers
         evidence = f"{answers - ended} of {answers} answers have no EOS (id {record.eos_id}) among their labels"
@@ -132,6 +130,12 @@ class ExactChecks:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over a state."""
         self._usual = [float(share) for share in state["usual"]]
+
+
+def is_plain_text(record: StepRecord, share: float) -> bool:
+    """Return whether so much of a step is labelled that it is text from end to end, whose pieces end nowhere."""
+    positions, padding, labelled = map(record.count, ("positions", "padding", "labelled"))
+    return bool(positions) and (labelled or 0) >= share * ((positions or 0) - (padding or 0))
 
 
 def _nonfinite(record: StepRecord) -> Reading:

@@ -17,7 +17,14 @@ MIN_IMAGES: Final = 4
 MANY_IMAGES: Final = 8
 """Images from which some alike are too many alike: fewer may be questions about one and the same picture."""
 FLAT_SHARE: Final = 0.7
-"""Share of images without any detail from which they are black: blank tiles of a page are fewer."""
+"""Share of images without any detail from which they are black: blank tiles of a page are fewer ..."""
+ALL_FLAT_SHARE: Final = 0.98
+"""... and share from which they are even if they always were: samples of text have a blank one in some data."""
+USUAL_STEPS: Final = 64
+LEAST_USUAL_STEPS: Final = 16
+CHANCE: Final = 1e-5
+CHANGE: Final = 0.2
+"""Change of a share of images against the usual one from which it is another."""
 DISTINCT_SHARE: Final = 0.9
 """Share of images that must differ for a projector that does not tell them apart to be at fault."""
 
@@ -40,6 +47,8 @@ class Images:
     def _reset_pixels(self) -> None:
         size = self._settings.image_scale.median_readings
         self._means, self._deviations = Window(size), Window(size)
+        self._distinct, self._flat = Window(USUAL_STEPS), Window(USUAL_STEPS)  # shares of the images of a step
+        self._odd = Window(USUAL_STEPS)  # 1: images of a step were alike or blank
 
     def read(self, view: StepView) -> Sequence[Reading]:
         """Judge one step."""
@@ -76,14 +85,38 @@ class Images:
             return
         limit, share = self._settings.image_constant.threshold, record.distinct_images / record.images
         flat = max(record.flat_images, 0) / record.images
-        is_alike = record.distinct_images == 1 or (record.images >= MANY_IMAGES and share <= limit)
-        is_beyond = is_alike or flat >= FLAT_SHARE or bool(record.constant_image_ranks)
+        # Steps may have many questions on each of a few images: then they always have, and more than one a forward.
+        is_one_each = record.distinct_images <= max(record.count("batches") or 1, 1)
+        is_few = record.images >= MANY_IMAGES and share <= limit
+        is_alike = record.distinct_images == 1 or (is_few and (is_one_each or self._is_new(self._distinct, share)))
+        is_blank = flat >= ALL_FLAT_SHARE or (flat >= FLAT_SHARE and self._is_new(self._flat, flat))
+        self._distinct.add(share)
+        self._flat.add(flat)
+        is_odd = is_alike or is_blank or bool(record.constant_image_ranks)
+        is_chance = self._is_chance(is_odd=is_odd)
+        is_beyond = is_odd and not is_chance
         evidence = f"{record.distinct_images} of {record.images} images differ"
         if record.flat_images > 0:
             evidence += f", {record.flat_images} are of one colour"
         if record.constant_image_ranks:
             evidence += f"; rank {', '.join(map(str, record.constant_image_ranks))} has one image, or blank ones"
         yield Reading(name="image_constant", value=share, limit=limit, is_beyond=is_beyond, evidence=evidence)
+
+    def _is_chance(self, *, is_odd: bool) -> bool:
+        """Whether steps are now and then so, as where a tenth has blank images for guidance, and this is one of them.
+
+        It takes so many in a row that they are no chance among the last ones.
+        """
+        self._odd.add(float(is_odd))
+        odd = self._odd.values
+        in_a_row = next((place for place, each in enumerate(reversed(odd)) if not each), len(odd))
+        before = odd[: len(odd) - in_a_row]
+        return bool(before) and (sum(before) / len(before)) ** max(in_a_row, 1) > CHANCE
+
+    @staticmethod
+    def _is_new(usual: Window, share: float) -> bool:
+        """Whether a share is far from the usual one; one that is not known yet is what it is."""
+        return len(usual) >= LEAST_USUAL_STEPS and abs(share - usual.median()) >= CHANGE
 
     def _scaled(self, record: StepRecord) -> Iterator[Reading]:
         """Pixels against what they were, and against what no preprocessing gives."""
@@ -175,6 +208,7 @@ class Images:
             "best": self._best,
             "steps": [*self._steps, int(self._is_first_stage)],
             "pixels": [self._means.values, self._deviations.values],
+            "shares": [each.values for each in (self._distinct, self._flat, self._odd)],
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -186,6 +220,9 @@ class Images:
         self._steps, self._is_first_stage = [int(count) for count in steps], bool(is_first)
         pixels = state.get("pixels", ((), ()))  # there are none in a state of before there was `image_scale`
         self._means.values, self._deviations.values = ([float(value) for value in values] for values in pixels)
+        shares = state.get("shares", ((), (), ()))
+        for window, values in zip((self._distinct, self._flat, self._odd), shares, strict=True):
+            window.values = [float(value) for value in values]
 
 
 def _share_with_images(context: RunContext | None) -> float:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from sidestep.protocol.messages import Json
 from sidestep.worker.detectors.reading import Reading
 from sidestep.worker.detectors.running import Cusum, Freeze, RunningMoments, Window
 from sidestep.worker.detectors.settings import DetectorSettings
 from sidestep.worker.detectors.view import StepView
+
+EXPLAINED: Final = 3.0
+"""Standard deviations over what the same targets usually cost up to which a spike is one of the data."""
 
 
 class LossChanges:
@@ -39,14 +42,16 @@ class LossChanges:
         loss = view.record.loss
         if loss is None or not math.isfinite(loss):
             return ()
-        found = [*self._cumulative(loss), *self._regressed(loss), *self._against_start(view, loss)]
-        found += self._spiked(loss)
+        found = [*self._cumulative(loss, view.residual_deviations), *self._regressed(loss)]
+        found += [*self._against_start(view, loss), *self._spiked(loss, view.residual_deviations)]
         self._window.add(loss)
         return found
 
-    def _cumulative(self, loss: float) -> Iterator[Reading]:
+    def _cumulative(self, loss: float, residual: float | None) -> Iterator[Reading]:
+        """A rise that the step's own targets explain, as where a shard of harder ones comes again, is none."""
         if self._moments.count >= self._settings.loss_cusum.warmup:
             z = self._moments.z(loss)
+            z = z if residual is None or residual > self._sum.allowance else min(z, residual)
             value = self._sum.add(z)
             evidence = (
                 f"loss {loss:.3f}, usually {self._moments.mean:.3f} +- {self._moments.deviation:.3f} ({z:+.1f} sd)"
@@ -90,13 +95,14 @@ class LossChanges:
             evidence=evidence,
         )  # fmt: skip
 
-    def _spiked(self, loss: float) -> Iterator[Reading]:
+    def _spiked(self, loss: float, residual: float | None) -> Iterator[Reading]:
         rule = self._settings.loss_spike
         z = self._window.robust_z(loss, floor=self._settings.loss_cusum.floor)
         if z is None or len(self._window) < rule.warmup:
             return
         middle = self._window.median()
-        is_beyond = z > rule.threshold and loss - middle > rule.rise
+        is_explained = residual is not None and residual < EXPLAINED
+        is_beyond = z > rule.threshold and loss - middle > rule.rise and not is_explained
         evidence = f"loss {loss:.3f}, {z:.1f} robust standard deviations over the recent median {middle:.3f}"
         yield Reading(
             name="loss_spike", value=z, limit=rule.threshold, is_beyond=is_beyond, reference=middle, evidence=evidence

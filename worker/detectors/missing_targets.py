@@ -28,6 +28,7 @@ DOUBTFUL: Final = 6.0
 """Expected comings in vain from which a target's share stands still: e to the -6 of chance."""
 LET_GO: Final = 300.0
 """Expected comings in vain from which it is not missed any more: the data have become others."""
+MOST_PRESENT: Final = 0.999
 CLUSTER_RATE: Final = 0.05
 
 
@@ -44,6 +45,7 @@ class MissingTargets:
         self._ids = np.zeros(0, np.int64)  # ascending
         self._shares = np.zeros(0)  # of the rows
         self._clusters = np.zeros(0)  # rows of a step that has any
+        self._presence = np.zeros(0)  # share of the steps that have any
         self._missed = np.zeros(0)  # steps with one that were to be expected since the last one
         self._num_steps = 0
 
@@ -85,15 +87,20 @@ class MissingTargets:
         now = np.zeros(self._ids.size)
         now[places[known]] = counts[known]
         came = now > 0
-        expected = view.num_rows * self._shares / np.maximum(self._clusters, 1.0)
-        self._missed = np.where(came, 0.0, self._missed + expected)
+        # Answers of a step are not drawn row by row, least of all where there is one: no more than such steps came.
+        most = -np.log1p(-np.minimum(self._presence, MOST_PRESENT))
+        expected = np.minimum(view.num_rows * self._shares / np.maximum(self._clusters, 1.0), most)
+        is_known = self._num_steps > self._rule.warmup  # of the first steps shares are of chance
+        self._missed = np.where(came | (not is_known), 0.0, self._missed + expected)
         moved = came | (self._missed < DOUBTFUL)
         self._shares += np.where(moved, rate * (now / view.num_rows - self._shares), 0.0)
+        self._presence += np.where(moved, rate * (came - self._presence), 0.0)
         self._clusters += np.where(came, max(rate, CLUSTER_RATE) * (now - self._clusters), 0.0)
         self._put(
             np.concatenate([self._ids, ids[~known]]),
             np.concatenate([self._shares, rate * counts[~known] / view.num_rows]),
             np.concatenate([self._clusters, counts[~known].astype(np.float64)]),
+            np.concatenate([self._presence, np.full(np.count_nonzero(~known), rate)]),
             np.concatenate([self._missed, np.zeros(np.count_nonzero(~known))]),
         )
 
@@ -102,13 +109,15 @@ class MissingTargets:
         ids: NDArray[np.int64],
         shares: NDArray[np.float64],
         clusters: NDArray[np.float64],
+        presence: NDArray[np.float64],
         missed: NDArray[np.float64],
     ) -> None:
         kept = np.flatnonzero((shares >= LEAST_SHARE) & (missed < LET_GO))
         if kept.size > MAX_IDS:
             kept = kept[np.argsort(-shares[kept], kind="stable")[:MAX_IDS]]
         kept = kept[np.argsort(ids[kept], kind="stable")]
-        self._ids, self._shares, self._clusters, self._missed = ids[kept], shares[kept], clusters[kept], missed[kept]
+        self._ids, self._shares, self._missed = ids[kept], shares[kept], missed[kept]
+        self._clusters, self._presence = clusters[kept], presence[kept]
 
     def forget(self) -> None:
         """Learn anew what comes."""
@@ -116,7 +125,7 @@ class MissingTargets:
 
     def state(self) -> Json:
         """Return all that ``restore`` needs."""
-        arrays = (self._ids, self._shares, self._clusters, self._missed)
+        arrays = (self._ids, self._shares, self._clusters, self._missed, self._presence)
         return {"steps": self._num_steps, "targets": [each.tobytes() for each in arrays]}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -124,4 +133,5 @@ class MissingTargets:
         self._num_steps = int(state["steps"])
         ids, *numbers = state["targets"]
         self._ids = np.frombuffer(ids, "<i8").astype(np.int64)
-        self._shares, self._clusters, self._missed = (np.frombuffer(each, "<f8").copy() for each in numbers)
+        self._shares, self._clusters, self._missed, *more = (np.frombuffer(each, "<f8").copy() for each in numbers)
+        self._presence = more[0] if more else np.ones(self._ids.size)

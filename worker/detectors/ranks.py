@@ -10,13 +10,15 @@ import numpy as np
 
 from sidestep.protocol.messages import Json
 from sidestep.worker.detectors.reading import Reading
-from sidestep.worker.detectors.running import MAD_TO_SD, Cusum, median
+from sidestep.worker.detectors.running import MAD_TO_SD, Cusum, RunningMoments, median
 from sidestep.worker.detectors.settings import DetectorSettings
 from sidestep.worker.detectors.view import StepView
 
 MIN_ROWS: Final = 4
 """Rows that a rank must have at a step."""
 SPREAD_RATE: Final = 0.02
+OWN_RATE: Final = 0.02
+"""Weight of a rank's newest deviation in what is usual for it."""
 
 
 class RankDifferences:
@@ -30,6 +32,7 @@ class RankDifferences:
 
     def _reset(self) -> None:
         self._sums: dict[int, float] = {}
+        self._own: dict[int, RunningMoments] = {}  # usual deviation of each rank, of one row
         self._spread = 0.0  # usual median absolute deviation over ranks, of one row
         self._count = 0
 
@@ -50,15 +53,19 @@ class RankDifferences:
         deviations = {rank: (mean - middle) * math.sqrt(rows) for rank, (mean, rows) in means.items()}
         found = self._judge(deviations) if self._count >= self._rule.warmup else []
         self._learn(deviations)
+        self._learn_own(deviations)
         return found
 
     def _judge(self, deviations: Mapping[int, float]) -> list[Reading]:
+        """A rank may have harder data than the others all along: what is judged is what it has become."""
         rule = self._rule
         scale = max(self._spread * MAD_TO_SD, rule.floor)
         for rank, deviation in deviations.items():
             cusum = Cusum(allowance=rule.allowance, limit=rule.threshold, clip=rule.clip)
             cusum.total = self._sums.get(rank, 0.0)
-            self._sums[rank] = cusum.add(deviation / scale)
+            own = self._own.get(rank)
+            level, scatter = (max(own.mean, 0.0), own.deviation) if own is not None else (0.0, scale)
+            self._sums[rank] = cusum.add((deviation - level) / max(scale, scatter))
         self._sums = dict(sorted(self._sums.items()))
         highest = max(self._sums, key=lambda rank: (self._sums[rank], -rank))
         second = max((total for rank, total in self._sums.items() if rank != highest), default=0.0)
@@ -79,16 +86,32 @@ class RankDifferences:
         self._count += 1
         self._spread += max(SPREAD_RATE, 1.0 / self._count) * (spread - self._spread)
 
+    def _learn_own(self, deviations: Mapping[int, float]) -> None:
+        """Each rank's own level and scatter, not while it is under suspicion."""
+        for rank, deviation in deviations.items():
+            if self._sums.get(rank, 0.0) <= self._rule.second:
+                self._own.setdefault(rank, self._new_own()).update(deviation)
+        self._own = dict(sorted(self._own.items()))
+
+    def _new_own(self) -> RunningMoments:
+        return RunningMoments(rate=OWN_RATE, floor=self._rule.floor)
+
     def forget(self) -> None:
         """Learn anew how ranks differ."""
         self._reset()
 
     def state(self) -> Json:
         """Return all that ``restore`` needs."""
-        return {"sums": [list(self._sums), list(self._sums.values())], "spread": self._spread, "count": self._count}
+        sums = [list(self._sums), list(self._sums.values())]
+        own = [list(self._own), [each.state() for each in self._own.values()]]
+        return {"sums": sums, "own": own, "spread": self._spread, "count": self._count}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over a state."""
         ranks, sums = state["sums"]
         self._sums = {int(rank): float(total) for rank, total in zip(ranks, sums, strict=True)}
+        ranks, levels = state.get("own", ((), ()))
+        self._own = {int(rank): self._new_own() for rank in ranks}
+        for own, level in zip(self._own.values(), levels, strict=True):
+            own.restore(level)
         self._spread, self._count = float(state["spread"]), int(state["count"])

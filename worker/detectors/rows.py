@@ -63,8 +63,8 @@ class Rows:
 
     def _begun_twice(self, record: StepRecord) -> Iterator[Reading]:
         rows, twice = record.count("rows"), record.count("rows_begun_twice")
-        if not rows or twice is None:
-            return
+        if not rows or twice is None or record.images >= 2 * rows:
+            return  # rows may begin with the placeholders of two images
         rule = self._settings.begun_twice
         rows, twice = self._begun[0] + rows, self._begun[1] + twice
         self._begun = (rows, twice)

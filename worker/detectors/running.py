@@ -148,6 +148,10 @@ class Window:
         """Return the median of at least one value."""
         return _middle(self._ordered)
 
+    def largest(self) -> float:
+        """Return the largest of at least one value."""
+        return self._ordered[-1]
+
     def robust_z(self, value: float, floor: float) -> float | None:
         """Return the deviation from the median in robust standard deviations; None below 16 values."""
         ordered = self._ordered

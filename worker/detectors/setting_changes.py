@@ -18,6 +18,8 @@ Numbers = NDArray[np.float64]
 
 NUM_SETTINGS: Final = len(GROUP_SETTINGS)
 _BETAS: Final = tuple(GROUP_SETTINGS.index(name) for name in ("beta1", "beta2"))
+LITTLE: Final = 0.01
+"""Relative change up to which a setting is what it was: the last bits of a number."""
 _NAMED: Final = 3
 """Groups that are named at most."""
 
@@ -44,7 +46,9 @@ class SettingChanges:
         self._is_scheduled |= has_moved & waits  # it moved again at once: a schedule has begun
         self._former[has_moved] = np.nan
         is_told = has_moved & ~waits & ~self._is_scheduled & (self._still >= rule.still_steps)
-        is_told &= _is_far(before, values, rule.threshold)
+        is_far = _is_far(before, values, rule.threshold)
+        self._is_scheduled |= is_told & ~is_far & _is_far(before, values, LITTLE)  # it goes on in parts
+        is_told &= is_far
         self._former[is_told] = before[is_told]
         self._still = np.where(has_moved, 0, np.minimum(self._still + 1, max(rule.still_steps, rule.confirm_steps)))
         self._values = values

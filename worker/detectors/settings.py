@@ -61,7 +61,7 @@ class DetectorSettings:
     no_stop_token: StopToken = field(default_factory=StopToken)
     dup_batch: Repeats = field(default_factory=lambda: Repeats(hits=3, window=3))
     data_rewound: Limit = field(default_factory=lambda: Limit(threshold=3.0))  # batches in a row
-    dup_in_batch: Limit = field(default_factory=lambda: Limit(hits=3, window=4, threshold=0.6))
+    dup_in_batch: Limit = field(default_factory=lambda: Limit(hits=3, window=4, threshold=0.45))  # R-Drop: each twice
     dup_ranks: Rule = field(default_factory=lambda: Rule(hits=3, window=4))
     image_constant: Limit = field(default_factory=lambda: Limit(hits=3, window=4, threshold=0.15))  # 6 questions each
     image_embed_zero: Limit = field(default_factory=lambda: Limit(hits=3, window=4, threshold=1e-6))

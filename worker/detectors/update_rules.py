@@ -28,6 +28,8 @@ class Jump(Limit):
     threshold: float = 10.0
     """Times the usual largest move of a sampled weight (measured: at most 2.9 in 88 of 96 healthy runs, 7.2 in those
     whose images or words have no gradient for most steps; overwritten weights 20 to 107)."""
+    beyond: float = 2.0
+    """Times the largest of the last moves that it must be as well: an outer optimizer's step comes again and again."""
     threshold_norms: float = 8.0
     """Times the usual largest relative change of a module's norm ..."""
     least_change: float = 0.1
@@ -50,17 +52,22 @@ class Frozen(Limit):
     """Share of them beyond the usual one: in half precision many stand still at a low rate, and always did."""
     warmup: int = 24
     median_readings: int = 64
+    least_rate: float = 0.01
+    """Share of the highest rate so far below which nothing need move, as of ``Stuck`` ..."""
+    falling_steps: int = 32
+    """... where the rate has come there on a schedule that falls at every step: one that leaps down is a mistake."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rounded(Limit):
     """Updates that half precision rounds away."""
 
-    hits: int = 20
-    window: int = 20
+    still_steps: int = 64
+    """Steps that a weight must have stood still: where updates are rounded up or down by chance, one in sixty of them
+    moves a weight, and none is lost ..."""
     threshold: float = 0.9
-    """Share of the sampled weights that stand still: fine-tuning in bfloat16 alone at a rate of 1e-5 leaves about three
-    quarters of weights around 0.02 where they are, and still learns from the rest."""
+    """... and share of the sampled weights that have: fine-tuning in bfloat16 alone at a rate of 1e-5 leaves about
+    three quarters of weights around 0.02 where they are, and still learns from the rest."""
     least_rate: float = 0.5
     """Share of the highest rate so far below which nothing is said: the end of a schedule."""
 
@@ -88,6 +95,9 @@ class Spent(Limit):
     """Steps below it in a row from which it is said ..."""
     share: float = 0.15
     """... if they are this part of all steps so far: a cosine to zero is below it for the last 6.4 % of a run."""
+    falling_share: float = 0.6
+    """The same where the rate still falls: the fourth power of what is left is below it for a third of a run, an
+    exponential down to 1e-4 for half of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,8 +121,9 @@ class Misset(Rule):
 class Changed(Limit):
     """A setting against what it was."""
 
-    threshold: float = 0.01
-    """Relative change; of a beta also that of its distance to 1, which is what its memory depends on."""
+    threshold: float = 0.4
+    """Relative change; of a beta also that of its distance to 1, which is what its memory depends on. A schedule that
+    takes a step an epoch goes on by less; what another configuration has is mostly a multiple."""
     still_steps: int = 32
     """Steps that it must have stood still: what moves more often is on a schedule."""
     confirm_steps: int = 4

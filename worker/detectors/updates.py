@@ -9,10 +9,15 @@ from sidestep.protocol.messages import Json
 from sidestep.worker.detectors.reading import Reading
 from sidestep.worker.detectors.settings import DetectorSettings
 from sidestep.worker.detectors.view import StepView
+from sidestep.worker.detectors.weights import is_half
 from sidestep.worker.step_record import StepRecord
 
 SKIP_WINDOW: Final = 20
 """Steps of which the skipped ones are counted: a GradScaler that finds its factor skips fewer at its start."""
+
+
+STANDING_FACTOR: Final = 3
+"""Times as long as ever before sampled weights in bfloat16 must have stood still."""
 
 
 class Updates:
@@ -24,13 +29,14 @@ class Updates:
         self._settings = settings
         self._weights = 0
         self._kind = 0
-        self._unmoved = 0
+        self._unmoved = self._longest = 0  # steps that the sampled weights stand, and stood at most before they moved
         self._has_moved = False
         self._highest_rate = 0.0
         self._last_rate = 0.0
         self._moving_rate = 0.0
         self._skipped: list[int] = []
-        self._spent = [0, 0]  # steps below the least rate in a row, and all steps
+        self._spent = [0, 0, 0]  # steps below the least rate in a row, all steps, and those of the first that stand
+        self._before = 0.0  # the rate of the step before
 
     def read(self, view: StepView) -> Sequence[Reading]:
         """Judge one step."""
@@ -63,12 +69,20 @@ class Updates:
         yield self._end_of_schedule(rate)
 
     def _end_of_schedule(self, rate: float) -> Reading:
-        """The rate went down to nearly nothing, and the training goes on and on."""
+        """The rate went down to nearly nothing, and the training goes on and on.
+
+        What still falls at every step is a schedule that has not ended: only where most steps are so is it a wrong one.
+        """
         rule = self._settings.lr_spent
-        low, steps = self._spent
-        low = low + 1 if self._last_rate > 0 and rate < rule.threshold * self._highest_rate else 0
-        self._spent = [low, steps + 1]
-        is_beyond = low >= max(rule.least_steps, rule.share * steps)
+        low, steps, still = self._spent
+        is_low = self._last_rate > 0 and rate < rule.threshold * self._highest_rate
+        low = low + 1 if is_low else 0
+        still = still + 1 if is_low and rate >= self._before else 0
+        self._before = rate
+        self._spent = [low, steps + 1, still]
+        is_beyond = low >= rule.least_steps and (
+            still >= max(rule.least_steps, rule.share * steps) or low >= rule.falling_share * steps
+        )
         highest = f"{rule.threshold:.0%} of its highest ({self._highest_rate:g})"
         evidence = f"the learning rate has been under {highest} for {low} steps"
         return Reading(
@@ -89,13 +103,21 @@ class Updates:
         is_rising, self._moving_rate = rate > self._moving_rate, rate
         if not is_known or record.applied is False or is_small:
             return
+        if not is_same and self._has_moved:
+            self._longest = max(self._longest, self._unmoved)
         self._unmoved = min(self._unmoved + 1, 1 << 20) if is_same else 0
         self._has_moved = self._has_moved or not is_same
-        is_beyond = is_same and (self._has_moved or not is_rising or self._unmoved > rule.first_steps)
+        is_free = (is_rising and not self._has_moved) or (is_half(record.weights) and self._may_stand(rate))
+        is_beyond = is_same and (not is_free or self._unmoved > rule.first_steps)
         evidence = f"no sampled weight changed in {self._unmoved} steps"
         yield Reading(
             name="no_update", value=float(self._unmoved), limit=float(rule.hits), is_beyond=is_beyond, evidence=evidence
         )
+
+    def _may_stand(self, rate: float) -> bool:
+        """Weights in bfloat16 move now and then at a low rate: by how long they stood before, and with a lower one."""
+        is_low = rate < self._settings.updates_rounded.least_rate * self._highest_rate
+        return is_low or self._unmoved <= STANDING_FACTOR * self._longest
 
     def _skips(self, record: StepRecord) -> Iterator[Reading]:
         if record.applied is None:
@@ -115,20 +137,23 @@ class Updates:
     def forget(self) -> None:
         """A new stage may begin a new schedule and hold other weights still."""
         self._highest_rate = self._last_rate = 0.0
-        self._has_moved, self._unmoved = False, 0
-        self._spent = [0, 0]
+        self._has_moved, self._unmoved, self._longest = False, 0, 0
+        self._spent, self._before = [0, 0, 0], 0.0
 
     def state(self) -> Json:
         """Return all that ``restore`` needs."""
         flags = int(self._has_moved)
-        weights = [self._weights, self._kind, self._unmoved, flags]
-        rates = [self._highest_rate, self._last_rate, self._moving_rate]
+        weights = [self._weights, self._kind, self._unmoved, flags, self._longest]
+        rates = [self._highest_rate, self._last_rate, self._moving_rate, self._before]
         return {"weights": weights, "rates": rates, "skipped": self._skipped, "spent": self._spent}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over a state."""
-        self._weights, self._kind, self._unmoved, flags = map(int, state["weights"])
+        self._weights, self._kind, self._unmoved, flags, *longest = map(int, state["weights"])
+        self._longest = longest[0] if longest else 0
         self._has_moved = bool(flags)
-        self._highest_rate, self._last_rate, self._moving_rate = map(float, state["rates"])
+        self._highest_rate, self._last_rate, self._moving_rate, *before = map(float, state["rates"])
+        self._before = before[0] if before else 0.0
         self._skipped = [int(each) for each in state["skipped"]]
-        self._spent = [int(each) for each in state.get("spent", (0, 0))]
+        low, steps, *still = map(int, state.get("spent", (0, 0)))
+        self._spent = [low, steps, still[0] if still else low]

@@ -43,6 +43,8 @@ class StepView:
         """Mean move of the sampled weights for their rate, in parts of the usual one; set by the weights' detectors."""
         self.residuals: NDArray[np.float64] | None = None
         """Loss of each row minus what its target usually costs [n]; set by the composition's detectors."""
+        self.residual_deviations: float | None = None
+        """How far the mean of ``residuals`` is above its usual level, in its standard deviations; by the same."""
 
     @property
     def num_rows(self) -> int:

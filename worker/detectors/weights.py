@@ -22,6 +22,8 @@ from sidestep.worker.step_record import StepRecord
 TINY: Final = 1e-30
 LOST_BITS: Final = 0xFFFF
 """Bits of a float32 that bfloat16 does not have: where all sampled weights have 0 there, they are held in bfloat16."""
+BFLOAT16_BITS: Final = 8
+"""Of its fraction, the first one included."""
 
 
 class Weights:
@@ -37,6 +39,7 @@ class Weights:
         self._counted = -1.0
         self._counted_step = 0
         self._fresh = 0  # readings in a row at which the optimizer had counted one update at most
+        self._still_for: NDArray[np.int32] = np.zeros(0, np.int32)  # steps that each sampled weight has stood still
         self._reset()
 
     def _reset(self) -> None:
@@ -49,6 +52,8 @@ class Weights:
         self._still = Window(self._settings.weights_frozen.median_readings)
         self._rates = 0.0  # sum of the rates since the norms that are remembered
         self._highest = 0.0  # rate so far
+        self._has_seen_images = False
+        self._before, self._falls = 0.0, 0  # the rate of the step before, and steps in a row at which it fell
 
     def read(self, view: StepView) -> Sequence[Reading]:
         """Judge one step."""
@@ -75,9 +80,11 @@ class Weights:
         own = moves[: moves.size - record.weights_ungrouped]
         if own.size:
             self._take_size(view, float(own.mean()), rate)
-            yield from self._far(float(own.max()), rate)
-            yield from self._frozen(float((own == 0).mean()), rate)
-            yield from self._rounded(record.weights, float((own == 0).mean()), rate)
+            yield from self._far(own, record.weights[: own.size], rate)
+            self._has_seen_images = self._has_seen_images or record.images > 0
+            if record.images or not self._has_seen_images:  # without one, what sees images has no gradient
+                yield from self._frozen(float((own == 0).mean()), rate)
+            yield from self._rounded(record.weights, own == 0, rate)
         yield from self._held_by_nobody(own, moves[own.size :], rate)
 
     def _take_size(self, view: StepView, move: float, rate: float) -> None:
@@ -88,15 +95,18 @@ class Weights:
             view.update_size = move / rate / self._sizes.median()
         self._sizes.add(move / rate)
 
-    def _far(self, move: float, rate: float) -> Iterator[Reading]:
-        rule = self._settings.weights_jump
+    def _far(self, moves: NDArray[np.float64], weights: NDArray[np.float32], rate: float) -> Iterator[Reading]:
+        rule, move = self._settings.weights_jump, float(moves.max())
         if move <= 0 or rate <= 0:
             return
         if len(self._moves) >= rule.warmup:
             usual = self._moves.median()
-            # In half precision a weight moves by its last bit at any rate: so both must be far.
-            value = min(move / usual, move / rate / self._moves_per_rate.median())
-            evidence = f"a sampled weight moved by {move:.3g} in one step, usually by {usual:.3g} at most"
+            # In half precision a weight moves by its last bit at any rate: so both must be far, and by more than that.
+            far = float(np.where(moves > _last_bits(weights, moves), moves, 0.0).max())
+            value = min(far / usual, far / rate / self._moves_per_rate.median())
+            # An outer optimizer moves them from time to time: so further than any of the last steps did, too.
+            value = min(value, far / self._moves.largest() * rule.threshold / rule.beyond)
+            evidence = f"a sampled weight moved by {far:.3g} in one step, usually by {usual:.3g} at most"
             yield Reading(
                 name="weights_jump", value=value / rule.threshold, limit=1.0, is_beyond=value > rule.threshold,
                 reference=usual, evidence=evidence,
@@ -106,7 +116,10 @@ class Weights:
 
     def _frozen(self, share: float, rate: float) -> Iterator[Reading]:
         rule = self._settings.weights_frozen
-        if rate <= 0 or share == 1.0:
+        self._falls = min(self._falls + 1, rule.falling_steps) if rate < self._before else 0
+        self._before = rate
+        is_end = rate <= rule.least_rate * self._highest and self._falls >= rule.falling_steps
+        if rate <= 0 or share == 1.0 or is_end:
             return  # no rate, or no update at all: `lr_zero` and `no_update` say that
         if len(self._still) >= rule.warmup:
             usual = self._still.median()
@@ -117,18 +130,26 @@ class Weights:
             )  # fmt: skip
         self._still.add(share)
 
-    def _rounded(self, weights: NDArray[np.float32], share: float, rate: float) -> Iterator[Reading]:
-        """In bfloat16 an update below half of a weight's last bit leaves it as it was, however often it comes."""
+    def _rounded(self, weights: NDArray[np.float32], is_still: NDArray[np.bool_], rate: float) -> Iterator[Reading]:
+        """In bfloat16 an update below half of a weight's last bit leaves it as it was, however often it comes.
+
+        Where updates are rounded by chance, or what is lost is kept for later, most weights stand still at a step as
+        well, but others at the next: so it is counted for how long each has not moved.
+        """
         rule = self._settings.updates_rounded
         is_rising, self._highest = rate > self._highest, max(self._highest, rate)
-        if rate <= 0 or (weights.view(np.uint32) & LOST_BITS).any():
+        if rate <= 0 or not is_half(weights):
             return
-        evidence = (
-            f"the weights are held in bfloat16, and {share:.0%} of the sampled ones stand still at a learning rate of "
-            f"{rate:g}: their updates are below the last bit"
-        )
         # A warm-up's first updates may be below the last bit, as those at the end of a schedule.
-        is_beyond = share >= rule.threshold and not is_rising and rate >= rule.least_rate * self._highest
+        if is_rising or rate < rule.least_rate * self._highest or self._still_for.shape != is_still.shape:
+            self._still_for = np.zeros(is_still.size, np.int32)
+        self._still_for = np.where(is_still, np.minimum(self._still_for + 1, rule.still_steps), 0).astype(np.int32)
+        share = float((self._still_for >= rule.still_steps).mean())
+        evidence = (
+            f"the weights are held in bfloat16, and {share:.0%} of the sampled ones have not moved in "
+            f"{rule.still_steps} steps, at a learning rate of {rate:g}: their updates are below the last bit"
+        )
+        is_beyond = share >= rule.threshold
         yield Reading(name="updates_rounded", value=share, limit=rule.threshold, is_beyond=is_beyond, evidence=evidence)
 
     def _held_by_nobody(self, own: NDArray[np.float64], others: NDArray[np.float64], rate: float) -> Iterator[Reading]:
@@ -174,8 +195,8 @@ class Weights:
     def _counts(self, record: StepRecord) -> Iterator[Reading]:
         """The optimizer's own count of updates: it goes on with the steps, unless its state is lost."""
         counted, last, steps = record.optimizer_steps, self._counted, record.step - self._counted_step
-        if counted is None or record.applied is False:
-            return
+        if counted is None or counted <= 0 or record.applied is False:
+            return  # 0 after an update is no count of them: such an optimizer counts elsewhere
         self._counted, self._counted_step = counted, record.step
         self._fresh = self._fresh + 1 if counted <= 1 else 0
         if last < 0:
@@ -193,6 +214,7 @@ class Weights:
         """Another attempt begins with the weights of a checkpoint; its optimizer's state should be of there too."""
         self._last, self._kind = np.zeros(0, np.float32), 0
         self._norms, self._rates = np.zeros(0, np.float32), 0.0
+        self._still_for = np.zeros(0, np.int32)
 
     def forget(self) -> None:
         """A new stage may train other weights, with an optimizer of its own."""
@@ -210,6 +232,9 @@ class Weights:
             "windows": [window.values for window in self._windows()],
             "counted": [self._rates, self._counted, self._counted_step, self._fresh],
             "highest": self._highest,
+            "still": self._still_for.tolist(),
+            "images": self._has_seen_images,
+            "falls": [self._before, self._falls],
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -222,3 +247,21 @@ class Weights:
         self._rates, self._counted = float(rates), float(counted)
         self._counted_step, self._fresh = int(step), int(fresh)
         self._highest = float(state.get("highest", 0.0))
+        self._still_for = np.array([int(each) for each in state.get("still", ())], np.int32)
+        self._has_seen_images = bool(state.get("images", False))
+        before, falls = state.get("falls", (0.0, 0))
+        self._before, self._falls = float(before), int(falls)
+
+
+def is_half(weights: NDArray[np.float32]) -> bool:
+    """Return whether weights are held in bfloat16: nothing stands behind its last bit."""
+    return not (weights.view(np.uint32) & LOST_BITS).any()
+
+
+def _last_bits(weights: NDArray[np.float32], moves: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What a weight in bfloat16 moves by where its last bit changes; 0 for weights that are held in more."""
+    if not is_half(weights):
+        return np.zeros(weights.size)
+    _, exponents = np.frexp(np.abs(weights.astype(np.float64)) + moves)
+    bits: NDArray[np.float64] = np.ldexp(1.0, exponents - BFLOAT16_BITS)
+    return bits

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import torch
 from benchmarks.detection.case import Case, Family, Setup, Twist, healthy_case
 from benchmarks.detection.cases.provoking_optimisers import HALF
-from benchmarks.detection.lab import Lab
-from benchmarks.detection.talks import Encoded, Talk
+from benchmarks.detection.lab import Lab, Suite
+from benchmarks.detection.talks import Encoded, LabTokenizer, Talk
 from torch import nn
 
 from sidestep.examples.digits_vqa.packing import IGNORE_INDEX, Batch
 
-_NUM_CODES, _CODES_OF_AN_IMAGE, _FIRST_CODE, _SHARE_OF_NOISE = 12, 16, 20, 0.75
+_NUM_CODES, _FIRST_CODE, _SHARE_OF_NOISE = 12, 20, 0.75
 _LONG_SHARE, _FEW_SAMPLES, _MANY_SAMPLES = 0.4, 10, 48
 _SHARE_OF_PROSE = 0.04
 _SHARD_EVERY, _SHARD_FIRST, _SHARD_STEPS = 60, 10, 8
@@ -60,33 +61,51 @@ class TwoViews(Twist):
         return _made(prompt, _answer(sample), images, sample.kind)
 
 
+class _Other:
+    """What another object is, but for a few attributes; for the tokenizer and the suite of a run."""
+
+    def __init__(self, like: object, **changes: object) -> None:
+        """Put `changes` in the place of what `like` has."""
+        self._like = like
+        self.__dict__.update(changes)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._like, name)
+
+    def __len__(self) -> int:
+        return len(cast("LabTokenizer", self._like))
+
+
 class TaggedPrompts(Twist):
     """A prompt ends with one token that says which form of answer is wanted, and nobody trains on it."""
 
     _TAGS = "ABCDEFGH"
 
-    def sample(self, lab: Lab, sample: Encoded, rng: np.random.Generator) -> Encoded:  # noqa: ARG002
-        """Put it behind the template."""
-        tag = lab.suite.tokenizer.encode(self._TAGS[sorted(lab.suite.mix).index(sample.kind)])[-1]
-        return _made([*_prompt(sample), tag], _answer(sample), sample.images, sample.kind)
+    def begin(self, lab: Lab) -> None:
+        """Put it behind the template, in samples that are generated from as well."""
+        tokens = lab.suite.tokenizer
+
+        def tagged(question: str, *, num_images: int) -> list[int]:
+            tag = self._TAGS[sum(question.split(maxsplit=1)[0].encode()) % len(self._TAGS)]
+            return [*tokens.encode_prompt(question, num_images=num_images), tokens.encode(tag)[-1]]
+
+        lab.suite = cast("Suite", _Other(lab.suite, tokenizer=_Other(tokens, encode_prompt=tagged)))
 
 
 class CodesOfASound(Twist):
     """Answers are codes of a neural codec, which are nearly evenly used and hard to foretell (arXiv:2210.13438)."""
 
     def begin(self, lab: Lab) -> None:
-        """Number the codes of each class of images."""
-        size = len(lab.suite.tokenizer) - _FIRST_CODE
-        self._codes = lab.rng.integers(size, size=(_CODES_OF_AN_IMAGE, _NUM_CODES)) + _FIRST_CODE
-        self._size = size
+        """Write codes for each answer, most of which are noise."""
+        tokens, rng = lab.suite.tokenizer, lab.rng
+        size = len(tokens) - _FIRST_CODE
 
-    def sample(self, lab: Lab, sample: Encoded, rng: np.random.Generator) -> Encoded:
-        """Write codes, most of which are noise, for the answer."""
-        brightness = float(torch.stack(sample.images).mean()) if sample.images else 0.0
-        own = self._codes[int(brightness * 40) % _CODES_OF_AN_IMAGE]
-        noise = rng.integers(self._size, size=_NUM_CODES) + _FIRST_CODE
-        codes = np.where(rng.random(_NUM_CODES) < _SHARE_OF_NOISE, noise, own).tolist()
-        return _made(_prompt(sample), [*codes, lab.suite.tokenizer.eos_token_id], sample.images, sample.kind)
+        def in_codes(answer: str) -> list[int]:
+            own = np.random.default_rng(list(answer.encode())).integers(size, size=_NUM_CODES)
+            codes = np.where(rng.random(_NUM_CODES) < _SHARE_OF_NOISE, rng.integers(size, size=_NUM_CODES), own)
+            return [*(codes + _FIRST_CODE).tolist(), tokens.eos_token_id]
+
+        lab.suite = cast("Suite", _Other(lab.suite, tokenizer=_Other(tokens, encode_answer=in_codes)))
 
 
 class SoManyTokens(Twist):
@@ -136,12 +155,17 @@ class RareShards(Twist):
 class RarePositives(Twist):
     """Of 1,000 answers 985 are "no": defects are rare."""
 
-    def talk(self, lab: Lab, talk: Talk, rng: np.random.Generator) -> Talk:
-        """Draw until it is what it should be."""
-        wanted = "yes" if rng.random() < _SHARE_POSITIVE else "no"
-        while talk.answer != wanted:
-            talk = lab.suite.draw(talk.kind, int(rng.choice(lab.image_pool)), rng)
-        return talk
+    def begin(self, lab: Lab) -> None:
+        """Draw until an answer is what it should be, of samples that are generated from as well."""
+        suite = lab.suite
+
+        def drawn(kind: str, image: int, rng: np.random.Generator) -> Talk:
+            wanted = "yes" if rng.random() < _SHARE_POSITIVE else "no"
+            while (talk := suite.draw(kind, image, rng)).answer != wanted:
+                pass
+            return talk
+
+        lab.suite = cast("Suite", _Other(suite, draw=drawn))
 
 
 class AllQuestionsOfAnImage(Twist):
@@ -188,8 +212,19 @@ class NormalisedInside(Twist):
     """The encoder gets the bytes of the pixels, and brings them to its scale by itself (as Detectron2's models do)."""
 
     def begin(self, lab: Lab) -> None:
-        """Put its normalisation before the encoder."""
-        black = float(lab.suite.black().mean())
+        """Undo the suite's normalisation, and put it before the encoder."""
+        suite = lab.suite
+        black = float(suite.black().mean())
+
+        def in_bytes(image: torch.Tensor) -> torch.Tensor:
+            return ((image - black) / (-black * 3) * _BYTES).round()
+
+        lab.suite = cast(
+            "Suite",
+            _Other(
+                suite, image=lambda number: in_bytes(suite.image(number)), black=lambda: torch.zeros_like(suite.black())
+            ),
+        )
         for replica in lab.replicas:
             replica.model.vision_encoder.register_forward_pre_hook(partial(self._normalised, black=black))
 
@@ -197,12 +232,6 @@ class NormalisedInside(Twist):
     def _normalised(module: nn.Module, inputs: tuple[torch.Tensor, ...], *, black: float) -> tuple[torch.Tensor, ...]:
         del module
         return (inputs[0] * (-black * 3) / _BYTES + black, *inputs[1:])
-
-    def sample(self, lab: Lab, sample: Encoded, rng: np.random.Generator) -> Encoded:  # noqa: ARG002
-        """Undo the suite's normalisation."""
-        black = float(lab.suite.black().mean())
-        images = [((image - black) / (-black * 3) * _BYTES).round() for image in sample.images]
-        return replace(sample, images=images)
 
 
 class SameOrder(Twist):

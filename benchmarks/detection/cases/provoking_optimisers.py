@@ -392,7 +392,7 @@ _CASES = (
         "the first stage of LLaVA",
         family=Family.MODEL,
         twist=ProjectorAlone,
-        setup=Setup(pretrained=True),
+        setup=Setup(pretrained=True, rate_factor=4.0),
     ),
     healthy_case("untied_head", "the head is not the embedding", "usual", family=Family.MODEL, twist=UntiedHead),
     healthy_case(

@@ -309,6 +309,14 @@ def test_weights_that_are_nan_are_not_said_to_stand() -> None:
     assert "an operation gave NaN" in told.blocks
 
 
+def test_samples_that_all_stand_twice_are_a_method() -> None:
+    def twins(drawn: Drawn) -> None:
+        hashes = np.random.default_rng(drawn.step).integers(1, 2**62, (2, drawn.task.batch // 2))
+        drawn.changes |= {"sample_hashes": np.tile(hashes[0], 2), "image_hashes": np.tile(hashes[1], 2)}
+
+    assert watched(trace(TASK, 60, failure=twins)).openings == []
+
+
 def test_blank_images_do_not_make_their_samples_repeats() -> None:
     def fail(drawn: Drawn) -> None:
         rng = np.random.default_rng(drawn.step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -115,6 +116,23 @@ def test_a_schedule_that_ends_in_a_quarter_of_the_training_is_told() -> None:
 
 def test_a_cosine_down_to_zero_is_a_schedule() -> None:
     assert not watched(trace(TASK, 400, failure=lambda drawn: schedule(drawn, 400))).openings
+
+
+@pytest.mark.parametrize(
+    ("share", "is_told"),
+    [
+        (lambda part: 1e-3**part, False),  # an exponential: the last third is under a hundredth
+        (lambda part: (1.0 - part) ** 4, False),
+        (lambda part: 1e-3 ** (5 * part), True),  # four times too fast: it falls for ever
+        (lambda part: max(1e-3 ** (2 * part), 1e-3), True),  # it stands from half of the run on
+    ],
+)
+def test_a_schedule_that_still_falls_has_not_ended(share: Callable[[float], float], is_told: bool) -> None:
+    def schedule_of(drawn: Drawn) -> None:
+        drawn.rate = 1e-3 * share(drawn.step / 600)
+
+    told = watched(trace(TASK, 600, failure=schedule_of))
+    assert [name for _, name in told.openings] == ["lr_spent"] * is_told
 
 
 def flattened(excess: float) -> Failure:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from tests.support.detector_traces import Drawn, Failure, Task, Told, context, trace, watched
@@ -51,6 +53,14 @@ def test_targets_that_come_in_turns_are_not_missed() -> None:
     assert not openings(watched(trace(TASK, 500, failure=in_turns)))
 
 
+def test_what_the_first_answer_held_says_nothing_of_how_often_it_comes() -> None:
+    family = MissingTargets(DetectorSettings())
+    for step in trace(Task(batch=1), 130):
+        ids = np.arange(7, 10) if step.step == 0 else np.arange(10, 28)  # a short answer, then long ones
+        record = replace(build_record(step, context()), targets=ids.astype(np.int32))
+        assert not any(reading.is_beyond for reading in family.read(StepView(record, context())))
+
+
 def test_an_announced_stage_begins_anew() -> None:
     def fail(drawn: Drawn) -> None:
         drawn.stage = "second" if drawn.step == ONSET else ""
@@ -76,6 +86,6 @@ def test_what_is_followed_stays_small_and_is_let_go_of() -> None:
         family.read(StepView(build_record(step, context())))
     state = family.state()
     assert isinstance(state, dict)
-    ids, _, _, missed = (np.frombuffer(each, "<f8") for each in state["targets"])
+    ids, _, _, missed, _ = (np.frombuffer(each, "<f8") for each in state["targets"])
     assert 0 < ids.size <= MAX_IDS
     assert missed.max() < LET_GO

@@ -201,8 +201,20 @@ def test_a_setting_that_changes_once_is_told_and_a_schedule_is_not(name: str) ->
 
 
 def test_a_setting_that_changes_every_epoch_is_told_once() -> None:
-    told = run(telling(lambda step: [(0.9, 0.95, 1e-8, 0.01 * 1.5 ** (step // 150))]), steps=900)
+    told = run(telling(lambda step: [(0.9, 0.95, 1e-8, 0.01 * 2.0 ** (step // 150))]), steps=900)
     assert opened(told) == [(154, "settings_changed")]
+
+
+def test_a_schedule_of_one_step_an_epoch_goes_on_by_parts() -> None:
+    def decay(step: int) -> float:
+        return 0.1 - 0.09 * 0.5 * (1 + np.cos(np.pi * (step // 40) / 10))
+
+    assert opened(run(telling(lambda step: [(0.9, 0.95, 1e-8, decay(step))]), steps=400)) == []
+
+
+def test_a_setting_that_goes_on_by_parts_is_on_a_schedule_when_it_leaps() -> None:
+    told = run(telling(lambda step: [(0.9, 0.95, 1e-8, 0.01 * (1.0 + 0.2 * (step >= 40)) * 2.0 ** (step // 80))]))
+    assert opened(told) == []
 
 
 def test_an_announced_stage_may_have_other_settings() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from tests.support.detector_traces import Drawn, Failure, Task, Told, trace, watched
 
@@ -73,6 +74,15 @@ def test_samples_that_begin_twice(total: int, twice: Callable[[int], int], at: i
     assert told.openings == ([] if at is None else [(at, "begun_twice")])
     assert at is None or "begin with one and the same token twice" in told.blocks
     assert at is None or "the beginning is added twice" in told.blocks
+
+
+def test_samples_that_begin_with_two_images() -> None:
+    def two_images(drawn: Drawn) -> None:
+        rows(lambda _: TASK.batch, lambda _: 0, lambda _: TASK.batch)(drawn)
+        drawn.changes["image_hashes"] = drawn.rng.integers(1, 2**62, 2 * TASK.batch)
+        drawn.changes["image_deviations"] = np.full(2 * TASK.batch, 0.25, np.float32)
+
+    assert run(two_images).openings == []
 
 
 def test_without_ids_nobody_knows_how_samples_begin() -> None:
