@@ -168,7 +168,7 @@ class Probe(Message):
     loss: float
     """Mean loss over the labelled positions of samples with images, in nats, without gradient; NaN: not probed."""
     rolled_loss: float
-    """The same with each image in the place of the next."""
+    """The same with each image in the place of another."""
     labelled: int
     """Labelled positions that both are means over."""
     images: int

@@ -191,8 +191,14 @@ class Hooks:
             self._session.load(self._state, keep_step=self._keep_step)
 
     def failures(self) -> dict[str, int]:
-        """How often something failed inside the hooks, by where; empty is as it should be."""
-        return dict(self._guard.failures) if self._guard is not None else {}
+        """How often something failed inside the hooks, by where; empty is as it should be.
+
+        ``finish``: messages that could not be made of what was copied, on the thread that sends them.
+        """
+        found = dict(self._guard.failures) if self._guard is not None else {}
+        staging = self._introduction.staging if self._introduction is not None else None
+        num_unmade = staging.statistics().num_finish_errors if staging is not None else 0
+        return {**found, "finish": num_unmade} if num_unmade else found
 
     def warn_of_two_runs(self, text: str) -> None:
         """Say once that the trainer has a W&B run of its own; ``text`` says how to leave it out.

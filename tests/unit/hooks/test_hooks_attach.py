@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch import nn
 
+from sidestep.protocol.faults import Faults
 from sidestep.protocol.messages import Losses
 from sidestep.protocol.tables import decode_table
 from sidestep.trainer_hooks.config import HooksConfig
+from sidestep.trainer_hooks.faults import FINISH
 from sidestep.trainer_hooks.hooks import attach
 from sidestep.trainer_hooks.logged import logged_values
 from sidestep.trainer_hooks.plain import plain, plain_map
@@ -142,6 +144,26 @@ def test_model_outputs_with_unshifted_labels_are_seen_by_attach_alone() -> None:
     assert losses.trainer_loss.tolist() == [pytest.approx(out.loss.item())]
     assert opened[0].hello.capabilities["labels"].startswith("not shifted, by the forward's argument 'labels'")
     assert opened[0].hello.capabilities["generation"].startswith("absent")
+
+
+def test_a_message_that_fails_away_from_the_training_thread_is_among_the_failures() -> None:
+    model, ids = Model().train(), torch.tensor([[1, 4, 5, 2]])
+    opened: list[InProcessTransport] = []
+
+    def way(*given: Any) -> InProcessTransport:
+        opened.append(InProcessTransport(*given))
+        return opened[-1]
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    faults = Faults().fail_at(FINISH, step=1)
+    with attach(model, optimizer, tokenizer=Tokenizer(), transport=way, faults=faults) as hooks:
+        for step, expected in ((0, {}), (1, {"finish": 1})):
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            hooks.after_step(step)
+            assert opened[0].messages
+            assert hooks.failures() == expected
+    assert hooks.failures() == {"finish": 1}
 
 
 def test_the_run_id_is_the_callers_then_the_environments(monkeypatch: pytest.MonkeyPatch) -> None:
