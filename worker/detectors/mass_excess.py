@@ -33,6 +33,16 @@ USUAL_PEAK: Final = 2.0
 1.8 in 125 of 133 healthy runs, 2.9 in all; 13.9 where each step is of one task)."""
 
 
+OTHER_LOSS: Final = 0.1
+"""Logarithm of the ratio of the trainer's loss to the cross-entropy from which it is another one."""
+OTHER_SHARE: Final = 0.95
+"""Part of its share that a token may lose to another loss: one that gets nothing is forgotten all the same."""
+RARE: Final = 0.5
+"""Part of the most frequent target's share below which a token is a rarer one."""
+LOSS_ERRORS: Final = 6.0
+"""Standard errors of the cross-entropy that they must be apart as well, where its rows are a sample."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Pooled:
     """One step of the window."""
@@ -61,6 +71,7 @@ class MassExcess:
         self._settings = settings
         self._window: list[_Pooled] = []
         self._peaks: list[float] = []  # largest excess of each of the last steps, in its standard errors
+        self._losses: list[list[float]] = []  # the trainer's, the cross-entropy and its squared error
 
     def read(self, view: StepView) -> Sequence[Reading]:
         """Judge the window that ends with this step."""
@@ -70,6 +81,9 @@ class MassExcess:
             return ()
         self._window = [*self._window, pooled][-rule.max_steps :]
         self._peaks = [*self._peaks, _peak(pooled)][-(PEAK_STEPS + rule.max_steps) :]
+        told, own = view.record.trainer_loss, view.record.loss
+        if told is not None and own is not None and told > 0 and own > 0:
+            self._losses = [*self._losses, [told, own, view.squared_loss_error]][-rule.min_steps :]
         chosen = self._chosen(rule)
         if chosen is None:
             return ()
@@ -107,8 +121,25 @@ class MassExcess:
         independent = rows / (sum(each.cluster * each.rows for each in named) / rows)
         error = _error(low, share, independent) * self._unlikeness(len(chosen))
         excess, deficit = self._settings.mass_excess, self._settings.mass_deficit
-        yield self._worst(excess, "mass_excess", ids=ids, differences=low - share, share=share, error=error)
-        yield self._worst(deficit, "mass_deficit", ids=ids, differences=share - high, share=share, error=error)
+        has_other_loss, is_rare = self._has_other_loss(excess), share < RARE * share.max()
+        for rule, name, differences, is_excused in (
+            (excess, "mass_excess", low - share, is_rare & has_other_loss),
+            (deficit, "mass_deficit", share - high, ~is_rare & has_other_loss),
+        ):
+            least = np.where(is_excused, rule.other_loss, 1.0) * rule.threshold
+            least = np.maximum(least, np.where(is_excused, OTHER_SHARE, rule.share) * share)
+            yield self._worst(rule, name, ids=ids, differences=differences, share=share, error=error, least=least)
+
+    def _has_other_loss(self, rule: Mass) -> bool:
+        """Whether another loss than the cross-entropy is trained on, whose best model gives tokens other shares.
+
+        People who weigh classes take from the frequent and give to the rare; the other way round is nobody's purpose.
+        """
+        number = rule.min_steps
+        if len(self._losses) < number:
+            return False
+        told, own, squares = (math.fsum(each[place] for each in self._losses) / number for place in range(3))
+        return abs(math.log(told / own)) > OTHER_LOSS and abs(told - own) > LOSS_ERRORS * math.sqrt(squares / number)
 
     def _unlikeness(self, num_chosen: int) -> float:
         """How many times as far as single rows would be the steps before these are apart; at least 1.
@@ -127,8 +158,9 @@ class MassExcess:
         differences: NDArray[np.float64],
         share: NDArray[np.float64],
         error: NDArray[np.float64],
+        least: NDArray[np.float64],
     ) -> Reading:
-        limits = np.maximum(np.maximum(rule.threshold, rule.errors * error), rule.share * share)
+        limits = np.maximum(least, rule.errors * error)
         place = int((differences - limits).argmax())
         value, limit, token = float(differences[place]), float(limits[place]), int(ids[place])
         sign = 1.0 if name == "mass_excess" else -1.0
@@ -154,7 +186,7 @@ class MassExcess:
 
     def forget(self) -> None:
         """Begin a new window."""
-        self._window, self._peaks = [], []
+        self._window, self._peaks, self._losses = [], [], []
 
     def state(self) -> Json:
         """Return the window, and how far the steps before it were apart."""
@@ -165,13 +197,15 @@ class MassExcess:
             ]
             for each in self._window
         ]  # fmt: skip
-        return {"window": window, "peaks": self._peaks}
+        return {"window": window, "peaks": self._peaks, "losses": self._losses}
 
     def restore(self, state: Any) -> None:
         """Take over a state; a list alone is one from before there were peaks."""
         window, peaks = (state["window"], state["peaks"]) if isinstance(state, Mapping) else (state, ())
         self._window = [_unpacked(row) for row in window]
         self._peaks = [float(peak) for peak in peaks]
+        losses = state.get("losses", ()) if isinstance(state, Mapping) else ()
+        self._losses = [[float(value) for value in each] for each in losses]
 
 
 def _unpacked(row: Sequence[Any]) -> _Pooled:

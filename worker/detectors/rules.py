@@ -337,6 +337,9 @@ class Mass(Limit):
     """Standard errors of the targets' share that it must be over as well: few rows say little."""
     share: float = 0.0
     """Part of the token's share among the targets that it must be over as well."""
+    other_loss: float = 3.0
+    """Times the threshold, for what rare tokens get and frequent ones lose, where the trainer's loss is another than
+    the cross-entropy of its rows (weights by class, smoothing, focus): the best model for that gives them so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

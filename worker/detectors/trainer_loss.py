@@ -37,8 +37,7 @@ class TrainerLoss:
         told, own = record.trainer_loss, record.loss
         if told is None or own is None or not view.num_rows or told <= 0 or own <= 0:
             return ()
-        error = 0.0 if record.seen_rows >= record.labelled else view.loss_error  # the mean of all rows has none
-        self._last = [*self._last, [told, own, error**2]][-rule.usual_steps - 2 * rule.pooled :]
+        self._last = [*self._last, [told, own, view.squared_loss_error]][-rule.usual_steps - 2 * rule.pooled :]
         self._num_readings += 1
         if self._num_readings < rule.warmup or len(self._last) < rule.usual_steps + 2 * rule.pooled:
             return ()

@@ -148,6 +148,11 @@ class StepView:
         deviations = self.sum_by_answer(self.losses - self.mean_loss)
         return math.sqrt(float(np.square(deviations).sum())) / self.num_rows
 
+    @property
+    def squared_loss_error(self) -> float:
+        """Square of ``loss_error``; 0 where the rows are all that there are: their mean has no error."""
+        return 0.0 if self.record.seen_rows >= self.record.labelled else self.loss_error**2
+
     def sum_by_answer(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the sum of ``values`` [n] over each answer [a]."""
         return np.add.reduceat(values, self.starts) if self.starts.size else np.zeros(0)

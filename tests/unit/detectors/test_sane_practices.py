@@ -152,3 +152,56 @@ def test_a_rank_with_harder_data_all_along() -> None:
         drawn.loss_shift[3] = 0.3 * (1.0 - np.exp(-drawn.step / 150.0)) * float(drawn.rng.random())
 
     assert found(watched(trace(Task(batch=32, ranks=4), 500, failure=harder)), "rank_outlier") == []
+
+
+def weighed_against_frequency(drawn: Drawn) -> None:
+    """Rare options weigh more in the loss: the best model for that gives them more than their frequency."""
+    if drawn.step < 30:
+        return  # it has not learned that yet
+    content = drawn.probabilities[:, : drawn.task.length]
+    content[..., :4] = 0.3 * content[..., :4] + 0.7 * content[..., :4].sum(-1, keepdims=True) / 4
+
+
+def told_times(factor: float) -> Failure:
+    def tell(drawn: Drawn) -> None:
+        weighed_against_frequency(drawn)
+        rows, places = np.indices(drawn.targets.shape)
+        loss = -np.log(drawn.probabilities[rows, places, drawn.targets]).mean()
+        drawn.changes["trainer_losses"] = np.array([factor * loss], np.float32)
+
+    return tell
+
+
+SKEWED = replace(TASK, prior=(0.94, 0.02, 0.02, 0.02), length=4, start_skill=0.3)
+
+
+def test_another_loss_than_the_cross_entropy_gives_tokens_other_shares() -> None:
+    assert watched(trace(SKEWED, 200, failure=told_times(1.4))).openings == []
+    opened = [name for _, name in watched(trace(SKEWED, 200, failure=told_times(1.0))).openings]
+    assert opened == ["mass_excess"]
+
+
+def test_a_loss_that_weighs_the_frequent_more_is_told() -> None:
+    """Nobody means to give to the frequent what is the rare ones'."""
+
+    def to_the_frequent(drawn: Drawn) -> None:
+        told_times(1.4)(drawn)
+        if drawn.step >= 30:
+            content = drawn.probabilities[:, : drawn.task.length]
+            content[..., 0] += 0.9 * content[..., 1:4].sum(-1)
+            content[..., 1:4] *= 0.1
+
+    task = replace(SKEWED, prior=(0.55, 0.15, 0.15, 0.15))
+    assert [name for _, name in watched(trace(task, 120, failure=to_the_frequent)).openings]
+
+
+def test_a_collapse_under_another_loss_is_one() -> None:
+    def collapsing(drawn: Drawn) -> None:
+        told_times(1.4)(drawn)
+        if drawn.step >= 120:
+            content = drawn.probabilities[:, : drawn.task.length]
+            content[:] = 0.1 * content
+            content[..., 2] += 0.9
+
+    told = watched(trace(SKEWED, 140, failure=collapsing))
+    assert 120 <= told.openings[0][0] <= 132
