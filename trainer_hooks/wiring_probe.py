@@ -278,18 +278,23 @@ class WiringProbe:
     def _images(self, look: Look) -> dict[str, Change]:
         """Put images in the place of others: some loss must change, of every second row alone where that is known."""
         plain, answers = look.plain, look.answers
-        by_rows = rolled_rows(look.given, answers.input_ids.shape[0]) if spares_rows(answers.input_ids) else None
+        # Where placeholders are not known nobody can tell whose image has stayed: then all are moved.
+        are_told = spares_rows(answers.input_ids) and answers.image_token_id is not None
+        by_rows = rolled_rows(look.given, answers.input_ids.shape[0]) if are_told else None
         moved = by_rows or rolled(look.given) or rolled_tiles(look.given)
         if moved is None:
             return {}
         differ = (moved[1] > 0).to(plain.device, non_blocking=True)
         changed = self._again(look, moved[0])
         behind = look.counted & answers.behind_images.to(plain.device) & (plain > MIN_LOSS)
-        found = {"image": largest_change(plain, changed, behind & differ)}
-        if by_rows is not None:
-            is_known = answers.has_images_by_rows(by_rows[2]).to(plain.device)
-            found["apart"] = mean_change(plain, changed, look.untouched & differ & is_known, self._noise)
-        return found
+        if by_rows is None:
+            return {"image": largest_change(plain, changed, behind & differ)}
+        is_known = answers.has_images_by_rows(by_rows[2]).to(plain.device)
+        untouched = look.untouched & is_known  # whose images have stayed
+        return {
+            "image": largest_change(plain, changed, behind & differ & untouched.logical_not()),
+            "apart": mean_change(plain, changed, untouched & differ, self._noise),
+        }
 
     def _last_images(self, look: Look) -> dict[str, Change]:
         """Replace the last image of each row alone: what stands before it must stay, and what is behind must change."""
