@@ -15,6 +15,8 @@ from functools import lru_cache
 from benchmarks.detection.case import Case, Family, Twist
 from benchmarks.detection.cases import (
     known_failures,
+    known_fourth_failures,
+    known_fourth_healthy,
     known_healthy,
     known_second_failures,
     known_second_healthy,
@@ -30,8 +32,16 @@ from benchmarks.detection.cases import (
     tuned_ranks,
 )
 
-TUNED, KNOWN, KNOWN_SECOND, KNOWN_THIRD = "tuned", "known", "known_second", "known_third"
-PROVOKING, HELD_OUT = "provoking", "held_out"
+TUNED, PROVOKING, HELD_OUT = "tuned", "provoking", "held_out"
+KNOWN, KNOWN_SECOND, KNOWN_THIRD, KNOWN_FOURTH = "known", "known_second", "known_third", "known_fourth"
+_MODULES = {
+    TUNED: (tuned_healthy, tuned_labels, tuned_images, tuned_optimisation, tuned_ranks),
+    KNOWN: (known_failures, known_healthy),
+    KNOWN_SECOND: (known_second_failures, known_second_healthy),
+    KNOWN_THIRD: (known_third_failures, known_third_healthy),
+    KNOWN_FOURTH: (known_fourth_failures, known_fourth_healthy),
+    PROVOKING: (provoking_optimisers, provoking_losses, provoking_data),
+}
 _HELD_OUT_MODULES = ("held_out_failures", "held_out_healthy")
 _TWIN = "twin_"
 
@@ -43,15 +53,7 @@ def all_cases() -> dict[str, tuple[Case, str]]:
     Raises:
         ValueError: two cases share a name.
     """
-    tuned = (tuned_healthy, tuned_labels, tuned_images, tuned_optimisation, tuned_ranks)
-    found = [(case, TUNED) for module in tuned for case in module.CASES]
-    found += [(case, KNOWN) for module in (known_failures, known_healthy) for case in module.CASES]
-    second = (known_second_failures, known_second_healthy)
-    found += [(case, KNOWN_SECOND) for module in second for case in module.CASES]
-    third = (known_third_failures, known_third_healthy)
-    found += [(case, KNOWN_THIRD) for module in third for case in module.CASES]
-    provoking = (provoking_optimisers, provoking_losses, provoking_data)
-    found += [(case, PROVOKING) for module in provoking for case in module.CASES]
+    found = [(case, group) for group, modules in _MODULES.items() for module in modules for case in module.CASES]
     for name in _HELD_OUT_MODULES:
         full = f"benchmarks.detection.cases.{name}"
         if importlib.util.find_spec(full) is not None:

@@ -1,4 +1,4 @@
-"""Failures of the data that are held out: texts, tokens, which samples come, and their images."""
+"""Failures of the data that were held out: texts, tokens, which samples come, and their images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Healthy trainings that look odd, held out with `held_out_failures.py`; each is a twentieth of the steps."""
+"""Healthy trainings that look odd, held out until their first evaluation, the fourth."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Failures of the model and of ranks that are held out: its layers, its weights, and what ranks share."""
+"""Failures of the model and of ranks that were held out: its layers, its weights, and what ranks share."""
 
 from __future__ import annotations
 

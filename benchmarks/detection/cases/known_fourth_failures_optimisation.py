@@ -1,4 +1,4 @@
-"""Failures of the optimisation that are held out: penalties, weights in the loss, gradients on their way, rates."""
+"""Failures of the optimisation that were held out: penalties, weights in the loss, gradients on their way, rates."""
 
 from __future__ import annotations
 
