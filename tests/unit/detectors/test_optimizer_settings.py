@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -207,7 +208,7 @@ def test_a_setting_that_changes_every_epoch_is_told_once() -> None:
 
 def test_a_schedule_of_one_step_an_epoch_goes_on_by_parts() -> None:
     def decay(step: int) -> float:
-        return 0.1 - 0.09 * 0.5 * (1 + np.cos(np.pi * (step // 40) / 10))
+        return 0.1 - 0.09 * 0.5 * (1 + math.cos(math.pi * (step // 40) / 10))
 
     assert opened(run(telling(lambda step: [(0.9, 0.95, 1e-8, decay(step))]), steps=400)) == []
 
