@@ -10,6 +10,7 @@ import math
 import os
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -198,16 +199,19 @@ class Deliveries:
         """
         deadline = time.monotonic() + timeout_seconds
         ended = list(ended)
-        self.poll()
-        while self.waiting(ended) and time.monotonic() < deadline:
+        asked = Counter[str]()
+        while True:
+            # The journal is closed for more by now: the next worker's sinks ask for these tables again.
+            asked.update({run_id: len(tables) for run_id, tables in self.poll().unconfirmed_tables.items()})
+            if not self.waiting(ended) or time.monotonic() >= deadline:
+                break
             time.sleep(_POLL_SECONDS)
-            self.poll()
         for supervisor in self._supervisors.values():
             supervisor.request_stop()
         behind = {}
         for run_id, supervisor in self._supervisors.items():
             supervisor.stop(max(_LEAST_STOP_SECONDS, deadline - time.monotonic()))
-            undone = supervisor.status().entries_unconfirmed + len(supervisor.take_unconfirmed_tables())
+            undone = supervisor.status().entries_unconfirmed + asked[run_id]
             if self._mode != "disabled" and undone:
                 behind[run_id] = undone
         self._console.close()

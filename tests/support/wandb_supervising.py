@@ -70,7 +70,8 @@ def write_and_kill(supervisor: WandbSupervisor, outbox: OutboxWriter, tmp_path: 
                 next_kill = time.monotonic() + chance.uniform(0.2, 2.5)
         time.sleep(0.02)
     outbox.write([FINISH])
-    until(supervisor, lambda: is_finished(supervisor))
+    # not `is_finished`: tables whose upload a kill may have undone wait for the worker, which is the test here
+    until(supervisor, lambda: supervisor.status().state is SinkState.FINISHED and supervisor.status().rows_behind == 0)
     return kills
 
 

@@ -41,6 +41,7 @@ from sidestep.worker.sinks.wandb_processes import MARK_VARIABLE, SinkLock, end_m
 from sidestep.worker.sinks.wandb_progress import EXIT_AGAIN, EXIT_NEVER, Progress, SinkState
 from sidestep.worker.sinks.wandb_scratch import Scratch
 from sidestep.worker.sinks.wandb_server import Answer, ServerRun, ServerWatch
+from sidestep.worker.sinks.wandb_tables import owed_tables
 from sidestep.worker.sinks.wandb_uploads import TableUploads
 
 _LOG: Final = logging.getLogger(__name__)
@@ -267,7 +268,7 @@ class WandbSink:
             opening[:] = self._reader.after(-1, 1)
             return bool(opening)
 
-        if 0 <= self._reader.newest_position() <= marks.finished_position:
+        if self._is_finished(marks):
             return self._ended(SinkState.FINISHED, marks.finished_position)
         if not self._wait_until(something_to_send):
             return self._ended(SinkState.SUSPENDED)
@@ -278,6 +279,12 @@ class WandbSink:
         scratch.remove()
         self._report(follower.progress(end))
         return EXIT_AGAIN if end is SinkState.STOP_REQUESTED else 0
+
+    def _is_finished(self, marks: Marks) -> bool:
+        """Whether W&B has everything; a worker may have died before it heard that a table is to be sent once more."""
+        if not 0 <= self._reader.newest_position() <= marks.finished_position:
+            return False
+        return self._mode == "offline" or not owed_tables(self._reader, marks, self._reader.num_rows())
 
     def _opened(self, first: StoredEntry, marks: Marks, scratch: Scratch) -> WandbRun:
         opening = first.value() if first.kind == "run" else {}

@@ -86,7 +86,7 @@ class WandbStatus:
     rows_behind: int
     """Rows and tables of the outbox that W&B was not given yet."""
     entries_behind: int
-    """Entries that W&B was not given yet."""
+    """Entries that W&B was not given yet; a table that has to be sent once more is one."""
     entries_unconfirmed: int
     """Entries that are not known to have arrived: what is uploading is among them, and what an end did not upload."""
     is_given_up: bool
@@ -177,6 +177,8 @@ class WandbSupervisor:
         """
         tables = tuple(sorted(self._unconfirmed))
         self._unconfirmed.clear()
+        if tables:
+            self._looked_at = 0.0  # they are in the outbox by the next poll, which has to see them
         return tables
 
     def request_stop(self) -> None:
@@ -384,8 +386,8 @@ class WandbSupervisor:
             position=progress.position,
             num_rows=progress.num_rows,
             rows_behind=max(0, self._newest_rows - progress.num_rows),
-            entries_behind=self._waiting(),
-            entries_unconfirmed=self._unconfirmed_entries(),
+            entries_behind=self._waiting() + len(self._unconfirmed),
+            entries_unconfirmed=self._unconfirmed_entries() + len(self._unconfirmed),
             is_given_up=self._never,
             complaint=progress.complaint or self._detail,
             counts=dict(self._counts),

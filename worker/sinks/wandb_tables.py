@@ -20,21 +20,24 @@ def undone_tables(reader: OutboxReader, marks: Marks, next_row: int) -> tuple[in
     What W&B does not have as a row (``next_row`` and later) is sent anyway; what was appended again since is that row's
     business. The marks of the rows returned stay until then.
     """
+    undone = owed_tables(reader, marks, next_row)
+    if undone:
+        marks.table_repeats |= {name: marks.table_repeats.get(name, 0) + 1 for name in undone}
+        marks.save()
+    marks.confirm_tables(set(marks.tables_open) - set(undone.values()))
+    return tuple(sorted(undone.values()))
+
+
+def owed_tables(reader: OutboxReader, marks: Marks, next_row: int) -> dict[str, int]:
+    """Return the tables, id to row, that W&B has as rows below ``next_row`` and perhaps not as files."""
     held = [row for row in marks.tables_open if row < next_row]
-    marks.confirm_tables(set(marks.tables_open) - set(held))
     if not held:
-        return ()
+        return {}
     newest: dict[str, int] = {}
     for entry in reader.tables(from_row=min(held)):
         if (name := table_id(entry)) and entry.row_number is not None:
             newest[name] = entry.row_number
-    undone = {
-        name: row for name, row in newest.items() if row in held and marks.table_repeats.get(name, 0) < MAX_REPEATS
-    }
-    marks.table_repeats |= {name: marks.table_repeats.get(name, 0) + 1 for name in undone}
-    marks.confirm_tables(set(held) - set(undone.values()))
-    marks.save()
-    return tuple(sorted(undone.values()))
+    return {name: row for name, row in newest.items() if row in held and marks.table_repeats.get(name, 0) < MAX_REPEATS}
 
 
 def table_id(entry: StoredEntry) -> str:

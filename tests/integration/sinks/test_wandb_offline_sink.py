@@ -160,7 +160,7 @@ def test_a_finished_run_is_not_opened_again_until_there_is_more(
     run = read_fragments(out)
     assert [row["train/step"] for row in run.rows] == [0, 25]
     assert run.exit_codes == [1, 0]
-    # A folder is named by the second in which W&B was asked for a run, `starts` says when it had one: up to a second on.
+    # A folder is named by the second in which W&B was asked for a run; `starts` says when it had one.
     assert len(fragment_folders(out, "run1")) == len(run.starts) == 2
     assert run.starts == sorted(run.starts)
 

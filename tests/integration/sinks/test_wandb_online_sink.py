@@ -138,11 +138,10 @@ def test_the_pages_stop_and_a_refused_upload_are_told_apart(
     assert not fatal.take_stop_request()
 
 
-@pytest.mark.slow
-def test_a_table_whose_upload_died_with_the_worker_is_asked_for_once_more(
+def _lose_the_upload_of_a_second_table(
     outbox: OutboxWriter, supervise: Supervise, backend: WandbBackend, tmp_path: Path
-) -> None:
-    """Its row is at the server, its file is not, and the worker that knew of it is gone."""
+) -> threading.Event:
+    """Kill a sink while the table of row 1 is on its way; return what lets the server's hanging request go."""
     first = supervise(backend)
     outbox.write([run_entry(), table_entry(0, "t-0")])
     first.start()
@@ -156,7 +155,16 @@ def test_a_table_whose_upload_died_with_the_worker_is_asked_for_once_more(
         os.kill(pid, signal.SIGKILL)
     first.stop(0.0)
     backend.faults.clear()
+    return landing
 
+
+@pytest.mark.slow
+def test_a_table_whose_upload_died_with_the_worker_is_asked_for_once_more(
+    outbox: OutboxWriter, supervise: Supervise, backend: WandbBackend, tmp_path: Path
+) -> None:
+    """Its row is at the server, its file is not, and the worker that knew of it is gone."""
+    landing = _lose_the_upload_of_a_second_table(outbox, supervise, backend, tmp_path)
+    run = backend.runs["run1"]
     second = supervise(backend)
     second.start()
     until(second, lambda: second.status().counts["unconfirmed_tables"] == 1)
@@ -169,6 +177,34 @@ def test_a_table_whose_upload_died_with_the_worker_is_asked_for_once_more(
     third.start()
     until(third, lambda: third.status().state is SinkState.FINISHED)
     assert third.take_unconfirmed_tables() == ()
+
+
+@pytest.mark.slow
+def test_an_ended_run_waits_for_the_tables_that_have_to_be_sent_once_more(
+    outbox: OutboxWriter, supervise: Supervise, backend: WandbBackend, tmp_path: Path
+) -> None:
+    """Its last entry was there before the sink that asks; a worker that dies then leaves the question to the next."""
+    landing = _lose_the_upload_of_a_second_table(outbox, supervise, backend, tmp_path)
+    outbox.write([FINISH])
+    second = supervise(backend)
+    second.start()
+    until(second, lambda: second.status().state is SinkState.FINISHED)
+    assert second.status().entries_behind == second.status().entries_unconfirmed == 1
+    second.stop(0.0)
+
+    third = supervise(backend)
+    third.start()
+    until(third, lambda: third.status().state is SinkState.FINISHED and third.status().pid is None)
+    assert third.take_unconfirmed_tables() == (1,)
+    outbox.write([table_entry(1, "t-1")])
+    third.poll()
+    assert third.status().entries_behind == 1
+    until(third, lambda: is_finished(third))
+    landing.set()
+    assert [row["sidecar/table_id"] for row in backend.runs["run1"].history] == ["t-0", "t-1", "t-1"]
+    starts = third.status().counts["starts"]
+    third.poll()
+    assert third.status().counts["starts"] == starts == 2
 
 
 @pytest.mark.slow
