@@ -27,6 +27,8 @@ from sidestep.protocol.message_base import (
 
 PAIRS_ALIKE = ("pairs_alike_before", "pairs_alike_two_before", "pairs_alike_three_before")
 """Of ``SIGNAL_COUNTS``, what is counted of the ids before two answers, from the nearest one on."""
+PROMPT_COUNTS = ("answers_beside_prompts", "prompt_ends", "prompt_ends_labelled")
+"""Of ``SIGNAL_COUNTS``, what is counted beside the end of the samples' prompts, by the ranks that have samples."""
 SIGNAL_COUNTS = (
     "positions",
     "padding",
@@ -44,6 +46,7 @@ SIGNAL_COUNTS = (
     "rows_begun_twice",
     "answer_pairs",
     *PAIRS_ALIKE,
+    *PROMPT_COUNTS,
 )
 """What ``Signals.counts`` holds, in this order; a later minor version may append.
 
@@ -57,6 +60,9 @@ the attention mask says is padding. ``answers``: runs of labelled positions. ``a
 ``answer_pairs``: answers that follow another one of the batch, both with three ids or more before their first target in
 their rows; -1: no ids. ``pairs_alike_before``: of these, where the id right before the first target is the same for
 both; ``pairs_alike_two_before`` and ``_three_before``: where the one before that is, and the one before that.
+``answers_beside_prompts``: answers of batches whose ids were compared with the prompts that the rank generates from;
+-1: it has none, or they end in nothing that is alike in all. ``prompt_ends``: places of these batches where the ids are
+what all those prompts end with. ``prompt_ends_labelled``: of these, with a label for the id that follows.
 """
 
 GROUP_SETTINGS = ("beta1", "beta2", "eps", "weight_decay")

@@ -7,4 +7,4 @@ cannot raises ``WIRE_MAJOR``: peers a major version apart do not talk (``Reject`
 from __future__ import annotations
 
 WIRE_MAJOR = 1
-WIRE_MINOR = 4
+WIRE_MINOR = 5

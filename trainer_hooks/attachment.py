@@ -11,7 +11,7 @@ from torch import nn
 from sidestep.protocol.faults import Faults
 from sidestep.protocol.messages import Command
 from sidestep.trainer_hooks.agreement import WAIT_SECONDS, Agreed, agree, host_name, new_incarnation
-from sidestep.trainer_hooks.capture import ForwardReader
+from sidestep.trainer_hooks.capture import ForwardReader, has_encoder
 from sidestep.trainer_hooks.checks import check_samples, check_topology
 from sidestep.trainer_hooks.config import HooksConfig
 from sidestep.trainer_hooks.console import Console
@@ -26,6 +26,7 @@ from sidestep.trainer_hooks.reducing import Reducer
 from sidestep.trainer_hooks.reductions.learning_rate import group_names
 from sidestep.trainer_hooks.samples import Sample, samples_table
 from sidestep.trainer_hooks.session import Parts, Session
+from sidestep.trainer_hooks.signals.prompt_ends import common_end
 from sidestep.trainer_hooks.signals.watch import SignalWatch
 from sidestep.trainer_hooks.support import EXACT, capabilities, support_line
 from sidestep.trainer_hooks.topology import Topology, read_topology
@@ -191,6 +192,7 @@ def make_signals(training: Training, seen: Seen) -> SignalWatch | None:
     if not training.config.signal_rows_per_step:
         return None
     device = next((parameter.device for parameter in training.model.parameters()), None)
+    has_prompts_apart = has_encoder(unwrapped(training.model))  # they are the encoder's, the labels' ids the decoder's
     return SignalWatch(
         training.model,
         training.optimizer,
@@ -199,6 +201,7 @@ def make_signals(training: Training, seen: Seen) -> SignalWatch | None:
         topology=seen.topology,
         on_device=device is not None and device.type != "cpu",
         probes=make_probes(training, seen),
+        prompt_end=() if has_prompts_apart else common_end([each.prompt() for each in seen.samples]),
     )
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sidestep.protocol.messages import Probe
-from sidestep.trainer_hooks.capture import Batch, ForwardReader, ids_argument, mask_argument
+from sidestep.trainer_hooks.capture import Batch, ForwardReader, has_encoder, ids_argument, mask_argument
 from sidestep.trainer_hooks.image_probe import last_replaced, rolled, rolled_rows, rolled_tiles
 from sidestep.trainer_hooks.isolation import Autocast, as_trained, autocast_now
 from sidestep.trainer_hooks.kept_batch import AskedLogits, KeptBatch, Ran
@@ -103,8 +103,7 @@ class WiringProbe:
         # Set on the thread that gets the numbers, when they are on the host; read on the training thread.
         self._is_thorough = False
         self._is_asked_again = False
-        config = getattr(self._model, "config", None)
-        if getattr(config, "is_encoder_decoder", False) is True:
+        if has_encoder(self._model):
             self._interval = 0  # every position of an encoder sees all others, as it should
 
     def is_due(self, step: int) -> bool:

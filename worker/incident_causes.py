@@ -122,6 +122,13 @@ CAUSES: Final[tuple[Cause, ...]] = (
         "print and decode the ids around the first label of some samples: it must be the answer's first token",
     ),
     _cause(
+        "templates_differ",
+        "template_differs",
+        "training and generation do not share their template, or the answers' first tokens are masked",
+        "print a training sample beside Sample.prompt_ids: render both by one apply_chat_template, the prompt with "
+        "add_generation_prompt=True, and label the answer from its first token on",
+    ),
+    _cause(
         "begun_twice",
         "begun_twice",
         "the beginning is added twice: by the chat template, and by the tokenizer once more",

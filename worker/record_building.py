@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 from sidestep.protocol.messages import Gradients, Kind, LearningRates, Losses, Probe, Signals
-from sidestep.protocol.signals import GROUP_SETTINGS, SIGNAL_COUNTS
+from sidestep.protocol.signals import GROUP_SETTINGS, PROMPT_COUNTS, SIGNAL_COUNTS
 from sidestep.worker.copy_norms import whole_norms
 from sidestep.worker.metrics.measurement import distinct_batches, messages_of
 from sidestep.worker.record_batches import batch_facts
@@ -80,14 +80,18 @@ def _id(value: int | None) -> int:
 
 
 def _counts(signals: Sequence[Signals]) -> Mapping[str, int]:
-    """Sum each count over ranks; one that a rank does not know, or is negative, is known of none."""
+    """Sum each count over ranks; one that a rank does not know, or is negative, is known of none.
+
+    Prompts are what the first rank has: they are counted by those that do.
+    """
     found: dict[str, int] = {}
     if not signals:
         return found
     known = [m.counts.tolist() if m.counts.ndim == 1 else [] for m in signals]
     for name, *values in zip(SIGNAL_COUNTS, *known, strict=False):  # what the shortest of them has
-        if min(values) >= 0:
-            found[name] = min(sum(values), MAX_COUNT)
+        given = [value for value in values if value >= 0]
+        if given and (len(given) == len(values) or name in PROMPT_COUNTS):
+            found[name] = min(sum(given), MAX_COUNT)
     return found
 
 

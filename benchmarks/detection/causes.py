@@ -58,6 +58,7 @@ POINTS_TO: Final[Mapping[str, frozenset[Blame]]] = {
     "data_changed": frozenset({_D}),
     "updates_rounded_away": frozenset({_O, _W}),
     "labels_begin_late": frozenset({_L}),
+    "templates_differ": frozenset({_D, _L}),
     "data_begun_anew": frozenset({_D, _Q}),
     "data_missing": frozenset({_D, _L}),
     "gradient_lost": frozenset({_O, _M}),

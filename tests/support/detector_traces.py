@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sidestep.protocol.messages import Kind, Message, Probe, Scalars, Signals, StepEnd
+from sidestep.protocol.messages import SIGNAL_COUNTS, Kind, Message, Probe, Scalars, Signals, StepEnd
 from sidestep.worker.records import AssembledStep, Part, RunContext
 from sidestep.worker.watch import Watch, WatchVerdict
 
@@ -180,7 +180,7 @@ def _signals(drawn: Drawn, mine: slice, rank: int) -> Signals:
     gradient = float(np.exp(rng.normal(0.0, 0.15)) * (0.3 + losses.mean()))
     values: dict[str, Any] = {
         "step": drawn.step,
-        "counts": np.array(list(counts.values()), np.int64),
+        "counts": np.array([counts.get(name, -1) for name in SIGNAL_COUNTS], np.int64),
         "labelled": total,
         "vocabulary": VOCABULARY,
         "targets": drawn.ids[targets].astype(np.int32),

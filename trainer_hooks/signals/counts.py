@@ -6,6 +6,7 @@ shapes for labels on a device. A test holds them equal. Names and meanings are t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from sidestep.protocol.messages import SIGNAL_COUNTS
 from sidestep.protocol.signals import PAIRS_ALIKE
 from sidestep.trainer_hooks.reductions.alignment import AlignedBatch
 from sidestep.trainer_hooks.reductions.runs import HostRuns, find_runs_on_host, targets_on_host
+from sidestep.trainer_hooks.signals.prompt_ends import count_prompt_ends, count_prompt_ends_on_device
 
 NUM_COUNTS = len(SIGNAL_COUNTS)
 _BEGIN = 3
@@ -33,6 +35,8 @@ class Reading:
     ignore_index: int
     eos_id: int | None
     pad_id: int | None
+    prompt_end: tuple[int, ...] = ()
+    """What all samples' prompts end with (``prompt_ends.py``)."""
 
     @property
     def pads_by_id(self) -> bool:
@@ -96,6 +100,7 @@ def count_targets(
         "batches_without_labels": int(not num_labelled),
         **_count_rows(labelled, ids, real),
         **_count_pairs(runs, ids),
+        **count_prompt_ends(reading.prompt_end, ids, labelled, runs.first.size),
     }
     return np.array([counts[name] for name in SIGNAL_COUNTS], np.int64)
 
@@ -145,7 +150,7 @@ def _count_pairs_on_device(starts: Tensor, ids: Tensor | None) -> dict[str, Tens
     return {"answer_pairs": is_pair.sum(), **alike}
 
 
-def count_on_device(batch: AlignedBatch) -> Tensor:
+def count_on_device(batch: AlignedBatch, prompt_end: Sequence[int] = ()) -> Tensor:
     """Count a micro-batch in fixed shapes; int64 [counts] on the labels' device."""
     labelled, device = batch.labelled, batch.labelled.device
     runs = batch.runs()
@@ -162,6 +167,7 @@ def count_on_device(batch: AlignedBatch) -> Tensor:
     # An answer has an EOS where a position of it is past, or is, its first EOS: every run but those of content alone.
     ended = labelled & runs.content.logical_not()
     before = F.pad(ended, (1, -1)) & runs.starts.logical_not()
+    answers = runs.starts.sum()
     counts = {
         "positions": zero + labelled.numel(),
         "padding": zero - 1 if real is None else real.logical_not().sum(),
@@ -170,12 +176,13 @@ def count_on_device(batch: AlignedBatch) -> Tensor:
         "labels_equal_ids": equal,
         "labels_equal_next_ids": equal_next,
         "labels_masked": zero if real is None else (before_last & real.narrow(1, 1, last).logical_not()).sum(),
-        "answers": runs.starts.sum(),
+        "answers": answers,
         "answers_with_eos": (ended & before.logical_not()).sum(),
         "batches": zero + 1,
         "batches_without_labels": (labelled_total == 0).to(torch.int64),
         **_count_rows_on_device(batch, real),
         **_count_pairs_on_device(runs.starts, batch.input_ids),
+        **count_prompt_ends_on_device(prompt_end, batch.input_ids, labelled, answers),
     }
     return torch.stack([counts[name] for name in SIGNAL_COUNTS])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -76,10 +76,12 @@ class HostCopies:
 class MicroSignalReader:
     """Reads micro-batches; knows the ids, not the step."""
 
-    def __init__(self, *, eos_id: int | None, pad_id: int | None, ignore_index: int) -> None:
-        self._readings = tuple(
-            Reading(shifted=each, ignore_index=ignore_index, eos_id=eos_id, pad_id=pad_id) for each in (False, True)
-        )
+    def __init__(
+        self, *, eos_id: int | None, pad_id: int | None, ignore_index: int, prompt_end: tuple[int, ...] = ()
+    ) -> None:
+        plain = Reading(shifted=False, ignore_index=ignore_index, eos_id=eos_id, pad_id=pad_id, prompt_end=prompt_end)
+        self._readings = (plain, replace(plain, shifted=True))
+        self._prompt_end = prompt_end
         self._eos_id = eos_id
         self._hash = DeviceHash()
 
@@ -180,7 +182,7 @@ class MicroSignalReader:
             self._add_rows(made, source, *places.unbind(), weights=None)
 
     def _read_device(self, made: MicroSignals, batch: Batch, aligned: AlignedBatch, max_rows: int, seed: int) -> None:
-        made.tensors["counts"] = count_on_device(aligned)
+        made.tensors["counts"] = count_on_device(aligned, self._prompt_end)
         labels = _rows_of(batch.labels)
         if "hashes" not in made.tensors:
             ids = _rows_of(batch.encoder_ids)

@@ -57,6 +57,7 @@ class SignalWatch:
         topology: Topology,
         on_device: bool,
         probes: Sequence[StepProbe],
+        prompt_end: tuple[int, ...] = (),
     ) -> None:
         self._probes = tuple(probes)
         self.failed: Callable[[str, Exception], None] = _raised
@@ -66,7 +67,10 @@ class SignalWatch:
         self._topology = topology
         self._has_eos = vocabulary.eos_id is not None
         self._reader = MicroSignalReader(
-            eos_id=vocabulary.eos_id, pad_id=vocabulary.pad_id, ignore_index=config.ignore_index
+            eos_id=vocabulary.eos_id,
+            pad_id=vocabulary.pad_id,
+            ignore_index=config.ignore_index,
+            prompt_end=prompt_end,
         )
         budget = config.overhead_budget
         self.budget = OverheadBudget((DEVICE_BUDGET if on_device else CPU_BUDGET) if budget is None else budget)

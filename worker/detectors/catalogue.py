@@ -101,6 +101,7 @@ settings_changed|warning|self||the optimizer's settings have changed
 rows_without_labels|warning|exact||samples have nothing to learn from
 labels_late|warning|exact||the first tokens of answers have no label
 begun_twice|warning|exact||samples begin twice
+template_differs|warning|exact||answers are trained in other places than they are generated
 images_missing|warning|shift||no images come in
 image_scale|warning|shift||the pixels are on another scale
 image_unused|warning|self||images are not looked at

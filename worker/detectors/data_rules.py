@@ -98,3 +98,17 @@ class LateLabels(Limit):
     """... and share of pairs up to which it is none: answers that are 70 % alike are so in half of the pairs."""
     min_pairs: int = 64
     """Pairs of a reading, of as many steps as it takes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TemplateDiffers(Limit):
+    """No answer is trained where answers are generated."""
+
+    hits: int = 3
+    window: int = 3
+    threshold: float = 0.0
+    """Share of the answers behind the end of a prompt, from which on training and generation do share a template."""
+    min_answers: int = 128
+    """Answers of a reading, of as many steps as it takes."""
+    text_share: float = 0.9
+    """Share of labelled positions from which a step is text from end to end, which has no template."""

@@ -1,4 +1,4 @@
-"""What the rows of a batch hold: samples without a label, whose beginning stands twice, whose labels begin too late."""
+"""What the rows of a batch hold: samples without labels, begun twice, labelled too late, in another template."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from sidestep.protocol.messages import Json
-from sidestep.protocol.signals import PAIRS_ALIKE
+from sidestep.protocol.signals import PAIRS_ALIKE, PROMPT_COUNTS
+from sidestep.worker.detectors.exact import is_plain_text
 from sidestep.worker.detectors.reading import Reading
 from sidestep.worker.detectors.settings import DetectorSettings
 from sidestep.worker.detectors.view import StepView
@@ -16,7 +17,7 @@ PAIR_COUNTS: Final = ("answer_pairs", *PAIRS_ALIKE)
 
 
 class Rows:
-    """``rows_without_labels``, ``begun_twice`` and ``labels_late``; padding rows are none."""
+    """``rows_without_labels``, ``begun_twice``, ``labels_late`` and ``template_differs``; padding rows are none."""
 
     name = "rows"
 
@@ -25,10 +26,14 @@ class Rows:
         self._empty: list[tuple[int, int]] = []  # rows, and those without a label, of the last steps
         self._begun = (0, 0)  # rows since the last reading, and those that begin twice
         self._pairs = [0, 0, 0, 0]  # pairs of answers since the last reading, and those alike one, two, three before
+        self._prompts = [0, 0, 0]  # answers since the last reading, ends of prompts, and those with a label behind them
 
     def read(self, view: StepView) -> Sequence[Reading]:
         """Judge one step."""
-        return [*self._without_labels(view.record), *self._begun_twice(view.record), *self._late(view.record)]
+        record = view.record
+        return [
+            *self._without_labels(record), *self._begun_twice(record), *self._late(record), *self._template(record)
+        ]  # fmt: skip
 
     def _without_labels(self, record: StepRecord) -> Iterator[Reading]:
         """Of several steps together; a step that has no label at all is ``no_labels``' business."""
@@ -105,13 +110,39 @@ class Rows:
             evidence=evidence,
         )
 
+    def _template(self, record: StepRecord) -> Iterator[Reading]:
+        """An answer behind the end of a prompt is enough: trainings have parts in other forms."""
+        counts = [record.count(name) for name in PROMPT_COUNTS]
+        rule = self._settings.template_differs
+        if any(count is None for count in counts) or is_plain_text(record, rule.text_share):
+            return
+        self._prompts = [total + (count or 0) for total, count in zip(self._prompts, counts, strict=True)]
+        answers, ends, labelled = self._prompts
+        if answers < rule.min_answers:
+            return
+        self._prompts = [0, 0, 0]
+        where = f"which stands in {ends} places without a label behind it" if ends else "which the inputs do not hold"
+        evidence = f"none of {answers} answers is trained right behind what all samples' prompts end with, {where}"
+        yield Reading(
+            name="template_differs",
+            value=labelled / answers,
+            limit=rule.threshold,
+            is_beyond=labelled <= rule.threshold * answers,
+            evidence=evidence if labelled == 0 else f"{labelled} of {answers} answers begin where prompts end",
+        )
+
     def forget(self) -> None:
         """Pool nothing with the rows of another stage."""
-        self._empty, self._begun, self._pairs = [], (0, 0), [0, 0, 0, 0]
+        self._empty, self._begun, self._pairs, self._prompts = [], (0, 0), [0, 0, 0, 0], [0, 0, 0]
 
     def state(self) -> Json:
         """Return what is pooled."""
-        return {"empty": [list(each) for each in self._empty], "begun": list(self._begun), "pairs": self._pairs}
+        return {
+            "empty": [list(each) for each in self._empty],
+            "begun": list(self._begun),
+            "pairs": self._pairs,
+            "prompts": self._prompts,
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over a state."""
@@ -119,3 +150,4 @@ class Rows:
         rows, twice = state["begun"]
         self._begun = (int(rows), int(twice))
         self._pairs = [int(count) for count in state.get("pairs", (0, 0, 0, 0))]
+        self._prompts = [int(count) for count in state.get("prompts", (0, 0, 0))]

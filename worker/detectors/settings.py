@@ -6,7 +6,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, get_type_hints
 
-from sidestep.worker.detectors.data_rules import BegunTwice, EmptyRows, LateLabels, MissingTargets, Shift, SingleAnswer
+from sidestep.worker.detectors.data_rules import (
+    BegunTwice,
+    EmptyRows,
+    LateLabels,
+    MissingTargets,
+    Shift,
+    SingleAnswer,
+    TemplateDiffers,
+)
 from sidestep.worker.detectors.rules import (
     AgainstStart,
     Agreement,
@@ -79,6 +87,7 @@ class DetectorSettings:
     rows_without_labels: EmptyRows = field(default_factory=EmptyRows)
     labels_late: LateLabels = field(default_factory=LateLabels)
     begun_twice: BegunTwice = field(default_factory=BegunTwice)
+    template_differs: TemplateDiffers = field(default_factory=TemplateDiffers)
     # absolute
     init_loss: Start = field(default_factory=Start)
     worse_than_uniform: Limit = field(default_factory=lambda: Limit(hits=3, window=5, threshold=0.5))

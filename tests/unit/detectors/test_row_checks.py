@@ -1,4 +1,4 @@
-"""Samples without a label, and samples that begin twice."""
+"""Samples without a label or begun twice, labels that begin late, and answers that stand in another template."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tests.support.detector_traces import Drawn, Failure, Task, Told, trace, watched
 
+from sidestep.protocol.signals import PROMPT_COUNTS
 from sidestep.worker.watch import Watch
 
 TASK = Task(batch=8, images=False)
@@ -148,3 +149,42 @@ def test_pairs_are_kept_over_a_restart_and_not_over_a_stage() -> None:
     watched(steps[:4], first)
     second.restore(first.state())
     assert watched(steps[4:], second).openings == watched(steps).openings == [(8, "labels_late")]
+
+
+def prompts(answers: int, ends: int, labelled: Callable[[int], int]) -> Failure:
+    """Every step compares so many answers with the samples' prompts, whose end stands in so many places."""
+
+    def fail(drawn: Drawn) -> None:
+        rows(lambda _: 8)(drawn)
+        drawn.counts |= dict(zip(PROMPT_COUNTS, (answers, ends, labelled(drawn.step)), strict=True))
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("answers", "ends", "labelled", "at"),
+    [
+        (32, 0, lambda _: 0, 11),  # readings of 128 answers
+        (32, 32, lambda _: 0, 11),
+        (32, 0, lambda step: 32 * (step < 20), 31),
+        (32, 32, lambda step: step % 4 == 0, None),  # one of 128 is enough
+        (32, 32, lambda _: 32, None),
+        (-1, -1, lambda _: -1, None),  # nothing is generated here
+        (1, 0, lambda _: 0, None),  # too few
+    ],
+)
+def test_answers_that_are_trained_in_other_places(
+    answers: int, ends: int, labelled: Callable[[int], int], at: int | None
+) -> None:
+    told = run(prompts(answers, ends, labelled))
+    assert told.openings == ([] if at is None else [(at, "template_differs")])
+    assert at is None or "do not share their template" in told.blocks
+    assert at is None or ("without a label behind it" in told.blocks) == (ends > 0)
+
+
+def test_text_from_end_to_end_has_no_template() -> None:
+    def fail(drawn: Drawn) -> None:
+        prompts(32, 0, lambda _: 0)(drawn)
+        drawn.counts |= {"positions": 800, "labelled": 800}
+
+    assert "template_differs" not in {name for _, name in run(fail).openings}

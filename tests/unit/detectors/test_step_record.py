@@ -7,7 +7,7 @@ import pytest
 from tests.support.detector_traces import EOS, Task, assembled, context, draw, logged, probe, trace
 
 from sidestep.protocol.errors import DecodeError
-from sidestep.protocol.messages import Kind, Losses, Probe, Signals, StepEnd
+from sidestep.protocol.messages import SIGNAL_COUNTS, Kind, Losses, Probe, Signals, StepEnd
 from sidestep.worker.detectors.view import StepView
 from sidestep.worker.record_building import build_record
 from sidestep.worker.records import AssembledStep, Part
@@ -161,6 +161,15 @@ def test_unknown_counts_are_absent() -> None:
     assert record.count("labels_masked") is None
     assert record.count("batches") is None
     assert record.count("answers_with_eos") == 2
+
+
+def test_prompts_are_counted_by_the_ranks_that_have_some() -> None:
+    known = ({"answers": 8, "answers_beside_prompts": 8, "prompt_ends": 2}, {"answers": 8})
+    told = [signals(counts=np.array([rank.get(name, -1) for name in SIGNAL_COUNTS], np.int64)) for rank in known]
+    record = build_record(step_of(*told), context())
+    assert record.count("answers") == 16
+    assert (record.count("answers_beside_prompts"), record.count("prompt_ends")) == (8, 2)
+    assert record.count("prompt_ends_labelled") is None
 
 
 def test_an_old_trainer_makes_an_empty_record() -> None:

@@ -16,6 +16,7 @@ from sidestep.trainer_hooks.signals.counts import (
     count_on_host,
     hash_on_host,
 )
+from sidestep.trainer_hooks.signals.prompt_ends import common_end
 
 PAD, EOS, IGNORE = 0, 1, -100
 
@@ -33,8 +34,8 @@ def batch(seed: int, rows: int = 5, positions: int = 24) -> tuple[torch.Tensor, 
     return torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy((ids != PAD).astype(np.int64))
 
 
-def reading(*, shifted: bool, pad_id: int | None = PAD) -> Reading:
-    return Reading(shifted=shifted, ignore_index=IGNORE, eos_id=EOS, pad_id=pad_id)
+def reading(*, shifted: bool, pad_id: int | None = PAD, prompt_end: tuple[int, ...] = ()) -> Reading:
+    return Reading(shifted=shifted, ignore_index=IGNORE, eos_id=EOS, pad_id=pad_id, prompt_end=prompt_end)
 
 
 def host(labels: torch.Tensor, ids: torch.Tensor | None, mask: torch.Tensor | None, how: Reading) -> dict[str, int]:
@@ -52,14 +53,20 @@ def shift(labels: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("with_mask", [False, True])
 @pytest.mark.parametrize("pad_id", [PAD, EOS, None])
-def test_host_and_device_count_alike(seed: int, shifted: bool, with_mask: bool, pad_id: int | None) -> None:
+@pytest.mark.parametrize("num_end", [0, 1, 2])
+def test_host_and_device_count_alike(
+    seed: int, shifted: bool, with_mask: bool, pad_id: int | None, num_end: int
+) -> None:
     ids, labels, mask = batch(seed)
+    first = int((labels[1] != IGNORE).to(torch.int8).argmax())
+    end = tuple(ids[1, first - num_end : first].tolist())
     labels = shift(labels) if shifted else labels
     labels[0] = IGNORE
     given = mask if with_mask else None
     aligned = align(input_ids=ids, labels=labels, attention_mask=given, shifted=shifted, pad_id=pad_id, eos_id=EOS)
-    on_device = dict(zip(SIGNAL_COUNTS, count_on_device(aligned).tolist(), strict=True))
-    assert on_device == host(labels, ids, given, reading(shifted=shifted, pad_id=pad_id))
+    on_device = dict(zip(SIGNAL_COUNTS, count_on_device(aligned, end).tolist(), strict=True))
+    assert on_device == host(labels, ids, given, reading(shifted=shifted, pad_id=pad_id, prompt_end=end))
+    assert on_device["prompt_ends_labelled"] >= 1 if end else on_device["prompt_ends"] == -1
 
 
 @pytest.mark.parametrize("shifted", [False, True])
@@ -106,6 +113,43 @@ def test_each_fault_moves_its_own_count() -> None:
     assert begun["rows"] == len(ids)
     bare = host(labels, None, None, reading(shifted=False))
     assert (bare["compared"], bare["rows_begun_twice"]) == (0, -1)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_answers_behind_the_ends_of_prompts(shifted: bool) -> None:
+    """Three samples in the template ``question 7 8 answer 8``, whose answers are masked more or less."""
+    ids = torch.tensor([[20, 21, 7, 8, 30, 31, EOS, 7], [22, 7, 7, 8, 32, 8, EOS, PAD], [8, 7, 8, 8, 33, EOS, PAD, 7]])
+
+    def counted(labels: torch.Tensor, end: tuple[int, ...]) -> tuple[int, int, int]:
+        found = host(shift(labels) if shifted else labels, ids, None, reading(shifted=shifted, prompt_end=end))
+        return found["answers_beside_prompts"], found["prompt_ends"], found["prompt_ends_labelled"]
+
+    answers = ids.masked_fill(torch.arange(8) < 4, IGNORE).masked_fill(ids == PAD, IGNORE)
+    answers[:, 7] = IGNORE
+    assert counted(answers, (7, 8)) == (3, 3, 2)
+    assert counted(answers, (8,)) == (3, 6, 4)
+    assert counted(answers, (9, 8)) == (3, 0, 0)
+    late = answers.clone()
+    late[:, 4] = IGNORE
+    assert counted(late, (7, 8)) == (3, 3, 0)
+    assert counted(answers, ()) == (-1, -1, -1)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "end"),
+    [
+        (([1, 2, 7, 8], [3, 7, 8]), (7, 8)),
+        (([1, 6, 7, 8], [2, 6, 7, 8]), (7, 8)),  # before the template, questions may be alike
+        (([1, 8], [2, 8], [3, 8]), (8,)),
+        (([8], [2, 8]), (8,)),
+        (([1, 2], [1, 3]), ()),
+        (([1, 7, 8], [1, 7, 8]), ()),  # one and the same question
+        (([1, 7, 8],), ()),
+        ((), ()),
+    ],
+)
+def test_what_prompts_have_in_common_at_their_end(prompts: tuple[list[int], ...], end: tuple[int, ...]) -> None:
+    assert common_end(prompts) == end
 
 
 def test_padding_that_is_not_known_once_is_not_known() -> None:
