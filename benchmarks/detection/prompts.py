@@ -1,43 +1,74 @@
-"""What the product generates from in the lab: held-out questions of the run's own mix."""
+"""What the product generates from in the lab: held-out questions of the run's own mix, in the run's own form."""
 
 from __future__ import annotations
 
 import numpy as np
-from benchmarks.detection.lab import Suite
+import torch
+from benchmarks.detection.case import Twist
+from benchmarks.detection.lab import Lab
+from benchmarks.detection.talks import Encoded, Talk, encode_talk
 from numpy.typing import NDArray
 
 import sidestep
+from sidestep.examples.digits_vqa.packing import IGNORE_INDEX
 
 _NUM_SAMPLES = 16
 _SEED = 78
 _SCREEN_SCALE = 8
 
 
-def generation_samples(suite: Suite, mix: dict[str, float]) -> list[sidestep.Sample]:
-    """Return 16 prompts, the same for every run with that mix."""
-    rng = np.random.default_rng([_SEED, _NUM_SAMPLES])
+def generation_samples(lab: Lab, mix: dict[str, float], twist: Twist | None) -> list[sidestep.Sample]:
+    """Return 16 prompts, the same for every run with that mix.
+
+    Args:
+        lab: the run.
+        mix: share of each kind of talk.
+        twist: one that is healthy from the first step on, whose form of talks and samples the prompts have as well:
+            people generate from what they train on. None: the suite's own form.
+    """
+    rng, suite = np.random.default_rng([_SEED, _NUM_SAMPLES]), lab.suite
+    twisting = np.random.default_rng([_SEED, _NUM_SAMPLES, 1])
     kinds, shares = list(mix), np.array(list(mix.values()))
     drawn = rng.choice(len(kinds), size=_NUM_SAMPLES, p=shares / shares.sum())
     images = suite.num_images + rng.permutation(suite.num_held_out)[:_NUM_SAMPLES]
     made = []
     for kind, image in zip(drawn, images, strict=True):
         talk = suite.draw(kinds[kind], int(image), rng)
-        tiles = [] if talk.image is None else [suite.image(talk.image)]
-        tokens = suite.tokenizer
-        made.append(
-            sidestep.Sample(
-                question=talk.question,
-                target=talk.answer,
-                image=_shown(tiles[0].numpy()[0, 0]) if tiles else None,
-                prompt_ids=tokens.encode_prompt(talk.question, num_images=len(tiles)),
-                target_ids=tokens.encode_answer(talk.answer),
-                inputs={"images": tiles},
-            )
-        )
+        plain = _encoded(lab, talk)
+        if twist is not None:
+            talk = twist.talk(lab, talk, twisting)
+            formed = twist.sample(lab, _encoded(lab, talk), twisting)
+            plain = formed if _first_label(formed) > 0 else plain  # a text without a prompt is nothing to go on from
+        made.append(_as_sample(talk, plain))
     return made
 
 
-def _shown(pixels: NDArray[np.float32]) -> NDArray[np.uint8]:
+def _encoded(lab: Lab, talk: Talk) -> Encoded:
+    return encode_talk(talk, None if talk.image is None else lab.suite.image(talk.image), lab.suite.tokenizer)
+
+
+def _first_label(sample: Encoded) -> int:
+    """Return the first position with a target; 0 where there is none."""
+    return next((place for place, label in enumerate(sample.labels) if label != IGNORE_INDEX), 0)
+
+
+def _as_sample(talk: Talk, sample: Encoded) -> sidestep.Sample:
+    """Cut a sample where its first answer begins."""
+    first = _first_label(sample)
+    behind = sample.labels[first:]
+    length = behind.index(IGNORE_INDEX) if IGNORE_INDEX in behind else len(behind)
+    return sidestep.Sample(
+        question=talk.question,
+        target=talk.answer,
+        image=_shown(sample.images[0]) if sample.images else None,
+        prompt_ids=sample.input_ids[: first + 1],
+        target_ids=behind[:length],
+        inputs={"images": list(sample.images)},
+    )
+
+
+def _shown(tile: torch.Tensor) -> NDArray[np.uint8]:
+    pixels = tile.numpy()[0, 0]
     spread = float(pixels.max() - pixels.min()) or 1.0
     shades: NDArray[np.uint8] = np.round((pixels - pixels.min()) / spread * 255).astype(np.uint8)
     return shades.repeat(_SCREEN_SCALE, axis=0).repeat(_SCREEN_SCALE, axis=1)

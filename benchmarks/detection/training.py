@@ -129,6 +129,7 @@ class Run:
 
     def _attach(self, case: Case) -> None:
         num_ranks = self.lab.setup.num_ranks
+        asked_like = self._twist if self._is_twisted and not case.is_failure else None
         recording = self._recording = Recording(self._folder / FRAMES_FILE, num_ranks=num_ranks)
         for replica in self.lab.replicas:
             self._hooks.append(
@@ -136,7 +137,7 @@ class Run:
                     replica.model,
                     replica.optimizer,
                     tokenizer=self.lab.suite.tokenizer,
-                    samples=generation_samples(self.lab.suite, self._usual_mix) if replica.rank == 0 else None,
+                    samples=generation_samples(self.lab, self._usual_mix, asked_like) if replica.rank == 0 else None,
                     config=config_of(replica.rank, num_ranks),
                     name=case.name,
                     transport=recording.open_rank(replica.rank),
