@@ -108,7 +108,7 @@ class TemplateDiffers(Limit):
     window: int = 3
     threshold: float = 0.0
     """Share of the answers behind the end of a prompt, from which on training and generation do share a template."""
-    min_answers: int = 128
+    min_answers: int = 64
     """Answers of a reading, of as many steps as it takes."""
     text_share: float = 0.9
     """Share of labelled positions from which a step is text from end to end, which has no template."""
