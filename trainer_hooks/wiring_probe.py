@@ -204,8 +204,7 @@ class WiringProbe:
             changed = self._again(look, {look.ids: other})
         except Exception:
             if is_padded is not None:
-                self._left_out.add("padding")
-                self._began = step  # soon again, without it
+                self._leave_out("padding", step)
             raise
         found = self._compared(look, best, is_exchanged, changed)
         if is_padded is not None:
@@ -253,9 +252,12 @@ class WiringProbe:
         try:
             return ask(look) if part not in self._left_out else {}
         except Exception:
-            self._left_out.add(part)
-            self._began = step  # soon again, without it
+            self._leave_out(part, step)
             raise
+
+    def _leave_out(self, part: str, step: int) -> None:
+        self._left_out.add(part)
+        self._began = step  # soon again, without it
 
     def _mask(self, look: Look) -> Tensor | None:
         """Return the attention mask, where its ids lie; None where there is none, or it would have to be waited for."""
