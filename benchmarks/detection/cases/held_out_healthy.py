@@ -146,9 +146,13 @@ class ClippedByUnit(Twist):
                 if weight.grad is None or weight.dim() < 2 or weight is kept:
                     continue
                 rows = tuple(range(1, weight.dim()))
-                most = _LARGEST_RATIO * weight.detach().norm(dim=rows, keepdim=True).clamp(min=_LEAST_NORM)
-                norm = weight.grad.norm(dim=rows, keepdim=True).clamp(min=1e-12)
+                most = _LARGEST_RATIO * self._norm(weight.detach(), rows).clamp(min=_LEAST_NORM)
+                norm = self._norm(weight.grad, rows).clamp(min=1e-12)
                 weight.grad.mul_((most / norm).clamp(max=1.0))
+
+    @staticmethod
+    def _norm(weight: torch.Tensor, rows: tuple[int, ...]) -> torch.Tensor:
+        return weight.square().sum(dim=rows, keepdim=True).sqrt()
 
 
 class LabelsThinned(Twist):
