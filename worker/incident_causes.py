@@ -329,7 +329,7 @@ CAUSES: Final[tuple[Cause, ...]] = (
     ),
     _cause(
         "rate_too_high",
-        "grad_spike module_spike cal_up loss_cusum loss_regress loss_spike confidence_gap mass_excess "
+        "grad_spike modules_spike module_spike cal_up loss_cusum loss_regress loss_spike confidence_gap mass_excess "
         "back_to_prior worse_than_prior worse_than_uniform uniform_predictions single_answer mass_deficit "
         "copying",
         "the learning rate is too high: it was raised before",
@@ -399,12 +399,6 @@ CAUSES: Final[tuple[Cause, ...]] = (
         facts="abrupt outputs_unchanged",
     ),
     _cause(
-        "module_broken",
-        "module_spike",
-        "one module's gradient explodes",
-        "look at the named module: its inputs, its scale, its rate",
-    ),
-    _cause(
         "forward_changed",
         _RISEN,
         "the model says something else with the weights that it had: dropout, a mask, a buffer or a scale within it "
@@ -419,6 +413,20 @@ CAUSES: Final[tuple[Cause, ...]] = (
         "that were overwritten",
         "go back to a checkpoint before the first step named; lower the rate; look at what was loaded or changed there",
         facts="abrupt outputs_changed",
+    ),
+    _cause(
+        "optimisation",
+        "modules_spike",
+        "the gradients of several modules jump at the same step, which is no module's own: noise that is added, a "
+        "scale or a reduction that went wrong, or updates that are too large",
+        "look at what is done to gradients between backward and the optimizer's step: scaling, noise, the reduction "
+        "over ranks, clipping; then at the rate",
+    ),
+    _cause(
+        "module_broken",
+        "module_spike",
+        "one module's gradient explodes",
+        "look at the named module: its inputs, its scale, its rate",
     ),
     _cause(
         "optimisation",

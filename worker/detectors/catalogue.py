@@ -110,6 +110,7 @@ loss_spike|warning|self||the loss spikes
 grad_spike|warning|self||the gradient spikes
 grad_vanish|warning|self||the gradient vanishes
 grad_fall|warning|self||the gradient has become smaller, and the loss has not
+modules_spike|warning|self||the gradients of several modules spike at once
 module_spike|warning|self||a module's gradient spikes
 gen_vs_target|warning|generation||generated answers favour one token
 gen_length|warning|generation||generated answers have other lengths

@@ -24,10 +24,11 @@ TINY: Final = 1e-30
 USUAL_LOSSES: Final = 32
 """Last losses whose median is the usual one: a burst raises its own."""
 QUIET_FROM: Final = 8
+SEVERAL: Final = 2
 
 
 class GradientChanges:
-    """``grad_spike``, ``grad_vanish``, ``grad_fall``, ``module_dead`` and ``module_spike``."""
+    """``grad_spike``, ``grad_vanish``, ``grad_fall``, ``module_dead``, ``module_spike`` and ``modules_spike``."""
 
     name = "gradients"
 
@@ -116,6 +117,7 @@ class GradientChanges:
             self._without = [0] * len(norms)
         whole = math.sqrt(sum(norm * norm for norm in norms if norm > 0)) or TINY
         dead, worst, spike = -1, math.inf, (-math.inf, -1, 0.0)
+        rises: list[float] = []
         for place, norm in enumerate(norms):
             if not self._is_judged(record, place):
                 continue
@@ -124,7 +126,8 @@ class GradientChanges:
             if ratio is not None and ratio < worst:
                 dead, worst = place, ratio
             if norm > 0:
-                spike = max(spike, self._spike(place, norm))
+                spike = max(spike, own := self._spike(place, norm))
+                rises += [own[2]] if own[1] >= 0 else []
                 self._shares[place].add(math.log(norm))
         limit = self._settings.module_dead.threshold
         if dead >= 0:
@@ -134,13 +137,28 @@ class GradientChanges:
                 name="module_dead", value=worst, limit=limit, is_beyond=is_dead, module=dead, evidence=evidence
             )
         if spike[1] >= 0:
-            rule = self._settings.module_spike
-            is_beyond = spike[0] > rule.threshold and spike[2] > rule.rise and not is_quiet
-            evidence = f"the gradient of {{module}} is {math.exp(min(spike[2], 50.0)):.3g} times its median"
-            yield Reading(
-                name="module_spike", value=spike[0], limit=rule.threshold, is_beyond=is_beyond, module=spike[1],
-                evidence=evidence,
-            )  # fmt: skip
+            yield from self._spiking(spike, rises, is_quiet=is_quiet)
+
+    def _spiking(self, worst: tuple[float, int, float], rises: list[float], *, is_quiet: bool) -> Iterator[Reading]:
+        """One module's spike, and whether most modules rose at the same step: then it is not this module's own."""
+        rule = self._settings.module_spike
+        z, place, rise = worst
+        is_beyond = z > rule.threshold and rise > rule.rise and not is_quiet
+        evidence = f"the gradient of {{module}} is {_times(rise)} times its median"
+        yield Reading(
+            name="module_spike", value=z, limit=rule.threshold, is_beyond=is_beyond, module=place, evidence=evidence
+        )
+        if len(rises) < SEVERAL:
+            return
+        limit = self._settings.modules_spike.threshold
+        shared = sorted(rises, reverse=True)[len(rises) // 2]  # more than half of the modules rose by this much
+        num_risen = sum(each > limit for each in rises)
+        evidence = (
+            f"the gradients of {num_risen} of {len(rises)} modules are {_times(shared)} times their median or more"
+        )
+        yield Reading(
+            name="modules_spike", value=shared, limit=limit, is_beyond=is_beyond and shared > limit, evidence=evidence
+        )
 
     def _is_judged(self, record: StepRecord, place: int) -> bool:
         """A module that is frozen, or that sees images where there are none, is not expected to have a gradient."""
@@ -201,3 +219,7 @@ class GradientChanges:
             self._shares.append(window)
         self._without = [int(count) for count in state["without"]]
         self._is_new_stage, self._has_seen_images = map(bool, state["flags"])
+
+
+def _times(rise: float) -> str:
+    return f"{math.exp(min(rise, 50.0)):.3g}"

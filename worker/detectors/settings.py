@@ -110,6 +110,9 @@ class DetectorSettings:
     module_spike: Spike = field(
         default_factory=lambda: Spike(hits=2, window=3, threshold=8.0, rise=2.3, rearm=10, median_readings=64)
     )
+    modules_spike: Limit = field(
+        default_factory=lambda: Limit(hits=2, window=3, threshold=2.3, rearm=10)  # log: ten times, with module_spike
+    )
     grad_fall: Fallen = field(default_factory=Fallen)
     worse_than_prior: Prior = field(default_factory=lambda: Prior(armed=40, deadline=400))
     back_to_prior: PriorGain = field(default_factory=PriorGain)
