@@ -36,6 +36,15 @@ _RISEN: Final = (
 )
 """Detectors that speak where the loss rose; what went with its first step tells why."""
 
+_FORWARD_CHANGED: Final = {
+    "name": "forward_changed",
+    "text": "the model says something else with the weights that it had: dropout, a mask, a buffer or a scale within "
+    "it has changed, or what its images show",
+    "advice": "run the named batch through a checkpoint from before, in training and in evaluation mode; look at its "
+    "images",
+    "facts": "abrupt outputs_changed weights_steady",
+}
+
 CAUSES: Final[tuple[Cause, ...]] = (
     _cause(
         "batch_without_labels",
@@ -315,6 +324,7 @@ CAUSES: Final[tuple[Cause, ...]] = (
         "the loss has become another: a temperature, a weight, smoothing, a reduction or an auxiliary term",
         "compare the trainer's loss with the mean cross-entropy of the same batch",
     ),
+    _cause(detectors="underconfident", **_FORWARD_CHANGED),
     _cause(
         "too_smooth",
         "underconfident",
@@ -399,13 +409,15 @@ CAUSES: Final[tuple[Cause, ...]] = (
         facts="abrupt outputs_unchanged",
     ),
     _cause(
-        "forward_changed",
+        "labels_or_inputs_wrong",
         _RISEN,
-        "the model says something else with the weights that it had: dropout, a mask, a buffer or a scale within it "
-        "has changed, or what its images show",
-        "run the named batch through a checkpoint from before, in training and in evaluation mode; look at its images",
-        facts="abrupt outputs_changed weights_steady",
+        "targets or inputs of a part of the data are wrong from the first step named on: some batches cost as much as "
+        "before, and the model was as sure",
+        "decode the worst samples of the named batch: do question, image and answer belong together, and which source "
+        "do they come from?",
+        facts="intermittent outputs_unchanged",
     ),
+    _cause(detectors=_RISEN, **_FORWARD_CHANGED),
     _cause(
         "weights_damaged",
         _RISEN,

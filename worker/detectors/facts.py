@@ -30,6 +30,11 @@ CHANGED: Final = 4.0
 """Standard deviations from which a number is another one."""
 RAISED: Final = 2.5
 """Standard deviations from which a loss may be a failure's first."""
+AS_USUAL: Final = 1.0
+"""Standard deviations up to which a loss is the usual one."""
+BETWEEN, FAR_BETWEEN = 2, 4
+"""Steps that two raised ones of one rise may be apart, and those to one that is as high as the rise: where a part of
+the data is wrong, some batches hold little of it, and what was raised by chance before was not raised by as much."""
 TARGET_STEPS: Final = 2
 """Steps whose targets or inputs must be others: a single batch may be made of rare ones."""
 NEAR: Final = 5
@@ -160,29 +165,35 @@ class OnsetFacts:
         if any(each.masked > ALL_MASKED for each in near):
             found.add("all_masked")
         onset = self._onset(step)
-        if onset is None:
-            return frozenset(found)
+        return frozenset(found if onset is None else found | self._of_rise(onset, step))
+
+    def _of_rise(self, onset: int, step: int) -> set[str]:
+        """Return the facts of a rise of the loss from the step at ``onset`` on, which was seen at ``step``."""
         first = self._last[onset]
+        found = {"abrupt" if self._is_abrupt(onset) else "gradual"}
         if not math.isnan(first.z_entropy):
             found.add("outputs_changed" if abs(first.z_entropy) > CHANGED else "outputs_unchanged")
-        found.add("abrupt" if self._is_abrupt(onset) else "gradual")
-        sizes = [each.size for each in self._last[max(0, onset - 2) : onset + 1] if not math.isnan(each.size)]
+        if _comes_and_goes([each.z_loss for each in self._last[onset:] if each.step <= step]):
+            found.add("intermittent")
+        last = self._last[max(0, onset - 2) : onset + 1]
+        sizes = [each.size for each in last if not math.isnan(each.size)]
         if sizes and not SHRANK <= sum(sizes) / len(sizes) <= GREW:
             found.add("updates_changed")
-        moved = [each.moved for each in self._last[max(0, onset - 2) : onset + 1] if not math.isnan(each.moved)]
+        moved = [each.moved for each in last if not math.isnan(each.moved)]
         if moved:
             found.add("weights_moved" if max(moved) > MOVED else "weights_steady")
-        return frozenset(found)
+        return found
 
     def _onset(self, step: int) -> int | None:
         """Return the place of the first step of the rise up to ``step``; None where the loss did not rise."""
         raised = [place for place, each in enumerate(self._last) if each.step <= step and each.z_loss > RAISED]
         if not raised or self._last[raised[-1]].step < step - BEFORE:
             return None
-        onset = raised[-1]
+        onset, height = raised[-1], 0.0
         for place in reversed(raised):
-            if onset - place <= 2:  # one step below the line within a rise is still that rise
-                onset = place
+            z = self._last[place].z_loss
+            if onset - place <= (FAR_BETWEEN if z >= ABRUPT_SHARE * height else BETWEEN):
+                onset, height = place, max(height, z)
         return onset
 
     def _is_abrupt(self, onset: int) -> bool:
@@ -221,6 +232,12 @@ def _seen(plain: Sequence[Any]) -> _Seen:
     step, *numbers = plain
     names = _Seen.__slots__[1:]
     return _Seen(step=int(step), **{name: float(value) for name, value in zip(names, numbers, strict=True)})
+
+
+def _comes_and_goes(rise: Sequence[float]) -> bool:
+    """Whether a rise has a step as usual with steps far up on both sides: only some batches hold what is wrong."""
+    far = [place for place, z in enumerate(rise) if z > CHANGED]
+    return bool(far) and min(rise[far[0] : far[-1] + 1]) < AS_USUAL
 
 
 def _first_entropy(view: StepView) -> float | None:
@@ -264,6 +281,7 @@ FACTS: Final[Mapping[str, str]] = {
     "updates_changed": "weights moved by more or less than usual for their rate",
     "abrupt": "the loss was up at once",
     "gradual": "the loss rose step by step",
+    "intermittent": "some of the steps cost as much as before",
     "weights_moved": "weights had been moved by more than the optimizer moves them",
     "weights_steady": "weights had moved as usual",
 }

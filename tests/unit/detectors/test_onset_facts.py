@@ -67,6 +67,21 @@ def test_wrong_targets_leave_the_model_as_sure_as_it_was_at_first_tokens() -> No
     assert found == {"abrupt", "outputs_unchanged", "weights_steady"}
 
 
+def rises(*of: float) -> frozenset[str]:
+    """Return what is found where the loss is up by so much at steps on end and a detector speaks at the last."""
+    return after(*(step(100 + place, rise=rise) for place, rise in enumerate(of)))
+
+
+def test_a_failure_of_a_part_of_the_data_spares_some_batches_and_begins_with_the_first_that_it_does_not_spare() -> None:
+    assert rises(1.5, 1.2, 0.0, 0.0, 0.0, 1.5) == {"abrupt", "intermittent", "outputs_unchanged", "weights_steady"}
+    assert "intermittent" in rises(0.4, 0.3, 0.0, 1.5, 0.0, 1.0)
+    assert "intermittent" not in rises(1.5, 1.2, 1.5, 0.8)
+
+
+def test_what_is_raised_by_chance_before_a_failure_is_not_its_beginning() -> None:
+    assert rises(0.12, 0.0, 0.0, 1.5, 1.5) == {"abrupt", "outputs_unchanged", "weights_steady"}
+
+
 def test_only_the_first_step_tells_whether_the_model_was_sure() -> None:
     """From the second one on it has learned from the wrong targets."""
     found = after(step(100, rise=1.5), step(101, rise=1.5, sure=2.0), step(102, rise=1.5, sure=2.5))
