@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from sidestep.protocol.metric_names import COLLAPSE_LINE
+from sidestep.worker.cause import Cause
 from sidestep.worker.detectors.catalogue import Severity
-from sidestep.worker.incident_causes import Cause
 
 HEADINGS: Final[Mapping[Severity, str]] = {
     Severity.CRITICAL: "🛑 TRAINING FAILURE DETECTED: {name}",

@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 from sidestep.protocol.messages import Json
+from sidestep.worker.cause import Cause
 from sidestep.worker.detectors.catalogue import DetectorKind, Severity, kind_of
 from sidestep.worker.detectors.persistence import Firing
-from sidestep.worker.incident_causes import Cause, likely_cause
+from sidestep.worker.incident_causes import likely_cause
 from sidestep.worker.step_record import StepRecord
 
 GROUP_STEPS: Final = 100

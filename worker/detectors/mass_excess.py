@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sidestep.protocol.messages import Json
+from sidestep.worker.detectors.loss_pairs import LossPairs
 from sidestep.worker.detectors.reading import Reading
 from sidestep.worker.detectors.rules import Mass
 from sidestep.worker.detectors.settings import DetectorSettings
@@ -71,7 +72,7 @@ class MassExcess:
         self._settings = settings
         self._window: list[_Pooled] = []
         self._peaks: list[float] = []  # largest excess of each of the last steps, in its standard errors
-        self._losses: list[list[float]] = []  # the trainer's, the cross-entropy and its squared error
+        self._losses = LossPairs(settings.mass_excess.min_steps)
 
     def read(self, view: StepView) -> Sequence[Reading]:
         """Judge the window that ends with this step."""
@@ -81,9 +82,7 @@ class MassExcess:
             return ()
         self._window = [*self._window, pooled][-rule.max_steps :]
         self._peaks = [*self._peaks, _peak(pooled)][-(PEAK_STEPS + rule.max_steps) :]
-        told, own = view.record.trainer_loss, view.record.loss
-        if told is not None and own is not None and told > 0 and own > 0:
-            self._losses = [*self._losses, [told, own, view.squared_loss_error]][-rule.min_steps :]
+        self._losses.take(view)
         chosen = self._chosen(rule)
         if chosen is None:
             return ()
@@ -135,11 +134,10 @@ class MassExcess:
 
         People who weigh classes take from the frequent and give to the rare; the other way round is nobody's purpose.
         """
-        number = rule.min_steps
-        if len(self._losses) < number:
+        if len(self._losses) < rule.min_steps:
             return False
-        told, own, squares = (math.fsum(each[place] for each in self._losses) / number for place in range(3))
-        return abs(math.log(told / own)) > OTHER_LOSS and abs(told - own) > LOSS_ERRORS * math.sqrt(squares / number)
+        told, own, squared_error = self._losses.means()
+        return abs(math.log(told / own)) > OTHER_LOSS and abs(told - own) > LOSS_ERRORS * math.sqrt(squared_error)
 
     def _unlikeness(self, num_chosen: int) -> float:
         """How many times as far as single rows would be the steps before these are apart; at least 1.
@@ -186,7 +184,8 @@ class MassExcess:
 
     def forget(self) -> None:
         """Begin a new window."""
-        self._window, self._peaks, self._losses = [], [], []
+        self._window, self._peaks = [], []
+        self._losses.clear()
 
     def state(self) -> Json:
         """Return the window, and how far the steps before it were apart."""
@@ -197,15 +196,14 @@ class MassExcess:
             ]
             for each in self._window
         ]  # fmt: skip
-        return {"window": window, "peaks": self._peaks, "losses": self._losses}
+        return {"window": window, "peaks": self._peaks, "losses": self._losses.state()}
 
     def restore(self, state: Any) -> None:
         """Take over a state; a list alone is one from before there were peaks."""
         window, peaks = (state["window"], state["peaks"]) if isinstance(state, Mapping) else (state, ())
         self._window = [_unpacked(row) for row in window]
         self._peaks = [float(peak) for peak in peaks]
-        losses = state.get("losses", ()) if isinstance(state, Mapping) else ()
-        self._losses = [[float(value) for value in each] for each in losses]
+        self._losses.restore(state.get("losses", ()) if isinstance(state, Mapping) else ())
 
 
 def _unpacked(row: Sequence[Any]) -> _Pooled:

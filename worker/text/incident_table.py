@@ -6,8 +6,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from sidestep.worker.cause import Cause
 from sidestep.worker.detectors.view import StepView
-from sidestep.worker.incident_causes import Cause
 from sidestep.worker.incidents import Incident
 from sidestep.worker.metrics.measurement import Table
 from sidestep.worker.records import TokenText
