@@ -37,7 +37,7 @@ from sidestep.worker.step_metrics import StepMetrics, measure_step
 from sidestep.worker.text.clipping import clip
 from sidestep.worker.text.tables import table_payload
 from sidestep.worker.watch import Announcement, Request, WatchVerdict
-from sidestep.worker.watch_making import judges_otherwise, make_watch
+from sidestep.worker.watch_making import judges_otherwise, make_watch, threshold_problems
 
 STATE_VERSION: Final = 3
 READ_VERSIONS: Final = (1, 2, STATE_VERSION)
@@ -131,6 +131,7 @@ class RunProjection:
         self._large = _large_ones(self._detectors)
         self._own_detectors = tuple(own_detectors)
         self._watch = make_watch(self._settings, self._own_detectors)
+        self._threshold_problems = threshold_problems(self._settings)
         self._changed = ChangedPieces()
         self._board = NoticeBoard()
         self._is_open = False
@@ -147,6 +148,7 @@ class RunProjection:
         settings, self._settings = self._settings, RunSettings.from_map(context.settings)
         if judges_otherwise(settings, self._settings):
             former, self._watch = self._watch, make_watch(self._settings, self._own_detectors)
+            self._threshold_problems = threshold_problems(self._settings)
             self._watch.restore(former.state())
             self._changed.forget()
 
@@ -160,7 +162,7 @@ class RunProjection:
         for notice in step.notices:
             if self._board.is_new(notice):
                 draft.show(notice, to_trainer=False)
-        self._tell_tokenizer(draft)
+        self._tell_setup(draft)
         self._project_measured(step, draft)
         return draft.finished(opening)
 
@@ -329,10 +331,13 @@ class RunProjection:
         if self._board.is_new(notice):
             draft.show(notice)
 
-    def _tell_tokenizer(self, draft: _Draft) -> None:
+    def _tell_setup(self, draft: _Draft) -> None:
+        """Say, once, what of the attempt's own tables and settings cannot be used."""
         problem = str(getattr(self._context.text, "problem", ""))
         if problem:
             self._tell(notice_once("tokenizer_unusable", problem, draft.step), draft)
+        for number, unusable in enumerate(self._threshold_problems):
+            self._tell(notice_once(f"threshold_unusable:{number}", unusable, draft.step), draft)
 
     def _project_measured(self, step: AssembledStep, draft: _Draft) -> None:
         measured = measure_step(step, self._context, self._settings, self._answers)

@@ -20,22 +20,34 @@ def make_watch(settings: RunSettings, own_detectors: Sequence[str] = ()) -> Watc
     """Return a watch that knows nothing yet.
 
     Args:
-        settings: of the run; a threshold that is none is left as it is, and said in the log.
+        settings: of the run; a threshold that is none is left as it is (``threshold_problems``).
         own_detectors: ``package.module:Class`` each.
 
     Raises:
         ValueError: a detector from elsewhere cannot be loaded.
     """
-    rules = DetectorSettings()
-    for name, value in sorted(settings.detectors.items()):
-        try:
-            rules = apply_assignments(rules, [f"{PREFIX}{name}={value}"])
-        except ValueError as error:
-            _LOG.warning("%s", error)
+    rules, _ = _rules_and_problems(settings)
     policy = Policy(
         sample_when_suspicious=settings.sample_when_suspicious, on_critical=_ASKS.get(settings.on_incident, "")
     )
     return Watch(rules, policy, load_detectors(own_detectors))
+
+
+def threshold_problems(settings: RunSettings) -> tuple[str, ...]:
+    """Return what is wrong with the thresholds that the trainer sent, one text each."""
+    return _rules_and_problems(settings)[1]
+
+
+def _rules_and_problems(settings: RunSettings) -> tuple[DetectorSettings, tuple[str, ...]]:
+    rules, problems = DetectorSettings(), []
+    for name, value in sorted(settings.detectors.items()):
+        plain = int(value) if isinstance(value, float) and value.is_integer() else value  # a switch, a number of steps
+        try:
+            rules = apply_assignments(rules, [f"{PREFIX}{name}={plain}"])
+        except ValueError as error:
+            reason = str(error).removeprefix("--set ").removeprefix(PREFIX)
+            problems.append(f"HooksConfig.detectors: {reason}. The default stands")
+    return rules, tuple(problems)
 
 
 def judges_otherwise(before: RunSettings, after: RunSettings) -> bool:

@@ -30,6 +30,8 @@ from sidestep.worker.detectors.base import Detector, Observation, Verdict
 from sidestep.worker.outbox import canonical
 from sidestep.worker.projection import Projection, RunProjection
 from sidestep.worker.records import AssembledStep, Part, RankAccount, RunContext
+from sidestep.worker.settings import RunSettings
+from sidestep.worker.watch_making import make_watch
 
 EOS, A = 0, 10
 
@@ -452,6 +454,21 @@ def test_an_unusable_tokenizer_is_told_once() -> None:
     projection = RunProjection(context(problem="no tokenizer"))
     assert lines(projection.project(assembled(0))) == ["no tokenizer"]
     assert lines(projection.project(assembled(1))) == []
+
+
+def test_thresholds_that_cannot_be_used_are_told_to_the_trainer_once() -> None:
+    given = {"mass_exces.threshold": 0.1, "cal_up.threshold": "high", "grad_spike.enabled": 0.0, "grad_fall.hits": 4.0}
+    projection = RunProjection(context(detectors=given))
+    found = projection.project(assembled(0))
+    first, second = lines(found)
+    assert first.startswith("HooksConfig.detectors: cal_up.threshold")
+    assert second.startswith("HooksConfig.detectors: mass_exces.threshold: there is no detector 'mass_exces'")
+    assert second.endswith(". The default stands")
+    assert [notice.text for notice in found.notices] == [first, second]
+    assert lines(projection.project(assembled(1))) == []
+    rules = make_watch(RunSettings.from_map({"detectors": given}))._settings
+    assert not rules.grad_spike.enabled
+    assert rules.grad_fall.hits == 4
 
 
 def test_malformed_parts_and_unknown_ids_are_visible_and_break_nothing() -> None:
