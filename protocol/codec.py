@@ -7,7 +7,6 @@ that is not known is skipped, one that is missing takes its default (docs/wire_p
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
@@ -278,7 +277,3 @@ def _plan(message_type: type[Message]) -> _Plan:
 def kind_name(kind: Kind) -> str:
     """Return the name by which accounts and ``StepEnd`` count a kind."""
     return kind.name.lower()
-
-
-KIND_BY_NAME: Mapping[str, Kind] = types.MappingProxyType({kind_name(kind): kind for kind in Kind})
-"""The reverse of ``kind_name``."""

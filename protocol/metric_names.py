@@ -201,9 +201,6 @@ SIDECAR_METRICS: tuple[MetricSpec, ...] = tuple(
 )
 """What Sidestep says of itself, in the order of docs/sidecar_metrics.md."""
 
-INCIDENT_FAMILY = "incidents"
-"""The family of what the detectors say; judged at every step, and in none of the six sections."""
-
 INCIDENT_METRICS: tuple[MetricSpec, ...] = tuple(map(_row, _INCIDENT_ROWS.strip().splitlines()))
 """What the detectors say, in the order of docs/detection.md."""
 

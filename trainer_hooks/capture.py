@@ -124,7 +124,7 @@ class ForwardReader:
     """Reads batches off the outermost module's forward, by the names of the innermost one's arguments.
 
     The names are looked up once. Hidden states are never taken for logits: the last axis must be as wide as the model's
-    head, or else as the tokenizer's vocabulary (docs/trainer.md, "What attach() sees").
+    head, or else as the tokenizer's vocabulary (docs/trainer.md, section 1).
     """
 
     def __init__(self, model: nn.Module, vocabulary_size: int) -> None:

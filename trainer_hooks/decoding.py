@@ -1,4 +1,4 @@
-"""Greedy decoding of a batch of prompts, by the way that a model offers (docs/trainer.md, "Generation")."""
+"""Greedy decoding of a batch of prompts, by the way that a model offers (docs/trainer.md, section 6)."""
 
 from __future__ import annotations
 

@@ -145,23 +145,6 @@ def start_worker(
     return replace(placed, pid=pid, journal=folder / "journal", is_to_start=False)
 
 
-def ensure_worker(
-    endpoint: str | None = None,
-    *,
-    rank: int = 0,
-    environment: Mapping[str, str] | None = None,
-    console: Console | None = None,
-) -> Launched:
-    """Return where to connect, with a worker started there where nobody names one and this is rank 0.
-
-    Raises:
-        EndpointError: as ``place_worker``.
-        LaunchError: as ``start_worker``.
-    """
-    placed = place_worker(endpoint, rank=rank, environment=environment, console=console)
-    return start_worker(placed, environment=environment, console=console) if placed.is_to_start else placed
-
-
 def run_folder(runs: Path, run_id: str) -> Path:
     """Return the folder of a run that was begun before, else a new one: a run that goes on goes on in its journal."""
     name = run_id if _FOLDER_NAME.match(run_id) else secrets.token_hex(3)

@@ -1,7 +1,7 @@
 """The hooks at work: what is seen of forwards and optimizer steps, put together step by step.
 
 One ``Session`` lives on the training thread; what it hands over goes on in staging and on the publisher's thread. All
-its entrances are guarded: nothing is raised into the training (docs/trainer.md, "After attach").
+its entrances are guarded: nothing is raised into the training (docs/trainer.md, section 1).
 """
 
 from __future__ import annotations

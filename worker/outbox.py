@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeAlias, get_args
+from typing import Any, Final, Literal, TypeAlias
 
 EntryKind: TypeAlias = Literal["run", "row", "table", "alert", "notice", "finish"]
 """``run`` opens a run and is its first entry; ``row`` and ``table`` are one ``run.log`` each; ``alert`` and ``notice``
 are for people; ``finish`` ends an attempt."""
 
-ENTRY_KINDS: Final[tuple[EntryKind, ...]] = get_args(EntryKind)
 NUMBERED_KINDS: Final = frozenset({"row", "table"})
 """Kinds that a W&B run counts: row number k is W&B's ``_step`` k."""
 

@@ -21,8 +21,6 @@ from sidestep.examples.digits_vqa.settings import Settings
 from sidestep.examples.digits_vqa.tokenizer import ChatTokenizer
 
 _BETAS = (0.9, 0.95)
-_REDRAW_SECONDS = 0.2
-_REDRAW_IN_LOG_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""The loss against what the same targets usually cost (CAL, docs/detection.md): what a batch is made of falls out.
+"""The loss against what the same targets usually cost (docs/detection.md): what a batch is made of falls out.
 
 ``cal_up`` adds up what the step costs more than its targets usually do; ``cal_down`` what it suddenly costs less, as
 when the answer stands in the prompt. Other families read the rows' residuals (``StepView.residuals``).

@@ -1,4 +1,4 @@
-"""Exact checks of one step's labels and numbers: no warm-up, no reference, no false alarm (docs/detection.md, 4.2 A).
+"""Exact checks of one step's labels and numbers: no warm-up, no reference, no false alarm (docs/detection.md).
 
 What is wrong here is wrong whatever the model does: losses that are no numbers, labels that teach padding, answers that
 never end. Checks of repeated data are in ``repeats.py``, of images in ``images.py``, of weights in ``updates.py``.

@@ -154,14 +154,11 @@ def load_detectors(references: Sequence[str]) -> list[OwnDetector]:
     return [_made(f"--detector {reference}", _imported(reference)) for reference in references]
 
 
-def installed_detectors() -> tuple[list[OwnDetector], list[str]]:
-    """Return an instance of each installed entry point of ``GROUP``, and why others could not be made."""
-    found, problems = installed_references()
-    return list(found.values()), problems
-
-
 def installed_references() -> tuple[dict[str, OwnDetector], list[str]]:
-    """Return the same, each detector by the reference that loads it again."""
+    """Return an instance of each installed entry point of ``GROUP``, and why others could not be made.
+
+    Each detector stands under the reference that loads it again.
+    """
     made: dict[str, OwnDetector] = {}
     problems: list[str] = []
     for point in sorted(entry_points(group=GROUP), key=lambda each: (each.name, each.value)):

@@ -1,7 +1,7 @@
 """Loops in sequences of ids: an exact one at the end, and one that is nearly so.
 
-Both speak of ids, never of characters: whitespace and compression mislead in other languages (docs/detection.md,
-section 2.1). Tables and lists repeat on purpose: compare with the same score of the targets.
+Both speak of ids, never of characters: whitespace and compression mislead in other languages
+(docs/detection.md). Tables and lists repeat on purpose: compare with the same score of the targets.
 """
 
 from __future__ import annotations

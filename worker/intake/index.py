@@ -386,20 +386,6 @@ class Index:
             ]
         return tuple(found)
 
-    def mark_sink(self, run_id: str, sink: str, position: int, body: bytes = b"") -> None:
-        """Remember how far a sink has come that cannot be asked itself.
-
-        Raises:
-            JournalWriteError: nothing was stored.
-        """
-        values = (run_id, sink, position, body)
-        self.database.write(lambda made: made.execute("INSERT OR REPLACE INTO sink_mark VALUES (?, ?, ?, ?)", values))
-
-    def sink_mark(self, run_id: str, sink: str) -> int:
-        """Return the position that the sink was marked with, -1 where it never was."""
-        rows = self._rows("SELECT position FROM sink_mark WHERE run_id = ? AND sink = ?", run_id, sink)
-        return int(rows[0][0]) if rows else -1
-
 
 def _write_state(
     connection: sqlite3.Connection, run_id: str, closing: Decision, closed_number: int, body: bytes

@@ -68,8 +68,6 @@ CREATE TABLE IF NOT EXISTS state(
 CREATE TABLE IF NOT EXISTS outbox(
   run_id TEXT NOT NULL, position INTEGER NOT NULL, kind TEXT NOT NULL, row_number INTEGER, payload BLOB NOT NULL,
   PRIMARY KEY(run_id, position));
-CREATE TABLE IF NOT EXISTS sink_mark(
-  run_id TEXT NOT NULL, sink TEXT NOT NULL, position INTEGER NOT NULL, body BLOB NOT NULL, PRIMARY KEY(run_id, sink));
 CREATE TABLE IF NOT EXISTS segment(
   number INTEGER PRIMARY KEY, first_arrival INTEGER NOT NULL, last_arrival INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS stream_range(

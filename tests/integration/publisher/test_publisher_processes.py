@@ -15,7 +15,7 @@ import pytest
 
 from sidestep.protocol.messages import Goodbye, Losses
 from sidestep.trainer_hooks.console import Console
-from sidestep.trainer_hooks.launcher import ensure_worker
+from sidestep.trainer_hooks.launcher import place_worker, start_worker
 
 if TYPE_CHECKING:
     from tests.integration.publisher.conftest import RouterWorker
@@ -157,11 +157,12 @@ def test_an_endpoint_that_is_named_starts_nothing(tmp_path: Path) -> None:
     lines: list[str] = []
     environment = {"SIDESTEP_ENDPOINT": "tcp://127.0.0.1:5555", "SIDESTEP_HOME": str(tmp_path)}
     console = Console(lines.append)
-    assert ensure_worker(environment=environment, console=console).endpoint == "tcp://127.0.0.1:5555"
-    assert ensure_worker("ipc:///tmp/x", environment=environment, console=console).endpoint == "ipc:///tmp/x"
-    other = ensure_worker(rank=3, environment={"SIDESTEP_RUNTIME": str(tmp_path)}, console=console)
+    named = place_worker(None, rank=0, environment=environment, console=console)
+    given = place_worker("ipc:///tmp/x", rank=0, environment=environment, console=console)
+    other = place_worker(None, rank=3, environment={"SIDESTEP_RUNTIME": str(tmp_path)}, console=console)
+    assert [each.endpoint for each in (named, given)] == ["tcp://127.0.0.1:5555", "ipc:///tmp/x"]
     assert other.endpoint == f"ipc://{tmp_path}/worker.sock"
-    assert other.pid is None
+    assert not any(each.is_to_start or each.pid is not None for each in (named, given, other))
     assert lines == []
     assert list(tmp_path.iterdir()) == []
 
@@ -174,7 +175,10 @@ def test_rank_0_starts_a_worker_in_a_session_of_its_own(tmp_path: Path, eventual
         "SIDESTEP_RUNTIME": str(tmp_path / "sockets"),
         "RANK": "0",
     }
-    launched = ensure_worker(environment=environment, console=Console(lines.append))
+    console = Console(lines.append)
+    placed = place_worker(None, rank=0, environment=environment, console=console)
+    assert placed.is_to_start
+    launched = start_worker(placed, environment=environment, console=console)
     assert launched.pid is not None
     try:
         arguments = Path(f"/proc/{launched.pid}/cmdline")

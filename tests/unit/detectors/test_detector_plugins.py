@@ -12,7 +12,7 @@ from tests.support.detector_traces import Task, logged, trace, watched
 
 from sidestep.protocol.messages import Kind
 from sidestep.protocol.tables import encode_table
-from sidestep.worker.detectors.plugins import installed_detectors, load_detectors
+from sidestep.worker.detectors.plugins import installed_references, load_detectors
 from sidestep.worker.records import AssembledStep, Part
 from sidestep.worker.watch import Watch
 
@@ -178,7 +178,7 @@ def test_installed_detectors_are_found_and_broken_ones_told(own_module: str, tmp
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lab-detectors\nVersion: 1.0\n", encoding="utf-8")
     points = "[sidestep.detectors]\nsink = lab_detectors:AttentionSink\nmore = lab_detectors:NeedsMore\n"
     (info / "entry_points.txt").write_text(points, encoding="utf-8")
-    made, problems = installed_detectors()
-    assert [each.name for each in made] == ["attention_sink"]
+    made, problems = installed_references()
+    assert [each.name for each in made.values()] == ["attention_sink"]
     assert len(problems) == 1
     assert "more = lab_detectors:NeedsMore is left out" in problems[0]

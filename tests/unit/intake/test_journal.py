@@ -214,15 +214,6 @@ def test_closings_that_used_late_arrivals_are_found(tmp_path: Path) -> None:
     journal.close()
 
 
-def test_marks_of_sinks_are_kept(tmp_path: Path) -> None:
-    journal = Journal(tmp_path)
-    assert journal.index.sink_mark("run", "console") == -1
-    journal.index.mark_sink("run", "console", 12)
-    journal.index.mark_sink("run", "console", 13)
-    assert journal.index.sink_mark("run", "console") == 13
-    journal.close()
-
-
 def test_reading_only_sees_what_a_writer_commits(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.segments.append([row(1, 0)])
