@@ -15,6 +15,8 @@ from functools import lru_cache
 from benchmarks.detection.case import Case, Family, Twist
 from benchmarks.detection.cases import (
     known_failures,
+    known_fifth_failures,
+    known_fifth_healthy,
     known_fourth_failures,
     known_fourth_healthy,
     known_healthy,
@@ -34,12 +36,14 @@ from benchmarks.detection.cases import (
 
 TUNED, PROVOKING, HELD_OUT = "tuned", "provoking", "held_out"
 KNOWN, KNOWN_SECOND, KNOWN_THIRD, KNOWN_FOURTH = "known", "known_second", "known_third", "known_fourth"
+KNOWN_FIFTH = "known_fifth"
 _MODULES = {
     TUNED: (tuned_healthy, tuned_labels, tuned_images, tuned_optimisation, tuned_ranks),
     KNOWN: (known_failures, known_healthy),
     KNOWN_SECOND: (known_second_failures, known_second_healthy),
     KNOWN_THIRD: (known_third_failures, known_third_healthy),
     KNOWN_FOURTH: (known_fourth_failures, known_fourth_healthy),
+    KNOWN_FIFTH: (known_fifth_failures, known_fifth_healthy),
     PROVOKING: (provoking_optimisers, provoking_losses, provoking_data),
 }
 _HELD_OUT_MODULES = ("held_out_failures", "held_out_healthy")

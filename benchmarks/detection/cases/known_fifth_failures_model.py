@@ -1,4 +1,4 @@
-"""Held-out failures of the model and of ranks: what attention reaches, what learns, and what ranks do not share."""
+"""Failures of the model and of ranks, held out until the fifth evaluation: attention, what learns, what differs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import torch
 from benchmarks.detection.case import LATE, Blame, Case, Family, Harm, Setup, Twist, failure_case
-from benchmarks.detection.cases.held_out_failures_data import any_of, class_names
+from benchmarks.detection.cases.known_fifth_failures_data import any_of, class_names
 from benchmarks.detection.cases.known_model import decoder_blocks
 from benchmarks.detection.cases.known_optimisation import peak_rate
 from benchmarks.detection.cases.known_third_healthy import LowRankLinear

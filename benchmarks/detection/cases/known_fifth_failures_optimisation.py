@@ -1,4 +1,4 @@
-"""Held-out failures of the optimisation: what is minimised beside the task, and what becomes of rate and weights."""
+"""Failures of the optimisation, held out until the fifth evaluation: what is minimised, rates and weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Held-out failures of the data: what becomes of texts and targets, which samples are left, and their images."""
+"""Failures of the data, held out until the fifth evaluation: texts and targets, which samples are left, images."""
 
 from __future__ import annotations
 
