@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from sidestep.protocol.messages import Json
+from sidestep.protocol.signals import PAIRS_ALIKE
 from sidestep.worker.detectors.reading import Reading
 from sidestep.worker.detectors.running import median
 from sidestep.worker.detectors.settings import DetectorSettings
@@ -113,6 +114,8 @@ class ExactChecks:
             return
         if is_plain_text(record, rule.text_share):
             return
+        if _is_broken_up(record, rule.most_alike):
+            answers = max((record.count("rows") or 0) - (record.count("rows_without_labels") or 0), ended)
         share = ended / answers
         evidence = f"{answers - ended} of {answers} answers have no EOS (id {record.eos_id}) among their labels"
         yield Reading(
@@ -138,12 +141,23 @@ def is_plain_text(record: StepRecord, share: float) -> bool:
     return bool(positions) and (labelled or 0) >= share * ((positions or 0) - (padding or 0))
 
 
+def _is_broken_up(record: StepRecord, most_alike: float) -> bool:
+    """Whether labels are left out by chance, which makes several pieces of an answer: no template stands before them.
+
+    Then there is one EOS a row all the same.
+    """
+    pairs, alike = record.count("answer_pairs"), record.count(PAIRS_ALIKE[0])
+    answers, rows = record.count("answers") or 0, record.count("rows")
+    return bool(pairs) and alike is not None and alike < most_alike * pairs and rows is not None and answers > rows
+
+
 def _nonfinite(record: StepRecord) -> Reading:
+    is_applied = record.applied is not False  # else a GradScaler finds its factor
     facts = {
         "losses of tokens": record.nonfinite_losses,
         "losses of micro-batches": record.nonfinite_trainer_losses,
         "the gradient": record.nonfinite_gradients,
-        "modules' gradients": int(np.isnan(record.module_norms).sum()),
+        "modules' gradients": int(np.isnan(record.module_norms).sum()) if is_applied else 0,
         "ranks' weights": len(record.nonfinite_weight_ranks),
     }
     bad = {name: count for name, count in facts.items() if count}

@@ -93,6 +93,8 @@ class StopToken(Limit):
     min_answers: int = 4
     text_share: float = 0.9
     """Labelled share of real positions from which it is plain text, not answers: nothing has to end."""
+    most_alike: float = 0.6
+    """Share of pairs of answers with the same token before them, below which they are pieces, where rows have several."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

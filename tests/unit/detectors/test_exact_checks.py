@@ -97,6 +97,16 @@ FAILURES: dict[str, tuple[Task, Failure, str]] = {
     "labels that are not shifted": (TASK, counted(labels_equal_ids=96, labels_equal_next_ids=3), "label_leak"),
     "labels that are shifted twice": (TASK, counted(labels_equal_ids=2, labels_equal_next_ids=3), "label_alignment"),
     "answers without EOS": (TASK, counted(answers_with_eos=10), "no_stop_token"),
+    "packed answers, of which many have no EOS": (
+        TASK,
+        counted(answers_with_eos=10, rows=4, rows_without_labels=0, answer_pairs=31, pairs_alike_before=31),
+        "no_stop_token",
+    ),
+    "pieces of answers without EOS": (
+        TASK,
+        counted(answers=90, answers_with_eos=9, rows=32, rows_without_labels=0, answer_pairs=89, pairs_alike_before=40),
+        "no_stop_token",
+    ),
     "a stuck batch": (TASK, same_batch(1), "dup_batch"),
     "two batches in turn": (TASK, same_batch(2), "dup_batch"),
     "one rank's loader stuck": (TWO_RANKS, stuck_rank, "dup_batch"),
@@ -147,6 +157,8 @@ def test_a_scaler_that_finds_its_factor_is_none() -> None:
     def fail(drawn: Drawn) -> None:
         drawn.applied = drawn.step >= 10 or drawn.step % 4 == 3
         drawn.changes["gradient_norm"] = np.array([np.inf if not drawn.applied else 1.0], np.float32)
+        if not drawn.applied:
+            drawn.changes["module_norms"] = np.full(3, np.inf, np.float32)
 
     assert not watched(trace(TASK, 60, failure=fail)).openings
 
@@ -160,6 +172,12 @@ def test_a_loss_that_is_no_number_is_found_at_a_due_step_of_an_old_trainer() -> 
 
 HEALTHY: dict[str, tuple[Task, Failure | None]] = {
     "as it is": (TASK, None),
+    "labels left out by chance": (
+        TASK,
+        counted(
+            answers=90, answers_with_eos=22, rows=32, rows_without_labels=0, answer_pairs=89, pairs_alike_before=40
+        ),
+    ),
     "eight answers": (replace(TASK, batch=8), None),
     "two ranks": (TWO_RANKS, None),
     "no images": (replace(TASK, images=False), None),
