@@ -115,7 +115,7 @@ class ExactChecks:
         if is_plain_text(record, rule.text_share):
             return
         if _is_broken_up(record, rule.most_alike):
-            answers = max((record.count("rows") or 0) - (record.count("rows_without_labels") or 0), ended)
+            answers = max((record.count("rows") or 0) - (record.count("rows_without_labels") or 0), ended, 1)
         share = ended / answers
         evidence = f"{answers - ended} of {answers} answers have no EOS (id {record.eos_id}) among their labels"
         yield Reading(
@@ -146,9 +146,9 @@ def _is_broken_up(record: StepRecord, most_alike: float) -> bool:
 
     Then there is one EOS a row all the same.
     """
-    pairs, alike = record.count("answer_pairs"), record.count(PAIRS_ALIKE[0])
+    pairs, alike = record.count("answer_pairs") or 0, record.count(PAIRS_ALIKE[0])
     answers, rows = record.count("answers") or 0, record.count("rows")
-    return bool(pairs) and alike is not None and alike < most_alike * pairs and rows is not None and answers > rows
+    return alike is not None and alike < most_alike * pairs and rows is not None and answers > rows
 
 
 def _nonfinite(record: StepRecord) -> Reading:

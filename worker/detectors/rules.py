@@ -94,7 +94,7 @@ class StopToken(Limit):
     text_share: float = 0.9
     """Labelled share of real positions from which it is plain text, not answers: nothing has to end."""
     most_alike: float = 0.6
-    """Share of pairs of answers with the same token before them, below which they are pieces, where rows have several."""
+    """Share of pairs of answers with the same token before them, below which they are pieces of answers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
