@@ -23,6 +23,7 @@ from sidestep.examples.digits_vqa.packing import IGNORE_INDEX, Batch
 
 _BETAS, _EPSILON = (0.9, 0.95), 1e-8
 _ADAN_BETAS = (0.98, 0.92, 0.99)
+_NADAM_RATE_SHARE = 0.5
 _WARM_UP_SHARE = 0.03
 _WARM_UP_STEPS = 30
 _PATIENCE_STEPS, _LEAST_GAIN, _PLATEAU_FACTOR, _LEAST_SHARE, _SMOOTHING = 50, 0.01, 0.5, 0.02, 0.05
@@ -301,10 +302,10 @@ class QueriesAndKeysNormed(Twist):
 
 
 _model = partial(healthy_case, family=Family.MODEL)
-_nadam = partial(torch.optim.NAdam, decoupled_weight_decay=True)
+_nadam = partial(torch.optim.NAdam, betas=_BETAS, decoupled_weight_decay=True)
 
 CASES: tuple[Case, ...] = (
-    healthy_case("nadam", "NAdam", "an optimizer of choice", twist=partial(OtherOptimiser, _nadam)),
+    healthy_case("nadam", "NAdam", "an optimizer of choice", twist=partial(OtherOptimiser, _nadam, _NADAM_RATE_SHARE)),
     healthy_case(
         "adan", "Adan, with three moving means", "an optimizer of choice", twist=partial(OtherOptimiser, Adan)
     ),
