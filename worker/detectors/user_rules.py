@@ -187,11 +187,15 @@ class UserRules:
         excused = {name: is_true or not once[name] for name, is_true in excused.items()}
         reason = reason_of(rules, excused, settings.collapse_verdict)
         is_collapsed = reason != "none"
-        is_noise = settings.collapse_verdict == "target_relative" and never_ends(targets, generated.sequences)
+        # What a doubt about few targets excuses is no collapse; that the model is well it does not show either.
+        plainly = rules_of(SequenceCounts.of(targets), settings)
+        is_doubtful = any(once[name] and not plainly[name] for name in COLLAPSE_RULES)
+        says_nothing = is_doubtful or never_ends(targets, generated.sequences)
+        arms_nothing = settings.collapse_verdict == "target_relative" and says_nothing
         is_loud = self._advance(
             observation.step,
             is_collapsed=is_collapsed,
-            is_healthy=not is_collapsed and not is_noise,
+            is_healthy=not is_collapsed and not arms_nothing,
             deadline=settings.collapse_deadline,
         )
         values = _values(counts, rules, reason, context.text)

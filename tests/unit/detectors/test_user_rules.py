@@ -243,6 +243,32 @@ def test_noise_that_never_ends_arms_nothing() -> None:
     assert heard(rules, 100, [[A, EOS]] * 16, prose)
 
 
+def test_one_answer_that_few_targets_excuse_arms_nothing() -> None:
+    """An untrained model may say "yes" to everything, then "no" to most: it has not been well in between."""
+    answers = [[YES, EOS]] * 11 + [[NO, EOS]] * 5
+    asked = context(targets=answers)
+
+    def heard(rules: UserRules, step: int, outputs: list[list[int]], **options: Any) -> bool:
+        return bool(rules.observe(observation(outputs, step=step, where=asked, **options)).findings)
+
+    rules = UserRules()
+    assert not heard(rules, 0, [[YES, EOS]] * 14 + [[NO, EOS]] * 2)
+    assert not heard(rules, 100, [[YES, EOS]] * 2 + [[NO, EOS]] * 14)
+    assert not heard(rules, 200, answers)
+    assert heard(rules, 300, [[YES, EOS]] * 2 + [[NO, EOS]] * 14)
+    rules = UserRules()
+    assert not heard(rules, 0, [[YES, EOS]] * 16)
+    assert heard(rules, 500, [[YES, EOS]] * 2 + [[NO, EOS]] * 14), "at the deadline all the same"
+
+
+def test_skewed_data_whose_targets_are_as_skewed_arm() -> None:
+    answers = [[A, EOS]] * 34 + [[NO, EOS]] * 6
+    rules = UserRules()
+    asked = context(targets=answers)
+    assert not rules.observe(observation(answers, step=0, where=asked)).findings
+    assert rules.observe(observation([[NO, EOS]] * 40, step=100, where=asked)).findings
+
+
 def test_another_stage_is_armed_anew_and_has_its_own_deadline() -> None:
     rules = UserRules()
     said(rules, 0, collapsed=False)
