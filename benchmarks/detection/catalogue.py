@@ -22,6 +22,7 @@ from benchmarks.detection.cases import (
     known_healthy,
     known_second_failures,
     known_second_healthy,
+    known_sixth_healthy,
     known_third_failures,
     known_third_healthy,
     provoking_data,
@@ -36,7 +37,7 @@ from benchmarks.detection.cases import (
 
 TUNED, PROVOKING, HELD_OUT = "tuned", "provoking", "held_out"
 KNOWN, KNOWN_SECOND, KNOWN_THIRD, KNOWN_FOURTH = "known", "known_second", "known_third", "known_fourth"
-KNOWN_FIFTH = "known_fifth"
+KNOWN_FIFTH, KNOWN_SIXTH = "known_fifth", "known_sixth"
 _MODULES = {
     TUNED: (tuned_healthy, tuned_labels, tuned_images, tuned_optimisation, tuned_ranks),
     KNOWN: (known_failures, known_healthy),
@@ -44,6 +45,7 @@ _MODULES = {
     KNOWN_THIRD: (known_third_failures, known_third_healthy),
     KNOWN_FOURTH: (known_fourth_failures, known_fourth_healthy),
     KNOWN_FIFTH: (known_fifth_failures, known_fifth_healthy),
+    KNOWN_SIXTH: (known_sixth_healthy,),
     PROVOKING: (provoking_optimisers, provoking_losses, provoking_data),
 }
 _HELD_OUT_MODULES = ("held_out_failures", "held_out_healthy")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from benchmarks.detection.case import Case, Family, Setup, Twist, healthy_case
-from benchmarks.detection.cases import held_out_healthy_data
+from benchmarks.detection.cases import known_sixth_healthy_data
 from benchmarks.detection.cases.known_model import decoder_blocks
 from benchmarks.detection.cases.known_optimisation import peak_rate
 from benchmarks.detection.cases.known_third_optimisation import OtherOptimiser
@@ -359,5 +359,5 @@ CASES: tuple[Case, ...] = (
     ),
     _model("projector_of_two_layers", "a deeper projector", "as of LLaVA 1.5", twist=ProjectorOfTwoLayers),
     _model("queries_and_keys_normed", "attention is normed", "a usual stabiliser", twist=QueriesAndKeysNormed),
-    *held_out_healthy_data.CASES,
+    *known_sixth_healthy_data.CASES,
 )
