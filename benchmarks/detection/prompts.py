@@ -34,13 +34,15 @@ def generation_samples(lab: Lab, mix: dict[str, float], twist: Twist | None) -> 
     made = []
     for kind, image in zip(drawn, images, strict=True):
         talk = suite.draw(kinds[kind], int(image), rng)
-        plain = _encoded(lab, talk)
-        if twist is not None:
-            talk = twist.talk(lab, talk, twisting)
-            formed = twist.sample(lab, _encoded(lab, talk), twisting)
-            plain = formed if _first_label(formed) > 0 else plain  # a text without a prompt is nothing to go on from
-        made.append(_as_sample(talk, plain))
+        made.append(_as_sample(*_formed(lab, talk, twist or Twist(), twisting)))
     return made
+
+
+def _formed(lab: Lab, talk: Talk, twist: Twist, rng: np.random.Generator) -> tuple[Talk, Encoded]:
+    """Return a talk and its sample as the twist forms them; as they are, where it leaves no prompt to go on from."""
+    formed = twist.talk(lab, talk, rng)
+    sample = twist.sample(lab, _encoded(lab, formed), rng)
+    return (formed, sample) if _first_label(sample) > 0 else (talk, _encoded(lab, talk))
 
 
 def _encoded(lab: Lab, talk: Talk) -> Encoded:
