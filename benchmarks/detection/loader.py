@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from benchmarks.detection.case import Twist
 from benchmarks.detection.lab import Lab, Suite
-from benchmarks.detection.talks import Encoded, encode_talk
+from benchmarks.detection.talks import Encoded, Talk, encode_talk
 
 from sidestep.examples.digits_vqa.packing import Batch, EncodedSample, collate, pack
 
@@ -38,8 +38,7 @@ class Loader:
         talk = lab.suite.draw(kind, self._next_image(), self._rng)
         if twist is not None:
             talk = twist.talk(lab, talk, self._twisting)
-        image = None if talk.image is None else lab.suite.image(talk.image)
-        sample = encode_talk(talk, image, lab.suite.tokenizer)
+        sample = encoded(lab.suite, talk)
         return sample if twist is None else twist.sample(lab, sample, self._twisting)
 
     def _next_image(self) -> int:
@@ -69,13 +68,20 @@ def _plain(sample: Encoded) -> EncodedSample:
     return EncodedSample(input_ids=sample.input_ids, labels=sample.labels, images=sample.images)
 
 
-def fixed_samples(suite: Suite, mix: dict[str, float], number: int, seed: int) -> list[Encoded]:
-    """Return held-out samples of a mix, the same for every run with that mix."""
+def encoded(suite: Suite, talk: Talk) -> Encoded:
+    """Return a talk in ids and pixels, by the suite's tokenizer and images."""
+    return encode_talk(talk, None if talk.image is None else suite.image(talk.image), suite.tokenizer)
+
+
+def fixed_talks(suite: Suite, mix: dict[str, float], number: int, seed: int) -> list[Talk]:
+    """Return held-out talks of a mix, the same for every run with that mix."""
     rng = np.random.default_rng([seed, number])
     kinds, shares = list(mix), np.array(list(mix.values()))
     drawn = rng.choice(len(kinds), size=number, p=shares / shares.sum())
     images = suite.num_images + rng.permutation(suite.num_held_out)[:number]
-    talks = [suite.draw(kinds[kind], int(image), rng) for kind, image in zip(drawn, images, strict=True)]
-    return [
-        encode_talk(each, None if each.image is None else suite.image(each.image), suite.tokenizer) for each in talks
-    ]
+    return [suite.draw(kinds[kind], int(image), rng) for kind, image in zip(drawn, images, strict=True)]
+
+
+def fixed_samples(suite: Suite, mix: dict[str, float], number: int, seed: int) -> list[Encoded]:
+    """Return the talks of `fixed_talks` as samples."""
+    return [encoded(suite, talk) for talk in fixed_talks(suite, mix, number, seed)]

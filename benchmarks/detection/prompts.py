@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from benchmarks.detection.case import Twist
 from benchmarks.detection.lab import Lab
-from benchmarks.detection.talks import Encoded, Talk, encode_talk
+from benchmarks.detection.loader import encoded, fixed_talks
+from benchmarks.detection.talks import Encoded, Talk
 from numpy.typing import NDArray
 
 import sidestep
@@ -26,27 +27,17 @@ def generation_samples(lab: Lab, mix: dict[str, float], twist: Twist | None) -> 
         twist: one that is healthy from the first step on, whose form of talks and samples the prompts have as well:
             people generate from what they train on. None: the suite's own form.
     """
-    rng, suite = np.random.default_rng([_SEED, _NUM_SAMPLES]), lab.suite
-    twisting = np.random.default_rng([_SEED, _NUM_SAMPLES, 1])
-    kinds, shares = list(mix), np.array(list(mix.values()))
-    drawn = rng.choice(len(kinds), size=_NUM_SAMPLES, p=shares / shares.sum())
-    images = suite.num_images + rng.permutation(suite.num_held_out)[:_NUM_SAMPLES]
-    made = []
-    for kind, image in zip(drawn, images, strict=True):
-        talk = suite.draw(kinds[kind], int(image), rng)
-        made.append(_as_sample(*_formed(lab, talk, twist or Twist(), twisting)))
-    return made
+    form, rng = twist or Twist(), np.random.default_rng([_SEED, _NUM_SAMPLES, 1])
+    talks = fixed_talks(lab.suite, mix, _NUM_SAMPLES, _SEED)
+    return [_as_sample(*_formed(lab, talk, form, rng)) for talk in talks]
 
 
 def _formed(lab: Lab, talk: Talk, twist: Twist, rng: np.random.Generator) -> tuple[Talk, Encoded]:
     """Return a talk and its sample as the twist forms them; as they are, where it leaves no prompt to go on from."""
+    plain = encoded(lab.suite, talk)
     formed = twist.talk(lab, talk, rng)
-    sample = twist.sample(lab, _encoded(lab, formed), rng)
-    return (formed, sample) if _first_label(sample) > 0 else (talk, _encoded(lab, talk))
-
-
-def _encoded(lab: Lab, talk: Talk) -> Encoded:
-    return encode_talk(talk, None if talk.image is None else lab.suite.image(talk.image), lab.suite.tokenizer)
+    sample = twist.sample(lab, encoded(lab.suite, formed), rng)
+    return (formed, sample) if _first_label(sample) > 0 else (talk, plain)
 
 
 def _first_label(sample: Encoded) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import torch
 from benchmarks.detection.lab import Suite
-from benchmarks.detection.loader import batch_of
+from benchmarks.detection.loader import batch_of, encoded
 from benchmarks.detection.talks import Encoded, encode_talk
 from torch import nn
 
@@ -40,7 +40,7 @@ def pretrain(model: VisionLanguageModel, suite: Suite, seed: int) -> None:
     def sample() -> Encoded:
         image = int(rng.integers(suite.num_images))
         talk = suite.draw(kinds[int(rng.choice(len(kinds), p=shares / shares.sum()))], image, rng)
-        return encode_talk(talk, None if talk.image is None else suite.image(talk.image), suite.tokenizer)
+        return encoded(suite, talk)
 
     _train(model, model.parameters(), suite, sample, _NUM_SEEING_STEPS)
 

@@ -11,7 +11,8 @@ from benchmarks.detection import catalogue
 from benchmarks.detection.case import LATE, Case, Family, Setup, Twist
 from benchmarks.detection.digits_suite import DigitsSuite
 from benchmarks.detection.lab import Lab
-from benchmarks.detection.talks import KINDS, Encoded, encode_talk
+from benchmarks.detection.loader import encoded
+from benchmarks.detection.talks import KINDS, Encoded
 
 from sidestep.examples.digits_vqa.packing import IGNORE_INDEX
 
@@ -120,8 +121,7 @@ def lab() -> Lab:
 def _encoded(lab: Lab, twist: Twist, kind: str, seed: int) -> Encoded:
     rng = np.random.default_rng(seed)
     talk = twist.talk(lab, lab.suite.draw(kind, seed, rng), rng)
-    image = None if talk.image is None else lab.suite.image(talk.image)
-    return twist.sample(lab, encode_talk(talk, image, lab.suite.tokenizer), rng)
+    return twist.sample(lab, encoded(lab.suite, talk), rng)
 
 
 def _are_alike(one: Encoded, other: Encoded) -> bool:

@@ -9,7 +9,8 @@ from benchmarks.detection.campaign import SUITES, suite_named
 from benchmarks.detection.case import LATE, Blame, Case, Family, Harm, Setup, Twist
 from benchmarks.detection.catalogue import PROVOKING, TUNED, all_cases, find_case, twin_of
 from benchmarks.detection.causes import POINTS_TO, is_right
-from benchmarks.detection.talks import KINDS, encode_talk
+from benchmarks.detection.loader import encoded
+from benchmarks.detection.talks import KINDS
 
 from sidestep.worker.incident_causes import CAUSES
 
@@ -113,7 +114,7 @@ def test_talks_carry_their_answer_shifted_and_ended(name: str, kind: str) -> Non
     suite = suite_named(name)
     talk = suite.draw(kind, 3, np.random.default_rng(0))
     tokens = suite.tokenizer
-    sample = encode_talk(talk, None if talk.image is None else suite.image(talk.image), tokens)
+    sample = encoded(suite, talk)
     labelled = [place for place, label in enumerate(sample.labels) if label != -100]
     assert [sample.labels[place] for place in labelled] == [sample.input_ids[place + 1] for place in labelled]
     assert tokens.eos_token_id in sample.labels
