@@ -13,42 +13,22 @@ import importlib.util
 from functools import lru_cache
 
 from benchmarks.detection.case import Case, Family, Twist
-from benchmarks.detection.cases import (
-    known_failures,
-    known_fifth_failures,
-    known_fifth_healthy,
-    known_fourth_failures,
-    known_fourth_healthy,
-    known_healthy,
-    known_second_failures,
-    known_second_healthy,
-    known_sixth_healthy,
-    known_third_failures,
-    known_third_healthy,
-    provoking_data,
-    provoking_losses,
-    provoking_optimisers,
-    tuned_healthy,
-    tuned_images,
-    tuned_labels,
-    tuned_optimisation,
-    tuned_ranks,
-)
 
 TUNED, PROVOKING, HELD_OUT = "tuned", "provoking", "held_out"
-KNOWN, KNOWN_SECOND, KNOWN_THIRD, KNOWN_FOURTH = "known", "known_second", "known_third", "known_fourth"
-KNOWN_FIFTH, KNOWN_SIXTH = "known_fifth", "known_sixth"
-_MODULES = {
-    TUNED: (tuned_healthy, tuned_labels, tuned_images, tuned_optimisation, tuned_ranks),
-    KNOWN: (known_failures, known_healthy),
-    KNOWN_SECOND: (known_second_failures, known_second_healthy),
-    KNOWN_THIRD: (known_third_failures, known_third_healthy),
-    KNOWN_FOURTH: (known_fourth_failures, known_fourth_healthy),
-    KNOWN_FIFTH: (known_fifth_failures, known_fifth_healthy),
-    KNOWN_SIXTH: (known_sixth_healthy,),
-    PROVOKING: (provoking_optimisers, provoking_losses, provoking_data),
+_BY_OTHERS = ("failures", "healthy")
+_PARTS = {
+    TUNED: ("healthy", "labels", "images", "optimisation", "ranks"),
+    "known": _BY_OTHERS,
+    "known_second": _BY_OTHERS,
+    "known_third": _BY_OTHERS,
+    "known_fourth": _BY_OTHERS,
+    PROVOKING: ("optimisers", "losses", "data"),
+    "known_fifth": _BY_OTHERS,
+    "known_sixth": ("healthy",),
+    HELD_OUT: _BY_OTHERS,
 }
-_HELD_OUT_MODULES = ("held_out_failures", "held_out_healthy")
+"""Group to the files `cases/GROUP_PART.py`, oldest first; what becomes known goes before the last line."""
+GROUPS = tuple(_PARTS)
 _TWIN = "twin_"
 
 
@@ -59,16 +39,19 @@ def all_cases() -> dict[str, tuple[Case, str]]:
     Raises:
         ValueError: two cases share a name.
     """
-    found = [(case, group) for group, modules in _MODULES.items() for module in modules for case in module.CASES]
-    for name in _HELD_OUT_MODULES:
-        full = f"benchmarks.detection.cases.{name}"
-        if importlib.util.find_spec(full) is not None:
-            found += [(case, HELD_OUT) for case in importlib.import_module(full).CASES]
+    found = [(case, group) for group in GROUPS for case in _cases_of(group)]
     by_name = {case.name: (case, group) for case, group in found}
     if len(by_name) < len(found):
         names = [case.name for case, _ in found]
         raise ValueError(f"cases share a name: {sorted({name for name in names if names.count(name) > 1})}")
     return by_name
+
+
+def _cases_of(group: str) -> list[Case]:
+    files = [f"benchmarks.detection.cases.{group}_{part}" for part in _PARTS[group]]
+    if group == HELD_OUT:
+        files = [file for file in files if importlib.util.find_spec(file) is not None]
+    return [case for file in files for case in importlib.import_module(file).CASES]
 
 
 def twin_of(case: Case) -> Case:

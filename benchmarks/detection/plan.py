@@ -6,49 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.detection.campaign import SUITES
-from benchmarks.detection.catalogue import (
-    HELD_OUT,
-    KNOWN,
-    KNOWN_FIFTH,
-    KNOWN_FOURTH,
-    KNOWN_SECOND,
-    KNOWN_SIXTH,
-    KNOWN_THIRD,
-    PROVOKING,
-    TUNED,
-    all_cases,
-    find_case,
-    twin_of,
-)
+from benchmarks.detection.catalogue import GROUPS, TUNED, all_cases, find_case, twin_of
 from benchmarks.detection.facts import Job
 
 FULL_STEPS, SMOKE_STEPS = 900, 400
-_FIRST_SEED = {
-    "tuned": 1,
-    "known_kinds": 2_001,
-    "known_second_kinds": 3_001,
-    "known_third_kinds": 4_001,
-    "known_fourth_kinds": 5_001,
-    "provoking_kinds": 6_001,
-    "held_out_seeds": 1_001,
-    "known_fifth_kinds": 7_001,
-    "known_sixth_kinds": 8_001,
-    "held_out_kinds": 9_001,
-}
-"""Of each split; nothing is tuned on seeds from 1,001 to 2,000 and from 9,001 on."""
-SPLITS = tuple(_FIRST_SEED)
-_SPLITS_OF = {
-    TUNED: ("tuned", "held_out_seeds"),
-    KNOWN: ("known_kinds",),
-    KNOWN_SECOND: ("known_second_kinds",),
-    KNOWN_THIRD: ("known_third_kinds",),
-    KNOWN_FOURTH: ("known_fourth_kinds",),
-    KNOWN_FIFTH: ("known_fifth_kinds",),
-    KNOWN_SIXTH: ("known_sixth_kinds",),
-    PROVOKING: ("provoking_kinds",),
-    HELD_OUT: ("held_out_kinds",),
-}
+_SPLITS_OF = {group: ("tuned", "held_out_seeds") if group == TUNED else (f"{group}_kinds",) for group in GROUPS}
 """Group of cases to the splits that they run in, the tuner's own first."""
+SPLITS = tuple(split for splits in _SPLITS_OF.values() for split in splits)
+_SEEDS_OF_A_SPLIT = 1_000
+"""From 1 on, split by split; nothing is tuned on the seeds of `held_out_seeds` and `held_out_kinds`."""
 
 SMOKE_FAILURES = (
     "labels_become_a", "rate_times_30", "images_shuffled", "black_images", "unshifted_labels", "stuck_batch",
@@ -98,7 +64,8 @@ def named(names: Sequence[str], num_seeds: int, num_steps: int, suites: Sequence
 
 
 def _seeds(split: str, num_seeds: int) -> range:
-    return range(_FIRST_SEED[split], _FIRST_SEED[split] + num_seeds)
+    first = SPLITS.index(split) * _SEEDS_OF_A_SPLIT + 1
+    return range(first, first + num_seeds)
 
 
 def _runs(name: str, split: str, seeds: Sequence[int], num_steps: int, suites: Sequence[str]) -> list[Wanted]:

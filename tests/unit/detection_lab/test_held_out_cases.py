@@ -18,7 +18,7 @@ from sidestep.examples.digits_vqa.packing import IGNORE_INDEX
 
 CASES_OF = {
     wanted: tuple(case for case, group in catalogue.all_cases().values() if group == wanted)
-    for wanted in (catalogue.KNOWN, catalogue.KNOWN_SECOND, catalogue.HELD_OUT)
+    for wanted in ("known", "known_second", catalogue.HELD_OUT)
 }
 GROUPS = tuple(group for group, cases in CASES_OF.items() if cases)
 """Right after held-out cases have become known ones, none are held out."""

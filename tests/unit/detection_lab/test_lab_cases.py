@@ -108,6 +108,16 @@ def test_the_full_form_has_disjoint_seeds_in_its_splits_and_all_twins() -> None:
     assert sum(map(len, seeds.values())) == len(set().union(*seeds.values()))
 
 
+@pytest.mark.parametrize(
+    ("split", "first"),
+    [("tuned", 1), ("held_out_seeds", 1_001), ("known_kinds", 2_001), ("provoking_kinds", 6_001),
+     ("known_fifth_kinds", 7_001), ("known_sixth_kinds", 8_001)],
+)  # fmt: skip
+def test_a_split_keeps_the_seeds_that_it_was_recorded_with(split: str, first: int) -> None:
+    wanted = plan.full(2, 900, SUITES, [split])
+    assert {each.job.seed for each in wanted} == {first, first + 1}
+
+
 @pytest.mark.parametrize("name", SUITES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_talks_carry_their_answer_shifted_and_ended(name: str, kind: str) -> None:
