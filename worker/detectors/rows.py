@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from sidestep.protocol.messages import Json
 from sidestep.protocol.signals import PAIRS_ALIKE, PROMPT_COUNTS
+from sidestep.worker.detectors.count_sums import CountSums
 from sidestep.worker.detectors.exact import is_plain_text
 from sidestep.worker.detectors.reading import Reading
 from sidestep.worker.detectors.settings import DetectorSettings
@@ -24,9 +25,9 @@ class Rows:
     def __init__(self, settings: DetectorSettings) -> None:
         self._settings = settings
         self._empty: list[tuple[int, int]] = []  # rows, and those without a label, of the last steps
-        self._begun = (0, 0)  # rows since the last reading, and those that begin twice
-        self._pairs = [0, 0, 0, 0]  # pairs of answers since the last reading, and those alike one, two, three before
-        self._prompts = [0, 0, 0]  # answers since the last reading, ends of prompts, and those with a label behind them
+        self._begun = CountSums("rows", "rows_begun_twice")
+        self._pairs = CountSums(*PAIR_COUNTS)
+        self._prompts = CountSums(*PROMPT_COUNTS)
 
     def read(self, view: StepView) -> Sequence[Reading]:
         """Judge one step."""
@@ -67,15 +68,14 @@ class Rows:
         return None
 
     def _begun_twice(self, record: StepRecord) -> Iterator[Reading]:
-        rows, twice = record.count("rows"), record.count("rows_begun_twice")
-        if not rows or twice is None or record.images >= 2 * rows:
-            return  # rows may begin with the placeholders of two images
         rule = self._settings.begun_twice
-        rows, twice = self._begun[0] + rows, self._begun[1] + twice
-        self._begun = (rows, twice)
-        if rows < rule.min_rows:
+        num_rows = record.count("rows")
+        if not num_rows or record.images >= 2 * num_rows:
+            return  # rows may begin with the placeholders of two images
+        sums = self._begun.take(record, rule.min_rows)
+        if sums is None:
             return
-        self._begun = (0, 0)
+        rows, twice = sums
         share = twice / rows
         evidence = f"{twice} of {rows} samples begin with one and the same token twice"
         yield Reading(
@@ -87,15 +87,11 @@ class Rows:
 
         Where the ids right before the first targets differ, and those before them do not, answers have begun already.
         """
-        counts = [record.count(name) for name in PAIR_COUNTS]
-        if any(count is None for count in counts):
-            return
         rule = self._settings.labels_late
-        self._pairs = [total + (count or 0) for total, count in zip(self._pairs, counts, strict=True)]
-        pairs, *alike = self._pairs
-        if pairs < rule.min_pairs:
+        sums = self._pairs.take(record, rule.min_pairs)
+        if sums is None:
             return
-        self._pairs = [0, 0, 0, 0]
+        pairs, *alike = sums
         before, *earlier = (count / pairs for count in alike)
         place = next((place for place, share in enumerate(earlier, start=1) if share >= rule.threshold), 0)
         evidence = (
@@ -112,42 +108,43 @@ class Rows:
 
     def _template(self, record: StepRecord) -> Iterator[Reading]:
         """An answer behind the end of a prompt is enough: trainings have parts in other forms."""
-        counts = [record.count(name) for name in PROMPT_COUNTS]
         rule = self._settings.template_differs
-        if any(count is None for count in counts) or is_plain_text(record, rule.text_share):
+        sums = None if is_plain_text(record, rule.text_share) else self._prompts.take(record, rule.min_answers)
+        if sums is None:
             return
-        self._prompts = [total + (count or 0) for total, count in zip(self._prompts, counts, strict=True)]
-        answers, ends, labelled = self._prompts
-        if answers < rule.min_answers:
-            return
-        self._prompts = [0, 0, 0]
-        where = f"which stands in {ends} places without a label behind it" if ends else "which the inputs do not hold"
-        evidence = f"none of {answers} answers is trained right behind what all samples' prompts end with, {where}"
+        answers, ends, labelled = sums
+        if labelled:
+            evidence = f"{labelled} of {answers} answers begin where prompts end"
+        else:
+            where = f"stands in {ends} places without a label behind it" if ends else "the inputs do not hold"
+            prompts_end = f"what all samples' prompts end with, which {where}"
+            evidence = f"none of {answers} answers is trained right behind {prompts_end}"
         yield Reading(
             name="template_differs",
             value=labelled / answers,
             limit=rule.threshold,
             is_beyond=labelled <= rule.threshold * answers,
-            evidence=evidence if labelled == 0 else f"{labelled} of {answers} answers begin where prompts end",
+            evidence=evidence,
         )
 
     def forget(self) -> None:
         """Pool nothing with the rows of another stage."""
-        self._empty, self._begun, self._pairs, self._prompts = [], (0, 0), [0, 0, 0, 0], [0, 0, 0]
+        self._empty = []
+        for sums in (self._begun, self._pairs, self._prompts):
+            sums.clear()
 
     def state(self) -> Json:
         """Return what is pooled."""
         return {
             "empty": [list(each) for each in self._empty],
-            "begun": list(self._begun),
-            "pairs": self._pairs,
-            "prompts": self._prompts,
+            "begun": self._begun.state(),
+            "pairs": self._pairs.state(),
+            "prompts": self._prompts.state(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over a state."""
         self._empty = [(int(rows), int(empty)) for rows, empty in state["empty"]]
-        rows, twice = state["begun"]
-        self._begun = (int(rows), int(twice))
-        self._pairs = [int(count) for count in state.get("pairs", (0, 0, 0, 0))]
-        self._prompts = [int(count) for count in state.get("prompts", (0, 0, 0))]
+        self._begun.restore(state["begun"])
+        self._pairs.restore(state.get("pairs", ()))
+        self._prompts.restore(state.get("prompts", ()))
