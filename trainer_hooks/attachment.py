@@ -20,6 +20,7 @@ from sidestep.trainer_hooks.generation import GenerateFunction, Generator, with_
 from sidestep.trainer_hooks.heads import find_head, head_sizes
 from sidestep.trainer_hooks.image_probe import ImageProbe
 from sidestep.trainer_hooks.kept_batch import StepProbe
+from sidestep.trainer_hooks.kernels.choice import kernels
 from sidestep.trainer_hooks.opening import Introduction, RunNames, choose_run_id, find_worker, introduce, way_there
 from sidestep.trainer_hooks.parameters import ParameterTable, unwrapped
 from sidestep.trainer_hooks.reducing import Reducer
@@ -230,6 +231,10 @@ def make_session(
 ) -> Session:
     """Put the hooks on the model and the optimizer."""
     topology = seen.topology
+    takes_norms = seen.capabilities["gradients"] == EXACT
+    takes_gradients = takes_norms and topology.copy == 0
+    if takes_gradients and any(parameter.is_cpu for parameter in training.model.parameters()):
+        kernels.begin_on_host()
     return Session(
         Parts(
             model=training.model,
@@ -242,8 +247,8 @@ def make_session(
             generator=generator,
             scaler=training.scaler,
             topology=topology,
-            takes_gradients=seen.capabilities["gradients"] == EXACT and topology.copy == 0,
-            takes_norms=seen.capabilities["gradients"] == EXACT,
+            takes_gradients=takes_gradients,
+            takes_norms=takes_norms,
             introduction=introduction,
             signals=make_signals(training, seen),
             on_incident=on_incident,

@@ -4,6 +4,7 @@
 
     HooksError
     +-- LaunchError    no worker could be started: training goes on without one, start one by hand
+    +-- KernelError    a kernel cannot be compiled or loaded here: other operations do the same, which is said once
 
 Mistakes in configuration are ``ValueError`` (and its subclass ``EndpointError``) at ``attach()``, before step 0.
 """
@@ -17,3 +18,7 @@ class HooksError(Exception):
 
 class LaunchError(HooksError):
     """A worker's process could not be started here."""
+
+
+class KernelError(HooksError):
+    """A kernel cannot be made here, or does not say what it should."""

@@ -1,7 +1,8 @@
 """Partial statistics of local gradients (docs/metrics.md, ``gradients/``).
 
-Three ways lead to the same numbers: a kernel (``kernels/``), blocks that stay in a core's caches where gradients lie in
-the host's memory (``gradient_blocks.py``), and operations of torch for all else (``gradient_rows.py``).
+Three ways lead to the same numbers: a kernel, on a device or on the host (``kernels/``), blocks that stay in a core's
+caches where gradients lie in the host's memory (``gradient_blocks.py``), and operations of torch for all else
+(``gradient_rows.py``).
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from sidestep.protocol.limits import GRADIENT_HISTOGRAM_BINS
 from sidestep.protocol.messages import Gradients
-from sidestep.trainer_hooks.kernels.choice import kernels
+from sidestep.trainer_hooks.kernels.choice import HOST_GRADIENT, kernels
 from sidestep.trainer_hooks.kernels.chunk_table import Stretch
 from sidestep.trainer_hooks.kernels.gradient_launch import DTYPES, reduce_stretches
+from sidestep.trainer_hooks.kernels.host_launch import host_kernel
 from sidestep.trainer_hooks.reductions.gradient_blocks import reduce_on_host
 from sidestep.trainer_hooks.reductions.gradient_pieces import (
     ABSMAX,
@@ -114,9 +116,14 @@ def _reduce_on(device: torch.device, pieces: Sequence[Piece], slots: int, module
         )
         if made is not None:
             return made
-    if device.type == "cpu":
-        return reduce_on_host(pieces, slots, modules)
-    return reduce_by_rows(device, pieces, slots, modules)
+    if device.type != "cpu":
+        return reduce_by_rows(device, pieces, slots, modules)
+    if kernels.can_run_on_host([piece.values for piece in pieces]):
+        stretches = [Stretch(piece.slot, piece.module, piece.values) for piece in pieces]
+        made = kernels.attempt(HOST_GRADIENT, lambda: host_kernel.reduce(stretches, slots=slots, modules=modules))
+        if made is not None:
+            return made
+    return reduce_on_host(pieces, slots, modules)
 
 
 def _one_element(scale: Tensor | float | None, device: torch.device) -> Tensor:

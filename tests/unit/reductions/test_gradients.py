@@ -18,6 +18,9 @@ from torch import Tensor
 from sidestep.protocol.limits import GRADIENT_HISTOGRAM_BINS
 from sidestep.protocol.merge import Moments
 from sidestep.protocol.messages import Gradients
+from sidestep.trainer_hooks.kernels.choice import host_obstacle, kernels
+from sidestep.trainer_hooks.kernels.host_build import COMPILE_SECONDS
+from sidestep.trainer_hooks.kernels.host_launch import host_kernel
 from sidestep.trainer_hooks.reductions import gradient_blocks, gradient_magnitudes, gradient_rows
 from sidestep.trainer_hooks.reductions import gradients as gradients_module
 from sidestep.trainer_hooks.reductions.gradient_magnitudes import MagnitudeCounter, float32_bits
@@ -30,20 +33,27 @@ torch.set_num_threads(1)
 ROW = ROW_ELEMENTS
 
 
-WAYS = ("blocks", "rows")
+HAS_KERNEL = not host_obstacle()  # tests/unit/kernels/test_host_kernel.py says so where there is none
+ON_HOST = ("blocks", "compiled") if HAS_KERNEL else ("blocks",)
+WAYS = (*ON_HOST, "rows")
 
 
 @contextmanager
 def chosen(way: str) -> Iterator[None]:
-    """Choose between the way of the host's memory and that of any device's, which works on the host too."""
+    """Choose between the ways of the host's memory and that of any device's, which works on the host too."""
 
     def by_rows(pieces: Sequence[Piece], slots: int, modules: int) -> tuple[Tensor, Tensor]:
         return reduce_by_rows(gradient_blocks.HOST, pieces, slots, modules)
 
     with pytest.MonkeyPatch.context() as patch:
+        if way == "compiled":
+            assert host_kernel.wait(COMPILE_SECONDS)
+        else:
+            patch.setenv("SIDESTEP_KERNELS", "torch")
         if way == "rows":
             patch.setattr(gradients_module, "reduce_on_host", by_rows)
         yield
+    assert not kernels.failures
 
 
 def message_of(gradients: list[LocalGradient], way: str = "blocks", **arguments: Any) -> Gradients:
@@ -224,13 +234,14 @@ def large(kind: str) -> Tensor:
     return KINDS[kind](torch.randn(2 * BLOCK - 4095, generator=torch.Generator().manual_seed(5)) * 1e-4)
 
 
+@pytest.mark.parametrize("way", ON_HOST)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("kind", KINDS)
-def test_tensors_of_several_blocks(kind: str, dtype: torch.dtype) -> None:
+def test_tensors_of_several_blocks(kind: str, dtype: torch.dtype, way: str) -> None:
     values = large(kind).to(dtype)
     before = values.clone()
     beside = torch.full((3,), 1e-3)
-    message = message_of([LocalGradient(0, 0, values), LocalGradient(1, 1, beside)])
+    message = message_of([LocalGradient(0, 0, values), LocalGradient(1, 1, beside)], way)
     check(message, 0, values)
     check(message, 1, beside)
     wide = values.float().double().numpy()
@@ -239,28 +250,33 @@ def test_tensors_of_several_blocks(kind: str, dtype: torch.dtype) -> None:
     assert torch.equal(values.nan_to_num(), before.nan_to_num())
 
 
-def test_both_ways_say_the_same_and_each_says_it_again() -> None:
+@pytest.mark.parametrize("way", ON_HOST)
+def test_all_ways_say_the_same_and_each_says_it_again(way: str) -> None:
     tensors = [large(kind) for kind in KINDS] + [torch.arange(size) * 1e-5 for size in (1, 77, 1000, 4095, 5000)]
     gradients = [LocalGradient(index, index % 3, tensor) for index, tensor in enumerate(tensors)]
-    one, other, again = message_of(gradients), message_of(gradients, "rows"), message_of(gradients)
+    one, other, again = message_of(gradients, way), message_of(gradients, "rows"), message_of(gradients, way)
     for name in ("counts", "nonfinite", "zeros", "exponents", "absmax"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
     np.testing.assert_allclose(one.means, other.means, rtol=1e-5, atol=1e-8)
     np.testing.assert_allclose(one.m2, other.m2, rtol=2e-6)
-    assert np.abs(np.cumsum(one.histograms - other.histograms, axis=1)).max() <= 3
+    # A value within 2e-5 of a bin under an edge may count above it; most tensors here come of the same draw.
+    near_an_edge = one.histograms.sum() // 200_000
+    assert np.abs(np.cumsum(one.histograms - other.histograms, axis=1)).max() <= 3 + near_an_edge
     for name in ("means", "m2", "histograms"):
         np.testing.assert_array_equal(getattr(one, name), getattr(again, name), err_msg=name)
 
 
-def test_the_number_of_threads_changes_nothing() -> None:
+@pytest.mark.parametrize("way", ON_HOST)
+def test_the_number_of_threads_changes_nothing(way: str) -> None:
     gradients = [LocalGradient(0, 0, large("zeros")), LocalGradient(1, 0, large("one block far from zero"))]
     before = torch.get_num_threads()
-    one = reduce_gradients(gradients)
-    torch.set_num_threads(2)
-    try:
-        two = reduce_gradients(gradients)
-    finally:
-        torch.set_num_threads(before)
+    with chosen(way):
+        one = reduce_gradients(gradients)
+        torch.set_num_threads(2)
+        try:
+            two = reduce_gradients(gradients)
+        finally:
+            torch.set_num_threads(before)
     assert torch.equal(one["sums"], two["sums"])
     assert torch.equal(one["histograms"], two["histograms"])
 
@@ -286,10 +302,11 @@ def test_every_edge_of_the_histogram(logarithm: Any, largest: float, monkeypatch
         assert row.sum() == expected.sum()
 
 
-def test_an_edge_itself_counts_upwards() -> None:
+@pytest.mark.parametrize("way", ON_HOST)
+def test_an_edge_itself_counts_upwards(way: str) -> None:
     values = torch.tensor([1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0])
     for tensor in (values, values[:4], values.repeat(1000)):
-        row = message_of([LocalGradient(0, 0, tensor)]).histograms[0]
+        row = message_of([LocalGradient(0, 0, tensor)], way).histograms[0]
         expected = np.zeros(64, np.int64)
         expected[32 : 32 + 4 * min(7, tensor.numel()) : 4] = max(1, tensor.numel() // 7)
         assert row.tolist() == expected.tolist()
