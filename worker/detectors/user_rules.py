@@ -97,31 +97,41 @@ FEW_SEQUENCES: Final = 32
 """Targets below which a share of them is held against chance before it tells output and targets apart."""
 
 
-def target_rules_of(
-    targets: Sequence[TokenSequence], outputs: Sequence[TokenSequence], settings: RunSettings
-) -> dict[str, bool]:
-    """Return each rule on the targets; where they are few, the doubt is on their side.
+def doubted_rules(
+    targets: Sequence[TokenSequence],
+    outputs: Sequence[TokenSequence],
+    own: SequenceCounts,
+    said: SequenceCounts,
+    settings: RunSettings,
+) -> frozenset[str]:
+    """Return the rules that few targets may break by chance as these outputs do, which has the benefit of that doubt.
 
     16 samples of data that are 85 % "A" may hold 10 of it, and a model that knows no better says 16: what the output
     says over and over is excused where the targets could say it in over 70 % by chance, by the exact binomial bound.
     Where they never say it, it is not. Targets of too few tokens for ``low_diversity`` excuse an output with no fewer
     distinct tokens than theirs.
+
+    Args:
+        targets: of the prompts; without any there is no doubt.
+        outputs: what was generated for them.
+        own: counts of ``targets``.
+        said: counts of ``outputs``.
+        settings: of the run.
     """
-    own, said = SequenceCounts.of(targets), SequenceCounts.of(outputs)
-    rules = rules_of(own, settings)
-    if not targets:
-        return rules
-    if own.num_content < settings.low_diversity_min_tokens:
-        rules["low_diversity"] = said.unique_tokens >= own.unique_tokens
+    found = set()
+    if targets and own.num_content < settings.low_diversity_min_tokens and said.unique_tokens >= own.unique_tokens:
+        found.add("low_diversity")
     if len(targets) >= FEW_SEQUENCES:
-        return rules
+        return frozenset(found)
     share = settings.single_token_dominance
     token = said.common[0] if said.common is not None else None
     hits = sum(sequence.content.count(token) for sequence in targets) if token is not None else 0
-    rules["single_token_dominance"] |= hits > 0 and not is_clearly_below(hits, own.num_content, share)
+    if hits > 0 and not is_clearly_below(hits, own.num_content, share):
+        found.add("single_token_dominance")
     alike = sum(sequence.content == outputs[0].content for sequence in targets)
-    rules["identical_sequences"] |= alike > 0 and not is_clearly_below(alike, len(targets), share)
-    return rules
+    if alike > 0 and not is_clearly_below(alike, len(targets), share):
+        found.add("identical_sequences")
+    return frozenset(found)
 
 
 def answers_once(samples: Mapping[str, Json], generated: GeneratedSamples) -> list[TokenSequence]:
@@ -180,16 +190,15 @@ class UserRules:
             return Verdict()
         context = observation.context
         targets = target_sequences(context.samples, generated.samples, context.eos_id)
-        counts = SequenceCounts.of(generated.sequences)
-        rules = rules_of(counts, settings)
-        excused = target_rules_of(targets, generated.sequences, settings)
+        counts, own = SequenceCounts.of(generated.sequences), SequenceCounts.of(targets)
+        rules, on_targets = rules_of(counts, settings), rules_of(own, settings)
         once = rules_of(SequenceCounts.of(answers_once(context.samples, generated)), settings)
-        excused = {name: is_true or not once[name] for name, is_true in excused.items()}
+        doubted = doubted_rules(targets, generated.sequences, own, counts, settings)
+        excused = {name: on_targets[name] or name in doubted or not once[name] for name in rules}
         reason = reason_of(rules, excused, settings.collapse_verdict)
         is_collapsed = reason != "none"
         # What a doubt about few targets excuses is no collapse; that the model is well it does not show either.
-        plainly = rules_of(SequenceCounts.of(targets), settings)
-        is_doubtful = any(once[name] and not plainly[name] for name in COLLAPSE_RULES)
+        is_doubtful = any(once[name] and not on_targets[name] for name in COLLAPSE_RULES)
         says_nothing = is_doubtful or never_ends(targets, generated.sequences)
         arms_nothing = settings.collapse_verdict == "target_relative" and says_nothing
         is_loud = self._advance(
