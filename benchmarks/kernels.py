@@ -4,9 +4,10 @@
 
 On a CUDA device, by its own clock: the statistics of all gradients of nanoVLM-460M (440 tensors), and the labelled
 fifth of the logits of 32 x 1024 positions, by kernel, by torch's operations, by foreach and by torch.compile. The floor
-is the bytes of one read at the rate of a large copy. Without a device: the gradients' statistics with and without their
-histogram beside one sum over each gradient, by the calling thread's CPU time on one thread and by the wall clock on as
-many as torch has. Medians of one run, the ways taking turns. ``--sweep`` tries other sizes of the programs.
+is the bytes of one read at the rate of a large copy. Without a device: the gradients' statistics by the host's kernel,
+by numpy's passes, by foreach and by torch.compile, beside one sum over each gradient, by the calling thread's CPU time
+on one thread and by the wall clock on as many as torch has. Medians of one run, the ways taking turns. ``--sweep``
+tries other sizes of the programs.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where this is run from does not matter
 
-from sidestep.trainer_hooks.kernels import gradient_launch, row_launch
-from sidestep.trainer_hooks.kernels.choice import kernels, stated
+from sidestep.trainer_hooks.kernels import gradient_launch, host_build, row_launch
+from sidestep.trainer_hooks.kernels.choice import host_obstacle, kernels, stated
+from sidestep.trainer_hooks.kernels.chunk_table import Stretch
+from sidestep.trainer_hooks.kernels.host_launch import host_kernel
 from sidestep.trainer_hooks.reductions.cross_entropy import logits_source
 from sidestep.trainer_hooks.reductions.gradient_blocks import BLOCK_ELEMENTS, reduce_on_host
 from sidestep.trainer_hooks.reductions.gradient_pieces import Piece
@@ -223,7 +226,7 @@ def logit_rows(device: torch.device, rounds: int, rate: float, *, batch: int, wi
 
 
 def host_rows(
-    rounds: int, dtype: torch.dtype, *, width: int, clock: Callable[[], float] = time.thread_time
+    rounds: int, dtype: torch.dtype, *, width: int, quick: bool, clock: Callable[[], float] = time.thread_time
 ) -> dict[str, Any]:
     """Measure the gradients' statistics on the host."""
     device = torch.device("cpu")
@@ -235,15 +238,24 @@ def host_rows(
     ways: dict[str, Call] = {
         floor: lambda: [tensor.sum() for tensor in tensors],
         f"{ONE_READ}, by torch.dot with itself": lambda: [torch.dot(each.values, each.values) for each in pieces],
-        "statistics without the histogram": lambda: reduce_on_host(pieces, slots, modules, counts_magnitudes=False),
-        "statistics": lambda: reduce_on_host(pieces, slots, modules),
-        "statistics, the whole call": by_torch(lambda: reduce_gradients(held)),
-        "statistics, by torch's operations": lambda: reduce_by_rows(device, pieces, slots, modules),
+    }
+    if not host_obstacle() and host_kernel.wait(host_build.COMPILE_SECONDS):
+        stretches = [Stretch(each.slot, each.module, each.values) for each in pieces]
+        ways["kernel"] = lambda: host_kernel.reduce(stretches, slots=slots, modules=modules)
+        ways["kernel, the whole call"] = lambda: reduce_gradients(held)
+    ways |= {
+        "numpy's passes, without the histogram": lambda: reduce_on_host(
+            pieces, slots, modules, counts_magnitudes=False
+        ),
+        "numpy's passes": lambda: reduce_on_host(pieces, slots, modules),
+        "torch's operations": lambda: reduce_by_rows(device, pieces, slots, modules),
         "foreach, norms and largest only": lambda: foreach(tensors),
     }
+    if not quick and host_build.compiler():
+        compiled: Any = torch.compile(flat_statistics)
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        ways["torch.compile, one flat tensor, no histogram"] = lambda: compiled(flat)
     taken = timed(ways, rounds, device, clock)
-    both = zip(taken["statistics"], taken["statistics without the histogram"], strict=True)
-    taken["the histogram alone, by the difference"] = [whole - without for whole, without in both]
     return rows_of(taken, statistics.median(taken[floor]))
 
 
@@ -254,11 +266,11 @@ def host_results(*, quick: bool) -> dict[str, Any]:
     results: dict[str, Any] = {"block_elements": BLOCK_ELEMENTS, "load": os.getloadavg()[0]}
     torch.set_num_threads(1)
     for dtype in (torch.float32, torch.bfloat16):
-        results[f"gradients, {dtype}, 1 thread, CPU time"] = host_rows(rounds, dtype, width=width)
+        results[f"gradients, {dtype}, 1 thread, CPU time"] = host_rows(rounds, dtype, width=width, quick=quick)
     torch.set_num_threads(threads)
     if threads > 1:
         name = f"gradients, {torch.float32}, {threads} threads, wall clock"
-        results[name] = host_rows(rounds, torch.float32, width=width, clock=time.perf_counter)
+        results[name] = host_rows(rounds, torch.float32, width=width, quick=quick, clock=time.perf_counter)
     return results | {"load_at_the_end": os.getloadavg()[0]}
 
 
