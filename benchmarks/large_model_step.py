@@ -33,7 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where this is ru
 from benchmarks.inline_logger import InlineLogger
 from benchmarks.large_model import LargeModel, Shape, scaled_down
 from benchmarks.nanovlm_rows import Rows, WordTokenizer
-from benchmarks.step_overhead import MODES, WARMUP_STEPS, NoHooks
+from benchmarks.step_overhead import SHARED_MODES as MODES
+from benchmarks.step_overhead import WARMUP_STEPS, NoHooks
 from benchmarks.turns import (
     CLOCKS,
     TURN_STEPS,

@@ -25,7 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where this is ru
 
 from benchmarks.turns import TimedCalls, Turns, hook_milliseconds, machine, spread, take_turns, worker_beside
 
-MODES = ("none", "sidestep_without_generation", "sidestep", "inline_without_generation", "inline")
+SHARED_MODES = ("none", "sidestep_without_generation", "sidestep", "inline_without_generation", "inline")
+"""Those of ``large_model_step.py`` too."""
+METRICS_ALONE = "sidestep_metrics"
+"""All families but generation, and nothing for the detectors: what inline logging without generation gives."""
+MODES = (SHARED_MODES[0], METRICS_ALONE, *SHARED_MODES[1:])
 WARMUP_STEPS = 10
 SHORTEST_INTERVAL_STEPS = 25
 """Of the defaults of ``HooksConfig``, which all modes use; the others are multiples of it."""
@@ -79,8 +83,10 @@ def train_in_turns(mode: str, num_steps: int, threads: int, pipe: Any) -> None:
     config = sidestep.HooksConfig()  # 16 samples of at most 64 new tokens
     hooks: Any = NoHooks()
     if mode.startswith("sidestep"):
-        if mode.endswith("without_generation"):
+        if mode != "sidestep":
             config = replace(config, generation_eval_interval=0, collapse_detection_interval=0)
+        if mode == METRICS_ALONE:
+            config = replace(config, signal_rows_per_step=0)
         hooks = sidestep.attach(
             training.model, training.optimizer, tokenizer=training.tokenizer, samples=generation_samples(training),
             config=config, project="benchmark", name=mode,
@@ -177,6 +183,7 @@ def main() -> None:
         "steps_per_mode": num_steps,
         "threads": options.threads,
         "losses_identical_in_all_modes": identical,
+        "metrics_share_of_step": share[METRICS_ALONE],
         "hooks_share_of_step": share["sidestep_without_generation"],
         "hooks_with_generation_share_of_step": share["sidestep"],
         "inline_share_of_step": share["inline"],

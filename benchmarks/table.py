@@ -8,6 +8,7 @@ from typing import Any
 MODES = {
     "none": "no hooks",
     "own": "nanoVLM's own logging",
+    "sidestep_metrics": "Sidestep, without detectors and generation",
     "sidestep_without_generation": "Sidestep, without generation",
     "sidestep": "Sidestep",
     "inline_without_generation": "the same metrics inline, without generation",
