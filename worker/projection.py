@@ -37,7 +37,7 @@ from sidestep.worker.step_metrics import StepMetrics, measure_step
 from sidestep.worker.text.clipping import clip
 from sidestep.worker.text.tables import table_payload
 from sidestep.worker.watch import Announcement, Request, WatchVerdict
-from sidestep.worker.watch_making import judges_otherwise, make_watch, threshold_problems
+from sidestep.worker.watch_making import judges_otherwise, make_watch
 
 STATE_VERSION: Final = 3
 READ_VERSIONS: Final = (1, 2, STATE_VERSION)
@@ -130,8 +130,7 @@ class RunProjection:
         self._detectors: tuple[Detector, ...] = (UserRules(),) if detectors is None else tuple(detectors)
         self._large = _large_ones(self._detectors)
         self._own_detectors = tuple(own_detectors)
-        self._watch = make_watch(self._settings, self._own_detectors)
-        self._threshold_problems = threshold_problems(self._settings)
+        self._watch, self._threshold_problems = make_watch(self._settings, self._own_detectors)
         self._changed = ChangedPieces()
         self._board = NoticeBoard()
         self._is_open = False
@@ -147,9 +146,9 @@ class RunProjection:
         self._hello = hello or self._hello
         settings, self._settings = self._settings, RunSettings.from_map(context.settings)
         if judges_otherwise(settings, self._settings):
-            former, self._watch = self._watch, make_watch(self._settings, self._own_detectors)
-            self._threshold_problems = threshold_problems(self._settings)
-            self._watch.restore(former.state())
+            known = self._watch.state()
+            self._watch, self._threshold_problems = make_watch(self._settings, self._own_detectors)
+            self._watch.restore(known)
             self._changed.forget()
 
     def project(self, step: AssembledStep) -> Projection:

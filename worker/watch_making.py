@@ -16,29 +16,24 @@ _ASKS: Final = {"stop": "stop", "checkpoint": "checkpoint", "call": "incident"}
 """``on_incident`` to the action that is asked for; ``warn`` asks for nothing."""
 
 
-def make_watch(settings: RunSettings, own_detectors: Sequence[str] = ()) -> Watch:
-    """Return a watch that knows nothing yet.
+def make_watch(settings: RunSettings, own_detectors: Sequence[str] = ()) -> tuple[Watch, tuple[str, ...]]:
+    """Return a watch that knows nothing yet, and what is wrong with the thresholds that the trainer sent.
 
     Args:
-        settings: of the run; a threshold that is none is left as it is (``threshold_problems``).
+        settings: of the run; of a threshold that cannot be used the default stands, and one text says so.
         own_detectors: ``package.module:Class`` each.
 
     Raises:
         ValueError: a detector from elsewhere cannot be loaded.
     """
-    rules, _ = _rules_and_problems(settings)
+    rules, problems = _thresholds(settings)
     policy = Policy(
         sample_when_suspicious=settings.sample_when_suspicious, on_critical=_ASKS.get(settings.on_incident, "")
     )
-    return Watch(rules, policy, load_detectors(own_detectors))
+    return Watch(rules, policy, load_detectors(own_detectors)), problems
 
 
-def threshold_problems(settings: RunSettings) -> tuple[str, ...]:
-    """Return what is wrong with the thresholds that the trainer sent, one text each."""
-    return _rules_and_problems(settings)[1]
-
-
-def _rules_and_problems(settings: RunSettings) -> tuple[DetectorSettings, tuple[str, ...]]:
+def _thresholds(settings: RunSettings) -> tuple[DetectorSettings, tuple[str, ...]]:
     rules, problems = DetectorSettings(), []
     for name, value in sorted(settings.detectors.items()):
         plain = int(value) if isinstance(value, float) and value.is_integer() else value  # a switch, a number of steps

@@ -133,7 +133,9 @@ def test_a_detector_that_is_switched_off_makes_no_incident_when_it_is_judged_ane
     rebuilt.close()
     settings = RunSettings.from_map(context.settings)
     assert settings.detectors == changes["detectors"]
-    rules = make_watch(settings)._settings
+    watch, problems = make_watch(settings)
+    assert problems == ()
+    rules = watch._settings
     assert rules.rule("cal_up") == replace(DetectorSettings().cal_up, enabled=False)
     assert rules.mass_excess.threshold == 0.1
 

@@ -466,7 +466,9 @@ def test_thresholds_that_cannot_be_used_are_told_to_the_trainer_once() -> None:
     assert second.endswith(". The default stands")
     assert [notice.text for notice in found.notices] == [first, second]
     assert lines(projection.project(assembled(1))) == []
-    rules = make_watch(RunSettings.from_map({"detectors": given}))._settings
+    watch, problems = make_watch(RunSettings.from_map({"detectors": given}))
+    assert problems == (first, second)
+    rules = watch._settings
     assert not rules.grad_spike.enabled
     assert rules.grad_fall.hits == 4
 
