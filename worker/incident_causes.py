@@ -18,14 +18,18 @@ _RISEN: Final = (
 )
 """Detectors that speak where the loss rose; what went with its first step tells why."""
 
-_FORWARD_CHANGED: Final = {
-    "name": "forward_changed",
-    "text": "the model says something else with the weights that it had: dropout, a mask, a buffer or a scale within "
-    "it has changed, or what its images show",
-    "advice": "run the named batch through a checkpoint from before, in training and in evaluation mode; look at its "
-    "images",
-    "facts": "abrupt outputs_changed weights_steady",
-}
+
+def _forward_changed(detectors: str) -> Cause:
+    """Return the row for these detectors; it stands in the table more than once, before what they also may mean."""
+    return cause(
+        "forward_changed",
+        detectors,
+        "the model says something else with the weights that it had: dropout, a mask, a buffer or a scale within it "
+        "has changed, or what its images show",
+        "run the named batch through a checkpoint from before, in training and in evaluation mode; look at its images",
+        facts="abrupt outputs_changed weights_steady",
+    )
+
 
 CAUSES: Final[tuple[Cause, ...]] = (
     *EXACT_CAUSES,
@@ -53,7 +57,7 @@ CAUSES: Final[tuple[Cause, ...]] = (
         "the loss has become another: a temperature, a weight, smoothing, a reduction or an auxiliary term",
         "compare the trainer's loss with the mean cross-entropy of the same batch",
     ),
-    cause(detectors="underconfident", **_FORWARD_CHANGED),
+    _forward_changed("underconfident"),
     cause(
         "too_smooth",
         "underconfident",
@@ -146,7 +150,7 @@ CAUSES: Final[tuple[Cause, ...]] = (
         "do they come from?",
         facts="intermittent outputs_unchanged",
     ),
-    cause(detectors=_RISEN, **_FORWARD_CHANGED),
+    _forward_changed(_RISEN),
     cause(
         "weights_damaged",
         _RISEN,
