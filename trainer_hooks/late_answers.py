@@ -51,13 +51,13 @@ class LateAnswers:
 
     def __init__(self, step: int) -> None:
         self._step = step
-        self._copies: dict[int, list[tuple[LabelReading, torch.Tensor]]] = {}
+        self._copies: dict[int, list[tuple[LabelReading, NDArray[Any]]]] = {}
         self.counted: dict[str, torch.Tensor] = {}
         """What ``reduce_answers`` returned, added up where epoch, device and length are the same."""
         self.size_bytes = 0
         """Host memory of copied labels, held until the call."""
 
-    def add(self, epoch: int, counted: torch.Tensor | None, copy: tuple[LabelReading, torch.Tensor] | None) -> None:
+    def add(self, epoch: int, counted: torch.Tensor | None, copy: tuple[LabelReading, NDArray[Any]] | None) -> None:
         """Take a micro-batch in: what was ``counted`` of it, else a copy [b, t] of its labels that is nobody else's."""
         if counted is not None:
             self._copies.setdefault(epoch, [])
@@ -80,5 +80,5 @@ class LateAnswers:
     def _of_epoch(self, epoch: int, counted: Mapping[str, NDArray[Any]]) -> Answers:
         arrays = {name: array for name, array in counted.items() if name.startswith(f"{epoch}/")}
         for place, (reading, labels) in enumerate(self._copies[epoch]):
-            arrays[f"late_{place}"] = reading.counts(labels.numpy())
+            arrays[f"late_{place}"] = reading.counts(labels)
         return answers_message(step=self._step, epoch=epoch, arrays=arrays)

@@ -34,7 +34,7 @@ class MicroBatch:
     epoch: int
     """The one that it was seen in; a step has several where an epoch left micro-batches over."""
     answers: torch.Tensor | None = None
-    labels: tuple[LabelReading, torch.Tensor] | None = None
+    labels: tuple[LabelReading, NDArray[Any]] | None = None
     """In place of ``answers``: a copy of labels that are still to be counted."""
     tokens: Tensors = field(default_factory=dict)
     losses: Tensors = field(default_factory=dict)

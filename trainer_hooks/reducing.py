@@ -80,7 +80,7 @@ class Reducer:
         if labels is None or has_documents or not labels.is_cpu:
             made.answers = reduce_answers(self.aligned(batch, with_ids=False))
             return
-        made.labels = self._readings[self.is_shifted(batch)], labels.clone()
+        made.labels = self._readings[self.is_shifted(batch)], labels.numpy().copy()
 
     def _losses(self, aligned: AlignedBatch, batch: Batch, seed: int) -> Tensors:
         return reduce_loss(

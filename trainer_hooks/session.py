@@ -321,7 +321,10 @@ class Session:
         made = reducer.reduce(batch, opened.due, opened.expected, len(seen), self.epoch)
         if watch is not None:
             shifted, step = reducer.is_shifted(batch), opened.expected
-            made.signals = watch.microbatch(batch, reducer.aligned, shifted=shifted, step=step, microstep=len(seen))
+            copied = None if made.labels is None else made.labels[1]
+            made.signals = watch.microbatch(
+                batch, reducer.aligned, shifted=shifted, step=step, microstep=len(seen), copied=copied
+            )
         seen.append(made)
 
     def _step_that_nobody_ended(self, *, closing: bool = False) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -19,6 +19,7 @@ MAX_PIXELS_PER_IMAGE = 1 << 16
 """Of a larger image every so-manieth pixel is read: enough to tell pages of text apart."""
 _IMAGE_AXES = 3
 _NUMBERS = 4
+_NESTS = (list, tuple)
 PLACE_FACTORS = (0.7548776662466927, 0.5698402909980532)
 """Of the two equidistributed sequences that weigh pixels by their places."""
 
@@ -27,19 +28,31 @@ def find_images(given: Mapping[str, Any]) -> tuple[str, Any] | None:
     """Return the first argument that holds images, by name, and what it holds; None where there is none."""
     for name in IMAGE_ARGUMENTS:
         value = given.get(name)
-        if isinstance(value, Tensor | list | tuple) and next(image_leaves(value), None) is not None:
+        if value is not None and _has_leaf(value):
             return name, value
     return None
 
 
-def image_leaves(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors of an argument, of whatever nesting, that have an element."""
+def _has_leaf(value: Any) -> bool:
     if isinstance(value, Tensor):
-        if value.numel():
-            yield value
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from image_leaves(each)
+        return value.numel() > 0
+    return isinstance(value, _NESTS) and any(map(_has_leaf, value))
+
+
+def image_leaves(value: Any) -> list[Tensor]:
+    """Return the tensors of an argument, of whatever nesting, that have an element."""
+    found: list[Tensor] = []
+    _collect((value,), found)
+    return found
+
+
+def _collect(values: Sequence[Any], found: list[Tensor]) -> None:
+    for each in values:
+        if isinstance(each, Tensor):
+            if each.numel():
+                found.append(each)
+        elif isinstance(each, _NESTS):
+            _collect(each, found)
 
 
 def num_images(value: Any) -> int:
@@ -63,6 +76,26 @@ def image_rows(value: Any) -> list[Tensor]:
         together = torch.stack(leaves) if len(leaves) > 1 else leaves[0].unsqueeze(0)
         rows.append(together.detach().flatten(0, together.dim() - axes - 1).flatten(1))
     return rows
+
+
+def copied_images(value: Any, most_bytes: int) -> Tensor | None:
+    """Return a copy [n, pixels] of images that are on the host and all of one size; at most ``MAX_SIGNAL_HASHES``.
+
+    None where there are none, where they are on a device or differ, and where they take more than ``most_bytes``.
+    """
+    leaves = image_leaves(value)
+    if not leaves:
+        return None
+    first = leaves[0]
+    shape, dtype = first.shape, first.dtype
+    if not shape or len(leaves) * first.nbytes > most_bytes:
+        return None
+    if not all(leaf.shape == shape and leaf.dtype is dtype and leaf.is_cpu for leaf in leaves):
+        return None
+    axes = min(_IMAGE_AXES, len(shape))
+    each = shape[: len(shape) - axes].numel()
+    copied = torch.cat(leaves[: -(-MAX_SIGNAL_HASHES // each)]).reshape(-1, shape[len(shape) - axes :].numel())
+    return copied.detach().narrow(0, 0, min(MAX_SIGNAL_HASHES, copied.shape[0]))
 
 
 def image_numbers(value: Any) -> Tensor | None:

@@ -40,8 +40,9 @@ class RowWindow:
 def labelled_rows(labels: NDArray[Any], ignore_index: int, *, shifted: bool) -> NDArray[np.int64]:
     """Return the flat positions of logits that have a target, ascending; of labels [B, T]."""
     if shifted:
-        return np.flatnonzero(labels != ignore_index)
-    index: NDArray[np.int64] = np.flatnonzero(labels[:, 1:] != ignore_index)
+        found: NDArray[np.int64] = (labels != ignore_index).reshape(-1).nonzero()[0]
+        return found
+    index: NDArray[np.int64] = (labels[:, 1:] != ignore_index).reshape(-1).nonzero()[0]
     index += index // max(1, labels.shape[1] - 1)
     return index
 

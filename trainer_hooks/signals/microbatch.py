@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sidestep.protocol.limits import MAX_SIGNAL_HASHES
 from sidestep.protocol.messages import SIGNAL_COUNTS
 from sidestep.trainer_hooks.capture import Batch
 from sidestep.trainer_hooks.courtesy import give_way
@@ -20,7 +19,7 @@ from sidestep.trainer_hooks.reductions.alignment import AlignedBatch
 from sidestep.trainer_hooks.reductions.cross_entropy import LogitsSource, head_source, logits_source
 from sidestep.trainer_hooks.reductions.host_index import to_device
 from sidestep.trainer_hooks.signals.counts import DeviceHash, Reading, count_on_device, count_targets, hash_on_host
-from sidestep.trainer_hooks.signals.images import image_leaves, image_numbers, image_rows
+from sidestep.trainer_hooks.signals.images import copied_images, image_numbers
 from sidestep.trainer_hooks.signals.late_rows import (
     MAX_LATE_BYTES,
     RowWindow,
@@ -54,15 +53,15 @@ class HostCopies:
     """Copies of a batch on the host, the choice of its rows, and what of it is worked out later."""
 
     reading: Reading
-    labels: Tensor
-    ids: Tensor | None
-    mask: Tensor | None
+    labels: NDArray[Any]
+    ids: NDArray[Any] | None
+    mask: NDArray[Any] | None
     window: RowWindow
-    logits: Tensor | None = None
+    logits: NDArray[np.float32] | None = None
     """Those of the window's rows, float32 [n, V], where they are few."""
     images: Tensor | None = None
     """Pixels [n, p], where they are few."""
-    encoder_ids: Tensor | None = None
+    encoder_ids: NDArray[Any] | None = None
     """What tells samples apart beside their labels, where the ids do not go with these."""
     trainer_loss: float | None = None
 
@@ -70,7 +69,7 @@ class HostCopies:
     def size_bytes(self) -> int:
         """Memory that is held until it is counted."""
         held = (self.labels, self.ids, self.encoder_ids, self.mask, self.logits, self.images)
-        return sum(tensor.nbytes for tensor in held if tensor is not None)
+        return sum(each.nbytes for each in held if each is not None)
 
 
 class MicroSignalReader:
@@ -95,6 +94,7 @@ class MicroSignalReader:
         seed: int,
         images: Any = None,
         hashes: BatchHashes | None = None,
+        copied: NDArray[Any] | None = None,
     ) -> MicroSignals:
         """Read one micro-batch with labels; launches work and never waits for a device.
 
@@ -106,6 +106,7 @@ class MicroSignalReader:
             seed: of the choice of answers.
             images: the forward's images, or None.
             hashes: what the data loader's workers made of this batch; it is not hashed again then.
+            copied: a copy of the labels on the host, where one was made already.
 
         Raises:
             ValueError: shapes that do not go together.
@@ -116,7 +117,9 @@ class MicroSignalReader:
             if hashes.images is not None:
                 made.tensors["images"], images = torch.from_numpy(hashes.images), None
         if aligned is None:
-            self._read_host(made, batch, self._readings[shifted], max_rows, seed)
+            made.host = _copies(batch, copied, self._readings[shifted], max_rows, seed)
+            if made.host.window.index.size:
+                self._read_rows(made, made.host, batch)
         else:
             self._read_device(made, batch, aligned, max_rows, seed)
         self._take_loss(made, batch.loss)
@@ -127,57 +130,46 @@ class MicroSignalReader:
     def _take_loss(self, made: MicroSignals, loss: Tensor | float | None) -> None:
         if loss is None:
             return
-        if made.host is not None and (not isinstance(loss, Tensor) or loss.is_cpu):
-            made.host.trainer_loss = float(loss.detach().reshape(-1)[0]) if isinstance(loss, Tensor) else float(loss)
-        elif isinstance(loss, Tensor):
+        if isinstance(loss, Tensor) and (made.host is None or not loss.is_cpu):
             made.tensors["trainer_loss"] = loss.detach().reshape(-1).narrow(0, 0, 1).to(torch.float32, copy=True)
-        else:
+        elif made.host is None:
             made.tensors["trainer_loss"] = torch.tensor([loss], dtype=torch.float32)
+        elif isinstance(loss, Tensor):
+            made.host.trainer_loss = float(loss.item() if loss.numel() == 1 else loss.detach().reshape(-1)[0])
+        else:
+            made.host.trainer_loss = float(loss)
 
     def _take_images(self, made: MicroSignals, images: Any) -> None:
         if isinstance(images, PackedImages):
             made.tensors["images"] = images.numbers()
             return
         if made.host is not None:
-            rows = image_rows(images)
-            if len(rows) == 1 and rows[0].is_cpu and rows[0].nbytes <= MAX_LATE_BYTES:
-                few = rows[0].narrow(0, 0, min(MAX_SIGNAL_HASHES, rows[0].shape[0]))
-                is_own = few.untyped_storage().data_ptr() != next(image_leaves(images)).untyped_storage().data_ptr()
-                made.host.images = few if is_own else few.clone()  # a list of images was copied to be one tensor
+            made.host.images = copied_images(images, MAX_LATE_BYTES)
+            if made.host.images is not None:
                 return
         numbers = image_numbers(images)
         if numbers is not None:
             made.tensors["images"] = numbers
 
-    def _read_host(self, made: MicroSignals, batch: Batch, reading: Reading, max_rows: int, seed: int) -> None:
-        """Copy what is needed; where the rows' logits are few and on the host too, nothing else is done here."""
-        labels = _rows_of(batch.labels)
-        assert labels is not None  # noqa: S101  (the caller has looked)
-        held = labels.numpy()
-        rows = labelled_rows(held, reading.ignore_index, shifted=reading.shifted)
-        window = choose_window(rows, max_rows, seed)
-        ids, mask = _rows_of(batch.input_ids), _rows_of(batch.attention_mask)
-        made.host = HostCopies(
-            reading=reading,
-            labels=labels.clone(),
-            ids=ids.clone() if ids is not None and ids.is_cpu else None,
-            encoder_ids=_rows_on_host(batch.encoder_ids, labels.shape[0]),
-            mask=mask.clone() if mask is not None and mask.is_cpu and mask.shape == labels.shape else None,
-            window=window,
-        )
-        if not window.index.size:
+    def _read_rows(self, made: MicroSignals, host: HostCopies, batch: Batch) -> None:
+        """Copy the chosen rows' logits; only where they are many, or not on the host, more is done here."""
+        index, shape = host.window.index, host.labels.shape
+        host.logits = _few_logits(batch.logits, index, shape)
+        if host.logits is not None:
+            made.vocabulary = host.logits.shape[1]
             return
-        source = _source(batch, *labels.shape)
+        source = _source(batch, *shape)
         if isinstance(source, Tensor):
-            made.tensors["losses"] = source.index_select(0, to_device(window.index, source.device))
+            made.tensors["losses"] = source.index_select(0, to_device(index, source.device))
         elif source is not None:
-            row, position = np.divmod(window.index, labels.shape[1])
-            is_few = window.index.size * source.vocabulary_size * 4 <= MAX_LATE_BYTES
-            if is_few and source.device.type == "cpu" and source.positions == labels.shape[1]:
-                made.host.logits = _taken(batch, source, window.index, row, position)
+            row, position = np.divmod(index, shape[1])
+            is_few = index.size * source.vocabulary_size * 4 <= MAX_LATE_BYTES
+            if is_few and source.device.type == "cpu" and source.positions == shape[1]:
+                taken = source.read(torch.from_numpy(row), torch.from_numpy(position))
+                host.logits = taken.detach().to(torch.float32).numpy()
                 made.vocabulary = source.vocabulary_size
                 return
-            targets = held.reshape(-1)[window.index + (not reading.shifted)].astype(np.int64)
+            targets = host.labels.reshape(-1)[index + (not host.reading.shifted)].astype(np.int64)
             places = to_device(np.stack((row, position, targets)), source.device)
             self._add_rows(made, source, *places.unbind(), weights=None)
 
@@ -226,13 +218,36 @@ def _rows_of(values: Tensor | None) -> Tensor | None:
     """Return [B, T], also of a batch without a row axis; None for anything else."""
     if values is None or values.dim() not in {1, 2}:
         return None
-    return values.detach().unsqueeze(0) if values.dim() == 1 else values.detach()
+    rows = values.detach() if values.requires_grad else values
+    return rows.unsqueeze(0) if rows.dim() == 1 else rows
 
 
-def _rows_on_host(values: Tensor | None, num_rows: int) -> Tensor | None:
+def _copies(batch: Batch, labels: NDArray[Any] | None, reading: Reading, max_rows: int, seed: int) -> HostCopies:
+    """Copy what of a batch is on the host, ``labels`` only where they were not copied already."""
+    own, ids, mask = _rows_of(batch.labels), _rows_of(batch.input_ids), _rows_of(batch.attention_mask)
+    assert own is not None  # noqa: S101  (the caller has looked)
+    labels = _copied(own) if labels is None else labels.reshape(own.shape)
+    rows = labelled_rows(labels, reading.ignore_index, shifted=reading.shifted)
+    return HostCopies(
+        reading=reading,
+        labels=labels,
+        ids=_copied(ids) if ids is not None and ids.is_cpu else None,
+        encoder_ids=_rows_on_host(batch.encoder_ids, own.shape[0]),
+        mask=_copied(mask) if mask is not None and mask.is_cpu and mask.shape == own.shape else None,
+        window=choose_window(rows, max_rows, seed),
+    )
+
+
+def _copied(values: Tensor) -> NDArray[Any]:
+    """Return a copy of values on the host; among cold caches numpy makes it faster than torch."""
+    copied: NDArray[Any] = _as_array(values).copy()
+    return copied
+
+
+def _rows_on_host(values: Tensor | None, num_rows: int) -> NDArray[Any] | None:
     """Return a copy of rows [B, S] that lie on the host, None of others."""
     rows = _rows_of(values)
-    return rows.clone() if rows is not None and rows.is_cpu and rows.shape[0] == num_rows else None
+    return _copied(rows) if rows is not None and rows.is_cpu and rows.shape[0] == num_rows else None
 
 
 def _source(batch: Batch, rows: int, positions: int) -> LogitsSource | Tensor | None:
@@ -247,16 +262,15 @@ def _source(batch: Batch, rows: int, positions: int) -> LogitsSource | Tensor | 
     return None
 
 
-def _taken(
-    batch: Batch, source: LogitsSource, index: NDArray[np.int64], row: NDArray[np.int64], position: NDArray[np.int64]
-) -> Tensor:
-    """Copy chosen rows of logits on the host, as float32."""
-    logits = batch.logits
-    if logits is not None and logits.dim() == 3 and logits.is_contiguous():
-        taken = logits.detach().view(-1, logits.shape[2]).index_select(0, torch.from_numpy(index))
-    else:
-        taken = source.read(torch.from_numpy(row), torch.from_numpy(position))
-    return taken.to(torch.float32)
+def _few_logits(logits: Tensor | None, index: NDArray[np.int64], shape: tuple[int, ...]) -> NDArray[np.float32] | None:
+    """Copy chosen rows of logits [B, T, V] that are on the host as nearly all are; None where they are not, or many."""
+    if logits is None or not logits.is_cpu or logits.dtype is not torch.float32 or logits.dim() != 3:
+        return None
+    rows, positions, vocabulary = logits.shape
+    if (rows, positions) != shape or index.size * vocabulary * 4 > MAX_LATE_BYTES or not logits.is_contiguous():
+        return None
+    flat: NDArray[np.float32] = logits.detach().numpy().reshape(rows * positions, vocabulary)
+    return flat.take(index, axis=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -298,16 +312,14 @@ def micro_arrays(host: HostCopies | None, arrays: Arrays) -> MicroArrays:
 
 def _of_host(host: HostCopies, arrays: Arrays) -> MicroArrays:
     reading, window = host.reading, host.window
-    held = (host.labels, host.ids, host.mask, host.encoder_ids)
-    labels, ids, mask, encoder_ids = (None if t is None else t.numpy() for t in held)
-    assert labels is not None  # noqa: S101
+    labels, ids, mask = host.labels, host.ids, host.mask
     targets, runs = reading.targets_and_runs(labels)
     give_way()
     kept, places, answers = whole_answers(window, runs)
     chosen = targets.reshape(-1)[window.index][kept].astype(np.int64)
     numbers, predictions, mean_sum = None, _NO_INTS, None
     if host.logits is not None:
-        numbers, predictions, mean_sum = reduce_rows(host.logits.numpy()[kept], chosen, reading.eos_id)
+        numbers, predictions, mean_sum = reduce_rows(host.logits[kept], chosen, reading.eos_id)
     elif "numbers" in arrays:
         numbers, predictions = arrays["numbers"][:, kept], arrays["predictions"][kept].astype(np.int32)
     losses = arrays["losses"][kept] if "losses" in arrays else _NO_FLOATS
@@ -315,7 +327,7 @@ def _of_host(host: HostCopies, arrays: Arrays) -> MicroArrays:
     give_way()
     return MicroArrays(
         counts=count_targets(reading, targets, runs, ids, mask),
-        hashes=arrays["hashes"].astype(np.int64) if "hashes" in arrays else _hashes(labels, ids, encoder_ids),
+        hashes=arrays["hashes"].astype(np.int64) if "hashes" in arrays else _hashes(labels, ids, host.encoder_ids),
         labelled=window.num_labelled,
         targets=chosen[has_rows].astype(np.int32),
         places=places[kept][has_rows],
@@ -331,9 +343,9 @@ def _of_host(host: HostCopies, arrays: Arrays) -> MicroArrays:
     )
 
 
-def _as_array(images: Tensor) -> NDArray[Any]:
+def _as_array(values: Tensor) -> NDArray[Any]:
     """Return them as numpy holds them: it has no bfloat16."""
-    return (images.float() if images.dtype == torch.bfloat16 else images).numpy()
+    return (values.float() if values.dtype is torch.bfloat16 else values).numpy()
 
 
 def _hashes(labels: NDArray[Any], ids: NDArray[Any] | None, encoder_ids: NDArray[Any] | None) -> NDArray[np.int64]:

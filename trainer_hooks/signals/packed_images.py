@@ -94,9 +94,10 @@ class PackedImages:
 def packed_images(given: Mapping[str, Any]) -> PackedImages | None:
     """Return the images of a forward that come as patches one after another; None where they come otherwise."""
     found = find_images(given)
-    if found is None:
-        return None
-    name, value = found
+    return None if found is None else _packed(given, *found)
+
+
+def _packed(given: Mapping[str, Any], name: str, value: Any) -> PackedImages | None:
     grids = given.get(_GRIDS.get(name, ""))
     if not isinstance(value, Tensor) or not isinstance(grids, Tensor) or value.dim() < 2:
         return None
@@ -107,12 +108,12 @@ def packed_images(given: Mapping[str, Any]) -> PackedImages | None:
 
 def images_of(given: Mapping[str, Any]) -> Any:
     """Return the images of a forward for those that look at each: packed ones as such; None where there are none."""
-    packed = packed_images(given)
-    if packed is not None:
-        return packed
     found = find_images(given)
     if found is None:
         return None
+    packed = _packed(given, *found)
+    if packed is not None:
+        return packed
     value, shapes = found[1], given.get("spatial_shapes")
     if isinstance(value, Tensor) and isinstance(shapes, Tensor) and value.dim() == _PATCH_AXES:
         return value.unsqueeze(1) if value.shape[0] == shapes.shape[0] else value

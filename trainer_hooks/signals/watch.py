@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sidestep.protocol.messages import Kind, Message
@@ -106,9 +107,16 @@ class SignalWatch:
                 probe.see(given)
 
     def microbatch(
-        self, batch: Batch, align: Callable[[Batch], AlignedBatch], *, shifted: bool, step: int, microstep: int
+        self,
+        batch: Batch,
+        align: Callable[[Batch], AlignedBatch],
+        *,
+        shifted: bool,
+        step: int,
+        microstep: int,
+        copied: NDArray[Any] | None = None,
     ) -> MicroSignals | None:
-        """Read a micro-batch; ``align`` is called where its labels are on a device."""
+        """Read a micro-batch; ``align`` is called where its labels are on a device, ``copied`` is a copy of them."""
         self._lost.micro_batch(microstep)
         images, self._images = self._images, None
         labels = batch.labels
@@ -128,6 +136,7 @@ class SignalWatch:
                 seed=step * _SEEDS_PER_STEP + microstep,
                 images=images,
                 hashes=self._hashes(labels),
+                copied=copied,
             )
         except Exception as error:  # noqa: BLE001  (counted and said; the metrics of the batch are there)
             self.failed("signals", error)
