@@ -103,7 +103,7 @@ class ImageProbe:
             raise ValueError("the forward shows no logits [b, t, v]: what images are worth cannot be told")
         positions = aligned.targets.shape[1]
         if aligned.on_host:
-            index = to_device(choose_on_host(aligned.runs_on_host(), MAX_ROWS, 0).index, source.device)
+            index = to_device(choose_on_host(aligned.runs_on_host, MAX_ROWS, 0).index, source.device)
         else:
             index = choose_on_device(aligned, MAX_ROWS, 0)[0]
         here = index.to(aligned.targets.device)

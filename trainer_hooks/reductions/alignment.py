@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -18,9 +19,12 @@ from torch.nn import functional as F
 from sidestep.trainer_hooks.reductions.runs import HostRuns, Runs, find_runs, find_runs_on_host
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class AlignedBatch:
-    """One micro-batch, aligned with its logits; all tensors on one device."""
+    """One micro-batch, aligned with its logits; all tensors on one device.
+
+    Its answers are found once, for all who ask. It does not outlive the call that made it.
+    """
 
     input_ids: Tensor | None
     """int [B, T]; None where the trainer's ids do not go with its labels."""
@@ -47,13 +51,15 @@ class AlignedBatch:
         """Positions whose TARGET begins a document; bool [B, T]."""
         return None if self.new_documents is None else _next_positions(self.new_documents, fill=False)
 
+    @cached_property
     def runs(self) -> Runs:
-        """Find the answers, in fixed shapes."""
+        """The answers, in fixed shapes."""
         ends = self.targets == self.eos_id if self.eos_id is not None else torch.zeros_like(self.labelled)
         return find_runs(self.labelled, ends & self.labelled, self.breaks)
 
+    @cached_property
     def runs_on_host(self) -> HostRuns:
-        """Find the answers of a batch whose labels are on the host, as lists."""
+        """The answers of a batch whose labels are on the host, as lists."""
         breaks = self.breaks
         return find_runs_on_host(
             self.targets.numpy(),

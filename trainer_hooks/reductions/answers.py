@@ -30,11 +30,11 @@ def reduce_answers(batch: AlignedBatch) -> Tensor:
 def _count_on_device(batch: AlignedBatch) -> Tensor:
     labelled = batch.labelled.sum()
     head = torch.stack((labelled, torch.ones_like(labelled), (labelled == 0).to(torch.int64)))
-    return torch.cat((head, content_lengths(batch.runs())))
+    return torch.cat((head, content_lengths(batch.runs)))
 
 
 def _count_on_host(batch: AlignedBatch) -> Tensor:
-    runs = batch.runs_on_host()
+    runs = batch.runs_on_host
     counts = np.zeros(_LENGTHS + batch.targets.shape[1] + 1, np.int64)
     counts[_LABELLED] = runs.rows.size
     counts[_BATCHES] = 1

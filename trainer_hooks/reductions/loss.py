@@ -93,11 +93,11 @@ def _on_host(
     batch: AlignedBatch, source: LogitsSource | Tensor | None, max_rows: int | None, seed: int
 ) -> dict[str, Tensor]:
     """Reduce a batch whose labels the host can list; ``max_rows`` None: all of them, however many."""
-    runs = batch.runs_on_host()
+    runs = batch.runs_on_host
     parts = {"labelled": torch.tensor([runs.rows.size])}
     if source is None:
         return parts
-    index, roles = runs.rows, runs.roles()
+    index, roles = runs.rows, runs.roles
     if max_rows is not None and index.size > max_rows:
         taken = np.sort(np.argpartition(position_hash_on_host(index, seed), -max_rows)[-max_rows:])
         index, roles = index[taken], roles[taken]
@@ -174,7 +174,7 @@ def _sampled(batch: AlignedBatch, source: LogitsSource, count: int, seed: int) -
 
 
 def _marked_roles(batch: AlignedBatch) -> Tensor:
-    return batch.runs().roles().flatten() + batch.labelled.flatten().to(torch.uint8) * LABELLED
+    return batch.runs.roles.flatten() + batch.labelled.flatten().to(torch.uint8) * LABELLED
 
 
 def _contexts(batch: AlignedBatch) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ torch operations would cost more than the step may spend (docs/trainer.md, secti
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from sidestep.protocol.messages import Role
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Runs:
     """What each position is within its answer (docs/metrics.md, Conventions)."""
 
@@ -31,8 +32,9 @@ class Runs:
     origins: Tensor
     """At content positions, the index within the row at which the run starts, elsewhere any index; int64 [B, T]."""
 
+    @cached_property
     def roles(self) -> Tensor:
-        """Return the ``Role`` bits of every position; uint8 [B, T], 0 at positions without a role."""
+        """The ``Role`` bits of every position; uint8 [B, T], 0 at positions without a role."""
         bits = self.later.to(torch.uint8) * int(Role.LATER) + self.starts.to(torch.uint8) * int(Role.FIRST)
         return bits + self.content.to(torch.uint8) * int(Role.CONTENT)
 
@@ -70,7 +72,7 @@ def content_lengths(runs: Runs) -> Tensor:
     return counts.scatter_add_(0, slots, torch.ones_like(slots)).narrow(0, 0, positions + 1)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class HostRuns:
     """The runs of a batch whose labels are on the host, as short lists."""
 
@@ -87,8 +89,9 @@ class HostRuns:
         """Return the content length of each answer; int64 [answers]."""
         return self.first_end - self.first
 
+    @cached_property
     def roles(self) -> NDArray[np.uint8]:
-        """Return the ``Role`` bits of each labelled position; uint8 [n]."""
+        """The ``Role`` bits of each labelled position; uint8 [n]."""
         size = self.rows.size
         index = np.arange(size)
         per_run = self.stop - self.first

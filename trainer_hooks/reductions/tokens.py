@@ -38,7 +38,7 @@ def reduce_tokens(batch: AlignedBatch, vocabulary_size: int) -> dict[str, Tensor
 
 
 def _counts_on_device(batch: AlignedBatch, vocabulary_size: int) -> dict[str, Tensor]:
-    ids, runs = batch.input_ids, batch.runs()
+    ids, runs = batch.input_ids, batch.runs
     if ids is None:
         raise ValueError("token counts need input_ids that go with the labels")
     real = torch.ones_like(batch.labelled) if batch.real is None else batch.real
@@ -59,9 +59,9 @@ def _counts_on_host(batch: AlignedBatch, vocabulary_size: int) -> dict[str, Tens
         raise ValueError("token counts need input_ids that go with the labels")
     ids: NDArray[Any] = batch.input_ids.numpy()
     real: NDArray[Any] = ids.reshape(-1) if batch.real is None else ids[batch.real.numpy()]
-    runs = batch.runs_on_host()
+    runs = batch.runs_on_host
     targets = batch.targets.numpy().reshape(-1)[runs.rows]
-    content = targets[runs.roles() & np.uint8(Role.CONTENT) != 0]
+    content = targets[runs.roles & np.uint8(Role.CONTENT) != 0]
     counts = np.stack([_count(values, vocabulary_size) for values in (real, targets, content)])
     padding = ids.size - real.size if batch.padding_known else -1
     totals = np.array([runs.first.size, padding, ids.size], np.int64)

@@ -153,7 +153,7 @@ def _count_pairs_on_device(starts: Tensor, ids: Tensor | None) -> dict[str, Tens
 def count_on_device(batch: AlignedBatch, prompt_end: Sequence[int] = ()) -> Tensor:
     """Count a micro-batch in fixed shapes; int64 [counts] on the labels' device."""
     labelled, device = batch.labelled, batch.labelled.device
-    runs = batch.runs()
+    runs = batch.runs
     zero = torch.zeros((), dtype=torch.int64, device=device)
     last = labelled.shape[1] - 1
     before_last, targets = labelled.narrow(1, 0, last), batch.targets.narrow(1, 0, last)

@@ -62,7 +62,7 @@ def choose_on_device(batch: AlignedBatch, max_rows: int, seed: int) -> tuple[Ten
         Flat indices, ascending, int64 [n], n = min(max_rows, B * T): where there are fewer labelled positions the rest
         are others; and for each the flat index at which its answer begins (any index at unlabelled ones).
     """
-    runs = batch.runs()
+    runs = batch.runs
     rows, positions = batch.labelled.shape
     columns = torch.arange(positions, device=batch.labelled.device)
     begins = torch.where(runs.starts, columns, 0).cummax(dim=1).values
