@@ -1,4 +1,4 @@
-"""A worker's end of the wire on a real ROUTER socket, with faults that a test switches on by name."""
+"""Both ends of the wire: a worker on a real ROUTER socket, with faults that a test switches on by name, and trainers."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zmq
+from tests.support.publisher_trainer import Trainer
 
 from sidestep.protocol import frames
 from sidestep.protocol.frames import Envelope
@@ -158,6 +160,21 @@ def make_worker(address: str) -> Iterator[Callable[..., RouterWorker]]:
     yield make
     for worker in made:
         worker.stop()
+
+
+@pytest.fixture
+def make_trainer(address: str) -> Iterator[Callable[..., Trainer]]:
+    """Make trainers that publish to ``address``; all of them are closed at the end."""
+    made: list[Trainer] = []
+
+    def make(**settings: Any) -> Trainer:
+        made.append(Trainer(address, **settings))
+        return made[-1]
+
+    yield make
+    for trainer in made:
+        trainer.publisher.close(0.05)
+        trainer.wait_for_the_end()
 
 
 @pytest.fixture
