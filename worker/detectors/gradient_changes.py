@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from sidestep.protocol.messages import Json
 from sidestep.worker.detectors.reading import Reading
@@ -25,6 +25,17 @@ USUAL_LOSSES: Final = 32
 """Last losses whose median is the usual one: a burst raises its own."""
 QUIET_FROM: Final = 8
 SEVERAL: Final = 2
+"""Modules of which most can rise together."""
+
+
+class _Spike(NamedTuple):
+    """One module's gradient beside its own past; the largest is the one that deviates most."""
+
+    z: float
+    place: int
+    """Of the module."""
+    rise: float
+    """Of the norm's logarithm, over its median."""
 
 
 class GradientChanges:
@@ -40,7 +51,7 @@ class GradientChanges:
         self._norms = Window(self._settings.grad_spike.median_readings)
         self._losses = Window(USUAL_LOSSES)
         self._levels: list[tuple[float, float]] = []  # log of the norm, and the loss, of the last steps with both
-        self._shares: list[Window] = []  # log of each module's share, where it had a gradient
+        self._log_norms: list[Window] = []  # of each module, at the readings in which it had a gradient
         self._without: list[int] = []  # readings in a row in which each module had none
         self._is_new_stage = False
         self._has_seen_images = False
@@ -112,46 +123,47 @@ class GradientChanges:
         norms = [float(norm) for norm in record.module_norms]
         if not norms:
             return
-        if len(self._shares) != len(norms):
-            self._shares = [Window(self._settings.module_dead.median_readings) for _ in norms]
+        if len(self._log_norms) != len(norms):
+            self._log_norms = [Window(self._settings.module_dead.median_readings) for _ in norms]
             self._without = [0] * len(norms)
         whole = math.sqrt(sum(norm * norm for norm in norms if norm > 0)) or TINY
-        dead, worst, spike = -1, math.inf, (-math.inf, -1, 0.0)
-        rises: list[float] = []
+        dead, least = -1, math.inf
+        spikes: list[_Spike] = []
         for place, norm in enumerate(norms):
             if not self._is_judged(record, place):
                 continue
             share = max(norm, 0.0) / whole
             ratio = self._ratio(place, norm, share)
-            if ratio is not None and ratio < worst:
-                dead, worst = place, ratio
+            if ratio is not None and ratio < least:
+                dead, least = place, ratio
             if norm > 0:
-                spike = max(spike, own := self._spike(place, norm))
-                rises += [own[2]] if own[1] >= 0 else []
-                self._shares[place].add(math.log(norm))
+                spike = self._spike(place, norm)
+                spikes += [] if spike is None else [spike]
+                self._log_norms[place].add(math.log(norm))
         limit = self._settings.module_dead.threshold
         if dead >= 0:
             evidence = f"{{module}} has {max(norms[dead], 0.0):.3g} of a gradient of {whole:.3g}"
-            is_dead = worst <= 0 or (worst < limit and not is_quiet)
+            is_dead = least <= 0 or (least < limit and not is_quiet)
             yield Reading(
-                name="module_dead", value=worst, limit=limit, is_beyond=is_dead, module=dead, evidence=evidence
+                name="module_dead", value=least, limit=limit, is_beyond=is_dead, module=dead, evidence=evidence
             )
-        if spike[1] >= 0:
-            yield from self._spiking(spike, rises, is_quiet=is_quiet)
+        if spikes:
+            yield from self._spiking(spikes, is_quiet=is_quiet)
 
-    def _spiking(self, worst: tuple[float, int, float], rises: list[float], *, is_quiet: bool) -> Iterator[Reading]:
+    def _spiking(self, spikes: Sequence[_Spike], *, is_quiet: bool) -> Iterator[Reading]:
         """One module's spike, and whether most modules rose at the same step: then it is not this module's own."""
         rule = self._settings.module_spike
-        z, place, rise = worst
+        z, place, rise = max(spikes)
         is_beyond = z > rule.threshold and rise > rule.rise and not is_quiet
         evidence = f"the gradient of {{module}} is {_times(rise)} times its median"
         yield Reading(
             name="module_spike", value=z, limit=rule.threshold, is_beyond=is_beyond, module=place, evidence=evidence
         )
-        if len(rises) < SEVERAL:
+        if len(spikes) < SEVERAL:
             return
         limit = self._settings.modules_spike.threshold
-        shared = sorted(rises, reverse=True)[len(rises) // 2]  # more than half of the modules rose by this much
+        rises = sorted((each.rise for each in spikes), reverse=True)
+        shared = rises[len(rises) // 2]  # more than half of the modules rose by this much
         num_risen = sum(each > limit for each in rises)
         evidence = (
             f"the gradients of {num_risen} of {len(rises)} modules are {_times(shared)} times their median or more"
@@ -166,7 +178,7 @@ class GradientChanges:
         norm = float(record.module_norms[place])
         if math.isnan(norm) or (flags & VISUAL and self._has_seen_images and not record.images):
             return False
-        had = len(self._shares[place]) > 0
+        had = len(self._log_norms[place]) > 0
         is_never = norm <= 0 and not had
         if is_never and (not flags & TRAINABLE or self._is_new_stage):
             return False
@@ -176,20 +188,22 @@ class GradientChanges:
         """The module's norm in parts of its median; 0 without a gradient, None where that cannot be told yet."""
         rule = self._settings.module_dead
         self._without[place] = min(self._without[place] + 1, 1 << 20) if norm <= 0 else 0
-        shares = self._shares[place]
+        known = self._log_norms[place]
         if norm <= 0:
-            is_told = len(shares) > 0 or norm == 0 or self._without[place] >= rule.never_hits - rule.hits
+            is_told = len(known) > 0 or norm == 0 or self._without[place] >= rule.never_hits - rule.hits
             return 0.0 if is_told else None
-        if len(shares) < rule.hits:
+        if len(known) < rule.hits:
             return None
-        usual = shares.median()
+        usual = known.median()
         # The whole gradient may shrink as the task is learned: only what shrinks more than all of it is dead.
         return max(norm / math.exp(usual), share)
 
-    def _spike(self, place: int, norm: float) -> tuple[float, int, float]:
-        shares, value = self._shares[place], math.log(norm)
-        z = shares.robust_z(value, LOG_FLOOR)
-        return (z, place, value - shares.median()) if z is not None else (-math.inf, -1, 0.0)
+    def _spike(self, place: int, norm: float) -> _Spike | None:
+        known, value = self._log_norms[place], math.log(norm)
+        z = known.robust_z(value, LOG_FLOOR)
+        if z is None or math.isnan(z):  # not a number: an infinite norm, as most of the last ones were
+            return None
+        return _Spike(z, place, value - known.median())
 
     def forget(self) -> None:
         """Another stage may freeze other modules: what has no gradient at its start is taken for frozen."""
@@ -202,7 +216,7 @@ class GradientChanges:
             "norms": self._norms.values,
             "losses": self._losses.values,
             "levels": [list(level) for level in self._levels],
-            "shares": [window.values for window in self._shares],
+            "shares": [window.values for window in self._log_norms],
             "without": self._without,
             "flags": [self._is_new_stage, self._has_seen_images],
         }
@@ -212,11 +226,11 @@ class GradientChanges:
         self._norms.values = [float(value) for value in state["norms"]]
         self._losses.values = [float(value) for value in state["losses"]]
         self._levels = [(float(norm), float(loss)) for norm, loss in state.get("levels", ())]
-        self._shares = []
+        self._log_norms = []
         for values in state["shares"]:
             window = Window(self._settings.module_dead.median_readings)
             window.values = [float(value) for value in values]
-            self._shares.append(window)
+            self._log_norms.append(window)
         self._without = [int(count) for count in state["without"]]
         self._is_new_stage, self._has_seen_images = map(bool, state["flags"])
 
