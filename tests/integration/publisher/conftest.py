@@ -1,4 +1,4 @@
-"""Both ends of the wire: a worker on a real ROUTER socket, with faults that a test switches on by name, and trainers."""
+"""Both ends of the wire on real sockets: trainers, and a worker with faults that a test switches on by name."""
 
 from __future__ import annotations
 
