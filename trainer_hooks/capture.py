@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -208,9 +208,12 @@ class ForwardReader:
 
     def outputs(self, output: Any, shape: torch.Size | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Logits [b, t, v] and scalar loss of a forward's output: by name, else by shape in a tuple or alone."""
-        named = isinstance(output, Mapping) or hasattr(output, "logits") or hasattr(output, "loss")
-        if isinstance(output, Mapping):
-            candidates: list[Any] = [output.get("logits"), output.get("loss")]
+        is_plain = type(output) is tuple  # asked first: whether it is a Mapping is a dear question among cold caches
+        named = not is_plain and (isinstance(output, Mapping) or hasattr(output, "logits") or hasattr(output, "loss"))
+        if is_plain:
+            candidates: Sequence[Any] = output
+        elif isinstance(output, Mapping):
+            candidates = [output.get("logits"), output.get("loss")]
         elif named:
             candidates = [getattr(output, "logits", None), getattr(output, "loss", None)]
         else:

@@ -13,6 +13,7 @@ from sidestep.protocol.signals import GROUP_SETTINGS
 
 MAX_GROUPS: Final = 16
 _PAIR: Final = 2
+_SEQUENCES: Final = (tuple, list, Sequence)
 _LEARNED_STEP: Final = "d"
 """Key of optimizers with betas that find their rate themselves (D-Adaptation, Prodigy): what they take it times."""
 
@@ -40,7 +41,7 @@ def group_settings(optimizer: Any) -> tuple[float, ...]:
 def _of_group(group: Mapping[str, Any]) -> tuple[float, ...]:
     betas = group.get("betas")
     beta1 = beta2 = math.nan
-    if isinstance(betas, Sequence) and betas:
+    if isinstance(betas, _SEQUENCES) and betas:
         beta1 = host_number(betas[0])
         beta2 = host_number(betas[1]) if len(betas) == _PAIR else math.nan
     elif betas is None:

@@ -44,8 +44,7 @@ class Heartbeat:
             self._choose()
         if not self._chosen:
             return None
-        with torch.no_grad():
-            return torch.cat([view for _, view, _ in self._chosen]).to(torch.float32, copy=True)
+        return torch.cat([view for _, view, _ in self._chosen]).to(torch.float32)  # a copy in any case
 
     def _stands(self) -> bool:
         return bool(self._chosen) and all(

@@ -94,8 +94,8 @@ def copied_images(value: Any, most_bytes: int) -> Tensor | None:
         return None
     axes = min(_IMAGE_AXES, len(shape))
     each = shape[: len(shape) - axes].numel()
-    copied = torch.cat(leaves[: -(-MAX_SIGNAL_HASHES // each)]).reshape(-1, shape[len(shape) - axes :].numel())
-    return copied.detach().narrow(0, 0, min(MAX_SIGNAL_HASHES, copied.shape[0]))
+    taken = leaves[: -(-MAX_SIGNAL_HASHES // each)]
+    return torch.cat(taken).detach().reshape(len(taken) * each, -1)[:MAX_SIGNAL_HASHES]
 
 
 def image_numbers(value: Any) -> Tensor | None:

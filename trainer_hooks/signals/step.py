@@ -47,6 +47,8 @@ class StepFacts:
     norm_shares: int = 0
     norms_clipped: bool = False
     forward_seconds: float = -1.0
+    optimizer_steps: Sequence[float] = ()
+    """Where they lie on the host; else they are among the tensors."""
 
 
 @dataclass(slots=True, eq=False)
@@ -63,7 +65,7 @@ class StepSignals:
     weight_norms: Tensor | None = None
     """float32 [modules]"""
     optimizer_steps: Tensor | None = None
-    """float64 [groups]"""
+    """float64 [groups], where they lie on a device."""
     heartbeat: Tensor | None = None
     vocabulary: int = field(init=False, default=0)
 
@@ -150,7 +152,7 @@ def signals_message(facts: StepFacts, copies: Sequence[HostCopies | None], vocab
         forward_seconds=facts.forward_seconds,
         image_means=means,
         weight_norms=_array(arrays, "weight_norms"),
-        optimizer_steps=np.asarray(arrays.get("optimizer_steps", ()), np.float64).reshape(-1),
+        optimizer_steps=np.asarray(arrays.get("optimizer_steps", facts.optimizer_steps), np.float64).reshape(-1),
         group_settings=_single(facts.group_settings),
         gradients_lost=facts.gradients_lost,
     )

@@ -86,7 +86,7 @@ class SignalWatch:
         self._gradient_norm: Tensor | None = None
         self._module_norms: Tensor | None = None
         self._weight_norms: Tensor | None = None
-        self._optimizer_steps: Tensor | None = None
+        self._optimizer_steps: Tensor | list[float] | None = None
         self._norms_clipped = False
         self._beat: Tensor | None = None
         self._rates: tuple[float, ...] = ()
@@ -269,11 +269,11 @@ class SignalWatch:
             gradient_norm=self._gradient_norm,
             module_norms=self._module_norms,
             weight_norms=self._weight_norms,
-            optimizer_steps=self._optimizer_steps,
+            optimizer_steps=self._optimizer_steps if isinstance(self._optimizer_steps, Tensor) else None,
             heartbeat=self._beat,
         )
         self._gradient_norm = self._module_norms = self._beat = self._images = None
-        self._weight_norms = self._optimizer_steps = None
+        self._weight_norms = None
         tensors, copies = gathered.tensors(), gathered.host_copies()
         facts = self._facts(step, began)
         vocabulary = gathered.vocabulary
@@ -309,10 +309,11 @@ class SignalWatch:
             norm_shares=0 if self._topology.num_shares == 1 else self._topology.num_shares,
             norms_clipped=self._norms_clipped,
             forward_seconds=self._forward_seconds(),
+            optimizer_steps=self._optimizer_steps if isinstance(self._optimizer_steps, list) else (),
         )
         self._ended_at, self._seconds, self._waited = now, 0.0, 0.0
         self._rates = self._settings = ()
-        self._forward_at, self._norms_clipped = None, False
+        self._forward_at, self._optimizer_steps, self._norms_clipped = None, None, False
         return facts
 
     def _weights_digest(self) -> int:
