@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 
 from sidestep.trainer_hooks.signals.budget import OverheadBudget
 from sidestep.trainer_hooks.signals.heartbeat import Heartbeat
-from sidestep.trainer_hooks.signals.images import describe_images, find_images, image_numbers
+from sidestep.trainer_hooks.signals.images import copied_images, describe_images, find_images, image_numbers
 from sidestep.trainer_hooks.signals.late_rows import late_image_numbers, late_projector_numbers
 from sidestep.trainer_hooks.signals.module_norms import module_norms, whole_norm
 from sidestep.trainer_hooks.signals.optimizer_steps import OptimizerSteps
@@ -62,6 +64,38 @@ def test_images_are_found_by_the_arguments_name() -> None:
     assert find_images({"images": [[], []]}) is None
     assert find_images({"pixel_values": None}) is None
     assert find_images({"pixels": image}) is None
+
+
+def test_images_of_one_size_are_copied_together_in_their_order() -> None:
+    drawn = torch.rand(300, 3, 4, 4)
+    wanted = drawn.flatten(1)
+    nested = [[], [drawn[:1], drawn[1:2]], (drawn[2:3],), [drawn[:0]]]
+    for given, count in ((drawn, 256), (nested, 3), (list(drawn), 256), ([drawn[0]], 1), ([drawn, drawn], 256)):
+        copied = copied_images(given, 1 << 20)
+        assert copied is not None
+        assert torch.equal(copied, wanted[:count])
+    framed = [each.contiguous(memory_format=torch.channels_last) for each in torch.split(drawn[:6], 2)]
+    copied = copied_images(framed, 1 << 20)
+    assert copied is not None
+    assert torch.equal(copied, wanted[:6])
+    drawn.zero_()
+    assert copied.any()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [],
+        [torch.zeros(3, 4, 4), torch.zeros(3, 4, 5)],
+        [torch.zeros(1, 3, 4, 4), torch.zeros(2, 3, 4, 4)],
+        [torch.zeros(3, 4, 4), torch.zeros(3, 4, 4, dtype=torch.float16)],
+        [torch.zeros(3, 4, 4), torch.zeros(3, 4, 4, device="meta")],
+        torch.zeros(6, 3, 8, 8),
+    ],
+    ids=["none", "sizes", "numbers", "dtypes", "devices", "too many"],
+)
+def test_images_that_differ_or_are_many_are_not_copied(given: Any) -> None:
+    assert copied_images(given, 4_000) is None
 
 
 class Model(nn.Module):

@@ -18,7 +18,7 @@ from sidestep.trainer_hooks.capture import Batch
 from sidestep.trainer_hooks.config import HooksConfig
 from sidestep.trainer_hooks.reductions.alignment import align
 from sidestep.trainer_hooks.signals.images import image_numbers
-from sidestep.trainer_hooks.signals.microbatch import MicroSignalReader, micro_arrays
+from sidestep.trainer_hooks.signals.microbatch import MicroSignalReader, MicroSignals, micro_arrays
 from sidestep.trainer_hooks.signals.step import StepFacts, StepSignals, signals_message
 from sidestep.trainer_hooks.transport import InProcessTransport
 
@@ -280,6 +280,29 @@ def test_a_trainer_may_change_its_images_once_they_were_read(form: str) -> None:
     assert numbers is not None
     assert numbers.shape == (count, 4)
     np.testing.assert_allclose(numbers, wanted.numpy(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_copied", [False, True])
+def test_a_trainer_may_change_its_batch_once_it_was_read(dtype: torch.dtype, is_copied: bool) -> None:
+    ids, _, targets = next(batches(3, 1))
+    mask, logits = torch.ones(targets.shape, dtype=dtype), torch.randn(*targets.shape, VOCABULARY).to(dtype)
+    loss = torch.tensor(2.5, requires_grad=True)
+    reader = MicroSignalReader(eos_id=EOS, pad_id=None, ignore_index=IGNORE)
+    batch = Batch(input_ids=ids, labels=targets, attention_mask=mask, logits=logits, loss=loss)
+
+    def read() -> MicroSignals:
+        labels = targets.numpy().copy() if is_copied else None
+        return reader.read(batch, None, shifted=True, max_rows=100, seed=7, copied=labels)
+
+    before, made = micro_arrays(read().host, {}), read()
+    for each in (ids, targets, mask, logits, loss.detach()):
+        each.zero_()
+    after = micro_arrays(made.host, {})
+    assert after.trainer_loss == before.trainer_loss == 2.5
+    assert before.labelled == 18
+    for name in ("counts", "hashes", "targets", "losses", "entropies", "predictions"):
+        np.testing.assert_array_equal(getattr(after, name), getattr(before, name))
 
 
 def test_only_the_trainers_own_losses() -> None:
