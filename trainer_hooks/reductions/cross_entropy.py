@@ -157,7 +157,7 @@ def _reduced(logits: Tensor, targets: Tensor) -> Tensor:
     """Reduce logits [n, V], which are this call's own and are overwritten."""
     width = logits.shape[1]
     logits = logits.to(torch.float32)
-    if logits.is_cpu and 0 <= int(targets.min()) and int(targets.max()) < width:
+    if logits.is_cpu and int(targets.min()) >= 0 and int(targets.max()) < width:
         return F.cross_entropy(logits, targets, reduction="none")  # one operation in place of ten, and no device waits
     logits -= logits.amax(dim=1, keepdim=True)
     known = (targets >= 0) & (targets < width)
