@@ -126,25 +126,27 @@ class WandbSupervisor:
         self._totals: Counter[str] = Counter()  # of the children before this one
         idle = SinkState.DISABLED if config.mode == "disabled" else SinkState.STARTING
         self._progress = Progress(state=idle)
-        self._newest_position, self._newest_rows, self._looked_at = -1, 0, 0.0
+        self._newest_position, self._newest_rows, self._look_at = -1, 0, 0.0
         self._polled_at = self._start_at = self._idle_seconds = 0.0
         self._backoff_seconds = config.backoff_first_seconds
         self._detail = ""
-        self._wanted = self._stop_reported = self._never = self._is_listening = False
+        self._is_wanted = self._stop_reported = self._is_given_up = self._is_listening = False
         self._unconfirmed: set[int] = set()
         self._status = self._current_status()
 
     def start(self) -> None:
         """Start the child, unless the mode is ``disabled``; a failure to start is tried again by ``poll``."""
-        self._wanted = self._config.mode != "disabled"
+        self._is_wanted = self._config.mode != "disabled"
         self.poll()
 
     def poll(self) -> None:
         """Hear the child, start or kill it as needed; never waits."""
         now = time.monotonic()
-        self._look(now)
+        if now >= self._look_at:
+            self._look_at = now + _OUTBOX_LOOK_SECONDS
+            self._look_into_outbox()
         self._hear()
-        if self._is_listening and not self._wanted and self._child is not None:
+        if self._is_listening and not self._is_wanted and self._child is not None:
             self._child.terminate()  # more than once does no harm
         self._count_idle_time(now)
         if self._child is not None and self._child.poll() is not None:
@@ -178,7 +180,7 @@ class WandbSupervisor:
         tables = tuple(sorted(self._unconfirmed))
         self._unconfirmed.clear()
         if tables:
-            self._looked_at = 0.0  # they are in the outbox by the next poll, which has to see them
+            self._look_at = 0.0  # they are in the outbox by the next poll, which has to see them
         return tables
 
     def request_stop(self) -> None:
@@ -186,7 +188,7 @@ class WandbSupervisor:
 
         One that has not said anything yet would die of the signal with nothing sent: it is asked when it has.
         """
-        self._wanted = False
+        self._is_wanted = False
         if self._child is not None and self._is_listening:
             self._child.terminate()
 
@@ -203,7 +205,7 @@ class WandbSupervisor:
             child.wait()
             self._hear()
             self._bury(child, time.monotonic())
-        self._look(0.0)
+        self._look_into_outbox()
         self._status = self._current_status()
         self._reader.close()
         return in_time
@@ -211,7 +213,7 @@ class WandbSupervisor:
     # ------------------------------------------------------------------------------------------------------ the child
 
     def _is_due(self, now: float) -> bool:
-        if not self._wanted or self._never or now < self._start_at:
+        if not self._is_wanted or self._is_given_up or now < self._start_at:
             return False
         if self._progress.state in _ENDED and self._waiting() == 0:
             return False
@@ -264,7 +266,7 @@ class WandbSupervisor:
         if code == 0 and state in _ENDED:
             self._backoff_seconds = self._config.backoff_first_seconds
         else:
-            self._never = code == EXIT_NEVER
+            self._is_given_up = code == EXIT_NEVER
             if state is SinkState.STOP_REQUESTED:
                 if self._progress.complaint:  # no page, but a refusal: the next child may meet it again
                     self._postpone(now)
@@ -276,7 +278,7 @@ class WandbSupervisor:
         for name in ("alerts_sent", "alerts_suppressed", "entries_refused"):
             self._totals[name] += getattr(self._progress, name)
         self._progress = Progress(
-            state=state if code == 0 or self._never else SinkState.STARTING,
+            state=state if code == 0 or self._is_given_up else SinkState.STARTING,
             position=self._progress.position,
             num_rows=self._progress.num_rows,
             confirmed_position=self._progress.confirmed_position,
@@ -351,14 +353,12 @@ class WandbSupervisor:
 
     # ---------------------------------------------------------------------------------------------------- the outbox
 
-    def _look(self, now: float) -> None:
-        if not now or now - self._looked_at >= _OUTBOX_LOOK_SECONDS:
-            self._looked_at = now
-            try:
-                self._newest_position, self._newest_rows = self._reader.newest_position(), self._reader.num_rows()
-            except sqlite3.Error as error:  # the numbers before stand until the next look
-                self._counts["unreadable_outbox"] += 1
-                self._detail = f"the outbox cannot be read: {error}"
+    def _look_into_outbox(self) -> None:
+        try:
+            self._newest_position, self._newest_rows = self._reader.newest_position(), self._reader.num_rows()
+        except sqlite3.Error as error:  # the numbers before stand until the next look
+            self._counts["unreadable_outbox"] += 1
+            self._detail = f"the outbox cannot be read: {error}"
 
     def _waiting(self) -> int:
         return max(0, self._newest_position - self._progress.position)
@@ -388,7 +388,7 @@ class WandbSupervisor:
             rows_behind=max(0, self._newest_rows - progress.num_rows),
             entries_behind=self._waiting() + len(self._unconfirmed),
             entries_unconfirmed=self._unconfirmed_entries() + len(self._unconfirmed),
-            is_given_up=self._never,
+            is_given_up=self._is_given_up,
             complaint=progress.complaint or self._detail,
             counts=dict(self._counts),
             detail=self._detail,
