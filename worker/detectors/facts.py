@@ -33,8 +33,8 @@ RAISED: Final = 2.5
 AS_USUAL: Final = 1.0
 """Standard deviations up to which a loss is the usual one."""
 BETWEEN, FAR_BETWEEN = 2, 4
-"""Steps that two raised ones of one rise may be apart, and those to one that is as high as the rise: where a part of
-the data is wrong, some batches hold little of it, and what was raised by chance before was not raised by as much."""
+"""Steps that two raised ones of one rise may be apart, and those to one of at least ``ABRUPT_SHARE`` of its height:
+where a part of the data is wrong, some batches hold little of it; what was raised by chance before was not as high."""
 TARGET_STEPS: Final = 2
 """Steps whose targets or inputs must be others: a single batch may be made of rare ones."""
 NEAR: Final = 5
@@ -42,7 +42,7 @@ NEAR: Final = 5
 BEFORE: Final = 10
 """... and before the step at which a sum passed its limit, within which the loss must have risen."""
 ABRUPT_SHARE: Final = 0.4
-"""Part of its later height that a loss must have at its first step to be there at once."""
+"""Part of its later height that a loss must have at its first step to be there at once, or to be of the same rise."""
 STEEP: Final = 1.0
 """Standard deviations that the loss of the steps before a rise may be up by, on average, where it is there at once."""
 GREW, SHRANK = 1.6, 0.5
