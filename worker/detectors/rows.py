@@ -96,7 +96,7 @@ class Rows:
         place = next((place for place, share in enumerate(earlier, start=1) if share >= rule.threshold), 0)
         evidence = (
             f"the tokens right before the first labels of answers are alike in {before:.0%} of {pairs} pairs, those "
-            f"{place} further ahead in {max(earlier):.0%}: so many tokens of each answer have no label"
+            f"{place} further ahead in {earlier[place - 1]:.0%}: so many tokens of each answer have no label"
         )
         yield Reading(
             name="labels_late",
