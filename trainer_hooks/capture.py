@@ -74,18 +74,27 @@ class Batch:
     """Why there are no logits, where that is known."""
 
 
-_TENSOR_FIELDS = (
+_TENSOR_FIELDS = (  # in the order in which whole_batch takes them
     "input_ids", "labels", "attention_mask", "position_ids", "documents", "logits", "loss", "token_losses", "hidden",
     "cu_seqlens", "encoder_ids",
 )  # fmt: skip
 
 
+_PLAIN = frozenset((torch.Tensor, type(None), float))
+
+
 def whole_batch(batch: Batch) -> Batch:
     """Return the batch with local values for distributed tensors, and without those of which this rank has a part."""
+    values = (
+        batch.input_ids, batch.labels, batch.attention_mask, batch.position_ids, batch.documents, batch.logits,
+        batch.loss, batch.token_losses, batch.hidden, batch.cu_seqlens, batch.encoder_ids,
+    )  # fmt: skip
+    if _PLAIN.issuperset(map(type, values)):  # in nearly all trainings, and much cheaper to ask
+        return batch
     spread = {
         name: value
-        for name in _TENSOR_FIELDS
-        if isinstance(value := getattr(batch, name), torch.Tensor) and type(value) is not torch.Tensor
+        for name, value in zip(_TENSOR_FIELDS, values, strict=True)
+        if isinstance(value, torch.Tensor) and type(value) is not torch.Tensor
     }
     if not spread:
         return batch

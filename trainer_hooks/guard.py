@@ -32,6 +32,8 @@ class Guard:
         self._depth = 0
         self._began = 0.0
         self._seconds = 0.0
+        self.is_shielded = False
+        """Whether the compiler has been kept out in full for the current call."""
         self.grad_enabled = True
         """Whether gradients were on where the current call came from; off where it came from another of ours."""
         self.failures: Counter[str] = Counter()
@@ -131,8 +133,11 @@ def guarded(
     """
     name = method.__name__.lstrip("_")
 
-    def call(self: Owner, *args: Params.args, **kwargs: Params.kwargs) -> Result | None:
+    @functools.wraps(method)
+    def entrance(self: Owner, *args: Params.args, **kwargs: Params.kwargs) -> Result | None:
         guard = self.guard
+        if _frame_callback() is not None and not guard.is_shielded:  # called from within a compiled function
+            return shielded(self, *args, **kwargs)
         records_gradients = guard.enter()
         try:
             if _is_capturing():
@@ -144,13 +149,14 @@ def guarded(
         finally:
             guard.leave(records_gradients)
 
-    untraced: Any = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
+    untraced: Any = torch.compiler.disable(entrance)  # type: ignore[no-untyped-call]
 
-    @functools.wraps(method)
-    def entrance(self: Owner, *args: Params.args, **kwargs: Params.kwargs) -> Result | None:
-        if _frame_callback() is not None:  # called from within a compiled function
+    def shielded(self: Owner, *args: Params.args, **kwargs: Params.kwargs) -> Result | None:
+        self.guard.is_shielded = True
+        try:
             return untraced(self, *args, **kwargs)  # type: ignore[no-any-return]
-        return call(self, *args, **kwargs)
+        finally:
+            self.guard.is_shielded = False
 
     marked: Any = torch.compiler.disable(entrance, recursive=False)  # type: ignore[no-untyped-call]
     return marked  # type: ignore[no-any-return]
