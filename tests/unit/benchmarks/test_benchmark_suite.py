@@ -81,7 +81,7 @@ def test_the_large_model_needs_a_large_device_but_for_its_quick_form() -> None:
 
 
 def test_what_is_left_out_without_a_device_is_said() -> None:
-    assert "no kernel" in part("kernels").note(machine())
+    assert "no logits" in part("kernels").note(machine())
     assert not part("kernels").note(machine(device="a device"))
 
 
