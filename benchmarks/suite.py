@@ -84,7 +84,7 @@ def _scaled_down(machine: Surroundings) -> str:
 
 
 def _kernels_without_device(machine: Surroundings) -> str:
-    return "" if machine.device else "no CUDA device: no logits, and none of the kernels of Triton; the gradients on the host"
+    return "" if machine.device else "no CUDA device: no logits, and no kernel of Triton's; the gradients on the host"
 
 
 def _trackers(_machine: Surroundings) -> str:

@@ -281,13 +281,15 @@ def test_every_steps_signals(source: str, labels_at: str, shifted: bool, masked:
         assert norms is not None
         optimizer = torch.optim.AdamW([torch.zeros(3, device=CUDA, requires_grad=True)])
         optimizer.state[optimizer.param_groups[0]["params"][0]]["step"] = torch.zeros((), device=CUDA)
+        steps = OptimizerSteps(optimizer).take()
+        assert isinstance(steps, torch.Tensor)
         step = StepSignals(
             microbatches=made,
             projector=[projector_numbers(torch.zeros((4, 5, 6), dtype=torch.bfloat16, device=CUDA))],
             gradient_norm=whole_norm(norms),
             module_norms=norms,
             weight_norms=module_norms([(0, torch.zeros(9, device=CUDA))], 3),
-            optimizer_steps=OptimizerSteps(optimizer).take(),
+            optimizer_steps=steps,
             heartbeat=Heartbeat(head_module()).take(),
         )
         tensors = step.tensors()

@@ -25,16 +25,18 @@ enum { NOT_ZERO, FINITE_NOT_ZERO, SUM, WITHIN, BETWEEN, ABSMAX, COLUMNS };
 #define LEAST_BITS 0x2b800000 /* 2^-40 and 2^50: between them squares neither vanish nor overflow */
 #define MOST_BITS 0x58800000
 
-/* Bins of a magnitude with biased exponent e and mantissa m in [1, 2): SLOPE * e + P(m), 4 per decade from 1e-12 on. P
- * is 4 log10(m) + 48 - 127 * SLOPE to 3e-6, and 2e-5 more, so that rounding never takes an edge for the bin below. */
-#define P0 -108.577255f
-#define P1 7.33296537f
-#define P2 -6.38389397f
-#define P3 3.91274762f
-#define P4 -1.50269663f
-#define P5 0.325157493f
+/* Bins of a magnitude that is m in [1, 2) times 2^e: ZERO_BIN + SLOPE * e + P(m - 1.5), 4 per decade. P is 4 log10(m)
+ * and 2e-6 more; SLOPE is the next float32 below 4 log10(2). So rounding never takes an edge for the bin below it. */
+#define ZERO_BIN 48
+#define P0 0.70436734f
+#define P1 1.15811777f
+#define P2 -0.386079788f
+#define P3 0.171618849f
+#define P4 -0.0849984363f
+#define P5 0.0451098718f
 #define P6 -0.0302513503f
-#define SLOPE 1.20412004f
+#define P7 0.0177953523f
+#define SLOPE 1.20411992f
 
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 #define LANES 16
@@ -51,6 +53,7 @@ typedef __m512i bytes;
 #define AS_FLOATS(a) _mm512_castsi512_ps(a)
 #define REPEAT16(at) _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(at)))
 #define NO_BYTES _mm512_setzero_si512()
+#define FLOOR(a) _mm512_cvt_roundps_epi32(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define LANES 8
 typedef __m256 floats;
@@ -66,6 +69,7 @@ typedef __m256i bytes;
 #define AS_FLOATS(a) _mm256_castsi256_ps(a)
 #define REPEAT16(at) _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(at)))
 #define NO_BYTES _mm256_setzero_si256()
+#define FLOOR(a) _mm256_cvtps_epi32(_mm256_floor_ps(a))
 #else
 #error "needs AVX-512BW, or AVX2 with FMA and F16C"
 #endif
@@ -88,19 +92,20 @@ static inline floats load(const void *values, int64_t at, int kind) {
     return AS_FLOATS(OF(slli_epi32)(OF(cvtepu16_epi32)(LOAD_HALF((const uint16_t *)values + at)), 16));
 }
 
-/* Bins of magnitudes, not yet held to 0 .. 63. */
+/* Bins of magnitudes, less ZERO_BIN and not yet held to 0 .. 63. */
 static inline ints bins_of(ints magnitudes) {
-    const floats e = OF(cvtepi32_ps)(OF(srli_epi32)(magnitudes, 23));
-    const floats m = AS_FLOATS(
-        OR(AND(magnitudes, OF(set1_epi32)(MANTISSA_BITS)), OF(set1_epi32)(ONE_BITS)));
-    floats p = OF(set1_ps)(P6);
-    p = OF(fmadd_ps)(p, m, OF(set1_ps)(P5));
-    p = OF(fmadd_ps)(p, m, OF(set1_ps)(P4));
-    p = OF(fmadd_ps)(p, m, OF(set1_ps)(P3));
-    p = OF(fmadd_ps)(p, m, OF(set1_ps)(P2));
-    p = OF(fmadd_ps)(p, m, OF(set1_ps)(P1));
-    p = OF(fmadd_ps)(p, m, OF(set1_ps)(P0));
-    return OF(cvttps_epi32)(OF(fmadd_ps)(e, OF(set1_ps)(SLOPE), p));
+    const floats e = OF(cvtepi32_ps)(OF(srai_epi32)(OF(sub_epi32)(magnitudes, OF(set1_epi32)(ONE_BITS)), 23));
+    const floats m = AS_FLOATS(OR(AND(magnitudes, OF(set1_epi32)(MANTISSA_BITS)), OF(set1_epi32)(ONE_BITS)));
+    const floats t = OF(sub_ps)(m, OF(set1_ps)(1.5f));
+    floats p = OF(set1_ps)(P7);
+    p = OF(fmadd_ps)(p, t, OF(set1_ps)(P6));
+    p = OF(fmadd_ps)(p, t, OF(set1_ps)(P5));
+    p = OF(fmadd_ps)(p, t, OF(set1_ps)(P4));
+    p = OF(fmadd_ps)(p, t, OF(set1_ps)(P3));
+    p = OF(fmadd_ps)(p, t, OF(set1_ps)(P2));
+    p = OF(fmadd_ps)(p, t, OF(set1_ps)(P1));
+    p = OF(fmadd_ps)(p, t, OF(set1_ps)(P0));
+    return FLOOR(OF(fmadd_ps)(e, OF(set1_ps)(SLOPE), p));
 }
 
 /* Read n values, n a multiple of GROUP; their bins go to codes, in an order of their own. */
@@ -124,7 +129,9 @@ static inline reading read_values(const void *values, int64_t n, int kind, uint8
             bins[k] = bins_of(magnitudes);
         }
         /* Packing saturates: what lies below the first bin counts in it, zeros too. */
-        const bytes packed = OF(packus_epi16)(OF(packs_epi32)(bins[0], bins[1]), OF(packs_epi32)(bins[2], bins[3]));
+        const ints low = OF(add_epi16)(OF(packs_epi32)(bins[0], bins[1]), OF(set1_epi16)(ZERO_BIN));
+        const ints high = OF(add_epi16)(OF(packs_epi32)(bins[2], bins[3]), OF(set1_epi16)(ZERO_BIN));
+        const bytes packed = OF(packus_epi16)(low, high);
         const bytes held = OF(min_epu8)(packed, OF(set1_epi8)(BINS - 1));
         highest = OF(max_epu8)(highest, held);
         STORE(codes + i, held);

@@ -259,7 +259,7 @@ def test_all_ways_say_the_same_and_each_says_it_again(way: str) -> None:
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
     np.testing.assert_allclose(one.means, other.means, rtol=1e-5, atol=1e-8)
     np.testing.assert_allclose(one.m2, other.m2, rtol=2e-6)
-    # A value within 2e-5 of a bin under an edge may count above it; most tensors here come of the same draw.
+    # A value within 7e-6 of a bin under an edge may count above it; most tensors here come of the same draw.
     near_an_edge = one.histograms.sum() // 200_000
     assert np.abs(np.cumsum(one.histograms - other.histograms, axis=1)).max() <= 3 + near_an_edge
     for name in ("means", "m2", "histograms"):
