@@ -75,10 +75,10 @@ def obstacle() -> str:
     chosen = instructions()
     if chosen is None:
         return "a processor without AVX2"
+    if compiler() is not None:
+        return ""
     kept = cached_library(chosen)
-    if compiler() is None and (kept is None or not kept.is_file()):
-        return "no C compiler"
-    return ""
+    return "" if kept is not None and kept.is_file() else "no C compiler"
 
 
 def library(chosen: Instructions) -> Path:
