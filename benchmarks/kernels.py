@@ -33,7 +33,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where this is ru
 
 from sidestep.trainer_hooks.kernels import gradient_launch, host_build, row_launch
 from sidestep.trainer_hooks.kernels.choice import host_obstacle, kernels, stated
-from sidestep.trainer_hooks.kernels.chunk_table import Stretch
 from sidestep.trainer_hooks.kernels.host_launch import host_kernel
 from sidestep.trainer_hooks.reductions.cross_entropy import logits_source
 from sidestep.trainer_hooks.reductions.gradient_blocks import BLOCK_ELEMENTS, reduce_on_host
@@ -240,8 +239,7 @@ def host_rows(
         f"{ONE_READ}, by torch.dot with itself": lambda: [torch.dot(each.values, each.values) for each in pieces],
     }
     if not host_obstacle() and host_kernel.wait(host_build.COMPILE_SECONDS):
-        stretches = [Stretch(each.slot, each.module, each.values) for each in pieces]
-        ways["kernel"] = lambda: host_kernel.reduce(stretches, slots=slots, modules=modules)
+        ways["kernel"] = lambda: host_kernel.reduce(pieces, slots=slots, modules=modules)
         ways["kernel, the whole call"] = lambda: reduce_gradients(held)
     ways |= {
         "numpy's passes, without the histogram": lambda: reduce_on_host(

@@ -19,9 +19,8 @@ from torch import Tensor
 from sidestep.protocol.limits import GRADIENT_HISTOGRAM_BINS, GRADIENT_HISTOGRAM_LOG10_RANGE
 from sidestep.trainer_hooks.errors import KernelError
 from sidestep.trainer_hooks.kernels import host_build
-from sidestep.trainer_hooks.kernels.chunk_table import Stretch
+from sidestep.trainer_hooks.reductions.gradient_pieces import COLUMNS, ROW_ELEMENTS, Piece
 
-_COLUMNS = 6
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CHECKED_ELEMENTS = 5003
 """More than one chunk of the source, and the last one not full."""
@@ -60,11 +59,11 @@ class HostKernel:
         """Whether it is there, or is known to fail."""
         return self._function is not None or self._error is not None
 
-    def reduce(self, stretches: Sequence[Stretch], *, slots: int, modules: int) -> tuple[Tensor, Tensor]:
+    def reduce(self, pieces: Sequence[Piece], *, slots: int, modules: int) -> tuple[Tensor, Tensor]:
         """Reduce flat tensors in the host's memory.
 
         Args:
-            stretches: any sizes but 0, any mix of floating dtypes; others than ``_KINDS`` are read as float32.
+            pieces: any sizes but 0, any mix of floating dtypes; others than ``_KINDS`` are read as float32.
             slots: rows of the sums.
             modules: rows of the histograms.
 
@@ -77,17 +76,7 @@ class HostKernel:
         """
         if self._function is None:
             raise KernelError(str(self._error or "it is not there yet"))
-        held = [_side_by_side(each.values) for each in stretches]
-        sums = np.zeros((slots, _COLUMNS))
-        histograms = np.zeros((modules, GRADIENT_HISTOGRAM_BINS), np.int64)
-        tables = (
-            np.array([values.data_ptr() for values in held], np.uint64),
-            np.array([values.shape[0] for values in held], np.int64),
-            np.array([_KINDS[values.dtype] for values in held], np.int32),
-            np.array([each.slot for each in stretches], np.int32),
-            np.array([each.module for each in stretches], np.int32),
-        )
-        self._function(len(held), *(table.ctypes.data for table in (*tables, sums, histograms)))
+        sums, histograms = _reduced(self._function, pieces, slots, modules)
         return torch.from_numpy(sums), torch.from_numpy(histograms)
 
     def _make(self) -> None:
@@ -113,6 +102,23 @@ def _loaded(path: str) -> Function:
     return made
 
 
+def _reduced(
+    function: Function, pieces: Sequence[Piece], slots: int, modules: int
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    held = [_side_by_side(each.values) for each in pieces]
+    sums = np.zeros((slots, COLUMNS))
+    histograms = np.zeros((modules, GRADIENT_HISTOGRAM_BINS), np.int64)
+    tables = (
+        np.array([values.data_ptr() for values in held], np.uint64),
+        np.array([values.shape[0] for values in held], np.int64),
+        np.array([_KINDS[values.dtype] for values in held], np.int32),
+        np.array([each.slot for each in pieces], np.int32),
+        np.array([each.module for each in pieces], np.int32),
+    )
+    function(len(held), *(table.ctypes.data for table in (*tables, sums, histograms)))
+    return sums, histograms
+
+
 def _side_by_side(values: Tensor) -> Tensor:
     return (values if values.dtype in _KINDS else values.to(torch.float32)).resolve_neg().contiguous()
 
@@ -128,13 +134,10 @@ def _check(function: Function) -> None:
         generator.standard_normal(_CHECKED_ELEMENTS) * 10.0 ** generator.integers(-6, 2, _CHECKED_ELEMENTS)
     ).astype(np.float32)
     values[::97], values[5], values[6], values[-1] = 0.0, np.nan, -np.inf, -0.0
-    sums, histogram = np.zeros(_COLUMNS), np.zeros(GRADIENT_HISTOGRAM_BINS, np.int64)
-    one = np.array([values.ctypes.data], np.uint64), np.array([values.size], np.int64)
-    zero = np.zeros(1, np.int32)
-    function(1, *(table.ctypes.data for table in (*one, zero, zero, zero, sums, histogram)))
+    (sums,), (histogram,) = _reduced(function, [Piece(slot=0, module=0, values=torch.from_numpy(values))], 1, 1)
     finite = values[np.isfinite(values)].astype(np.float64)
     counted = np.abs(finite[finite != 0])
-    not_zero = counted.size + values.size - finite.size + -values.size % 1024
+    not_zero = counted.size + values.size - finite.size + -values.size % ROW_ELEMENTS
     expected = [not_zero, counted.size, finite.sum(), np.square(finite).sum(), np.abs(finite).max()]
     found = [*sums[:3], sums[3] + sums[4], sums[5]]
     is_right = np.allclose(found, expected, rtol=1e-6, atol=1e-6 * counted.sum()) and (

@@ -119,8 +119,7 @@ def _reduce_on(device: torch.device, pieces: Sequence[Piece], slots: int, module
     if device.type != "cpu":
         return reduce_by_rows(device, pieces, slots, modules)
     if kernels.can_run_on_host([piece.values for piece in pieces]):
-        stretches = [Stretch(piece.slot, piece.module, piece.values) for piece in pieces]
-        made = kernels.attempt(HOST_GRADIENT, lambda: host_kernel.reduce(stretches, slots=slots, modules=modules))
+        made = kernels.attempt(HOST_GRADIENT, lambda: host_kernel.reduce(pieces, slots=slots, modules=modules))
         if made is not None:
             return made
     return reduce_on_host(pieces, slots, modules)

@@ -17,8 +17,8 @@ from sidestep.protocol.limits import GRADIENT_HISTOGRAM_BINS
 from sidestep.trainer_hooks.errors import KernelError
 from sidestep.trainer_hooks.kernels import host_build, host_launch
 from sidestep.trainer_hooks.kernels.choice import host_obstacle, kernels, stated
-from sidestep.trainer_hooks.kernels.chunk_table import Stretch
 from sidestep.trainer_hooks.kernels.host_build import COMPILE_SECONDS, KNOWN_INSTRUCTIONS, Instructions
+from sidestep.trainer_hooks.reductions.gradient_pieces import Piece
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -45,8 +45,8 @@ def kernel(request: pytest.FixtureRequest) -> host_launch.HostKernel:
 
 
 def reduced(kernel: host_launch.HostKernel, *tensors: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    stretches = [Stretch(slot, slot % 2, tensor) for slot, tensor in enumerate(tensors)]
-    sums, histograms = kernel.reduce(stretches, slots=len(tensors), modules=2)
+    pieces = [Piece(slot=slot, module=slot % 2, values=tensor) for slot, tensor in enumerate(tensors)]
+    sums, histograms = kernel.reduce(pieces, slots=len(tensors), modules=2)
     return sums.numpy(), histograms.numpy()
 
 
@@ -80,10 +80,13 @@ def test_every_edge_of_the_histogram(kernel: host_launch.HostKernel, factor: flo
     expected[int(factor == 1) :][: EDGES.size] = 3
     for shape in ((3,), (1,)):
         tensors = [torch.from_numpy(value.repeat(shape)) for value in values for _ in range(3 // shape[0])]
-        sums = kernel.reduce([Stretch(0, 0, tensor) for tensor in tensors], slots=1, modules=1)
+        sums = kernel.reduce([Piece(slot=0, module=0, values=tensor) for tensor in tensors], slots=1, modules=1)
         assert sums[1][0].tolist() == expected.tolist()
     together = torch.from_numpy(np.random.default_rng(1).permutation(values.repeat(3)))
-    assert kernel.reduce([Stretch(0, 0, together)], slots=1, modules=1)[1][0].tolist() == expected.tolist()
+    assert (
+        kernel.reduce([Piece(slot=0, module=0, values=together)], slots=1, modules=1)[1][0].tolist()
+        == expected.tolist()
+    )
 
 
 @needs_compiler
