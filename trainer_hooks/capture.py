@@ -85,7 +85,7 @@ _PLAIN = frozenset((torch.Tensor, type(None), float))
 
 def whole_batch(batch: Batch) -> Batch:
     """Return the batch with local values for distributed tensors, and without those of which this rank has a part."""
-    values = (
+    values = (  # written out: an attrgetter takes twice as long among cold caches
         batch.input_ids, batch.labels, batch.attention_mask, batch.position_ids, batch.documents, batch.logits,
         batch.loss, batch.token_losses, batch.hidden, batch.cu_seqlens, batch.encoder_ids,
     )  # fmt: skip
